@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ def tiny_tokenizer(folder: Path, max_length: int = 77, words: str = WORDS) -> CL
     folder.mkdir(parents=True, exist_ok=True)
     spelled = [[*word[:-1], word[-1] + "</w>"] for word in sorted(set(words.split()))]
     merges: list[tuple[str, str]] = []
-    while pairs := Counter(pair for units in spelled for pair in zip(units, units[1:], strict=False)):
+    while pairs := Counter(pair for units in spelled for pair in pairwise(units)):
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         merges.append(best)
         for units in spelled:

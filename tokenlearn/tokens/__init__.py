@@ -1,0 +1,27 @@
+"""The learned thing: token bank, its place in prompts, its start and its files."""
+
+from tokenlearn.tokens.bank import TokenBank
+from tokenlearn.tokens.embedding_files import (
+    EmbeddingFile,
+    EmbeddingFormat,
+    embedding_file_name,
+    load_embedding,
+    save_embedding,
+    vocabulary_hash,
+)
+from tokenlearn.tokens.initialisation import vectors_from_words, vocabulary_norm_range
+from tokenlearn.tokens.injection import TokenInjection, input_embedding
+
+__all__ = [
+    "EmbeddingFile",
+    "EmbeddingFormat",
+    "TokenBank",
+    "TokenInjection",
+    "embedding_file_name",
+    "input_embedding",
+    "load_embedding",
+    "save_embedding",
+    "vectors_from_words",
+    "vocabulary_hash",
+    "vocabulary_norm_range",
+]

@@ -1,0 +1,70 @@
+"""Where learned vectors start, and the range that they are kept in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tokenlearn.errors import UserError
+from tokenlearn.tokens.injection import input_embedding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def vectors_from_words(
+    words: str, tokenizer: PreTrainedTokenizerBase, text_encoder: nn.Module, num_vectors: int | None = None
+) -> Tensor:
+    """Vectors that stand for one or several words.
+
+    Args:
+        words: text such as ``"a"`` (which Discriminative Class Tokens, arXiv:2303.17155, starts from: the baseline
+            prompt is then reproduced exactly) or ``"striped tiger cat"``; placeholders of an injection count too.
+        tokenizer: the text encoder's tokenizer.
+        text_encoder: text encoder whose input embedding is read.
+        num_vectors: vectors wanted. None or the number of vocabulary units in ``words``: one vector each; 1: their
+            mean; more: they repeat in turn.
+
+    Returns:
+        (n, width) float32 copies, without gradient.
+
+    Raises:
+        UserError: if ``words`` is empty or unknown to the vocabulary, or ``num_vectors`` is below 1 or between 1 and
+            the number of units.
+    """
+    ids = tokenizer(words, add_special_tokens=False).input_ids
+    if not ids or tokenizer.unk_token_id in ids:
+        raise UserError(f"cannot start a token from '{words}': it is not in the text encoder's vocabulary")
+    embedding = input_embedding(text_encoder)
+    vectors: Tensor = embedding(torch.tensor(ids, device=embedding.weight.device)).float()
+    if num_vectors is None or num_vectors == len(ids):
+        return vectors.clone()
+    if num_vectors == 1:
+        return vectors.mean(dim=0, keepdim=True)
+    if num_vectors < len(ids):
+        raise UserError(
+            f"cannot share the {len(ids)} units of '{words}' among {num_vectors} vectors; ask for 1 vector (their "
+            f"mean), {len(ids)} or more"
+        )
+    return vectors[torch.arange(num_vectors, device=vectors.device) % len(ids)]
+
+
+@torch.no_grad()
+def vocabulary_norm_range(
+    text_encoder: nn.Module, quantiles: tuple[float, float] = (0.01, 0.99)
+) -> tuple[float, float]:
+    """L2 norms between which nearly all words of the vocabulary lie.
+
+    Args:
+        text_encoder: text encoder whose table is read; placeholders do not count.
+        quantiles: lower and upper quantile in [0, 1]; the default leaves out rows that training hardly touched.
+
+    Returns:
+        Smallest and largest norm.
+    """
+    norms = input_embedding(text_encoder).weight.float().norm(dim=1)
+    low, high = torch.quantile(norms, norms.new_tensor(quantiles)).tolist()
+    return low, high
