@@ -36,7 +36,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch(exist_ok=False)
     except OSError as error:
-        raise UserError(f"cannot write to '{target.parent}' ({error.strerror}); choose another output folder") from None
+        raise UserError(
+            f"cannot write to '{target.parent}' ({error.strerror}); choose another output folder"
+        ) from None
     try:
         yield temporary
         os.replace(temporary, target)

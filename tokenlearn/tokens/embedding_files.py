@@ -154,8 +154,9 @@ def load_embedding(path: str | os.PathLike[str], token: str | None = None) -> Em
         metadata = {key: str(content[key]) for key in kept if content.get(key) is not None}
         stored_token = metadata.get("name")
         params = content["string_to_param"]
-        content = dict(params.items()) if isinstance(params, Mapping | nn.ParameterDict) else {}
-        content = {"emb_params": content["*"] if "*" in content else next(iter(content.values()), None)}
+        params = dict(params.items()) if isinstance(params, Mapping | nn.ParameterDict) else {}
+        # The key is "*" in all but a few old files; the tools that read those take the first.
+        content = {"emb_params": params.get("*", next(iter(params.values())))} if params else {}
     elif isinstance(content, Tensor):
         content = {"emb_params": content}
     if not isinstance(content, Mapping) or not content:
