@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import timm
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from tokenlearn.models.classifier import save_classifier
 
 WORDS = (
     "a an the of in on with and photo portrait picture painting sketch drawing face person man woman king queen "
@@ -56,3 +61,56 @@ def tiny_text_encoder(vocab_size: int, width: int = 16) -> CLIPTextModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return CLIPTextModel(config).eval()
+
+
+def tiny_pipeline(folder: Path, prediction_type: str = "epsilon") -> Path:
+    """Write a Stable Diffusion pipeline of random weights, 8x8 latents of 16x16 images; the same each time."""
+    tokenizer = tiny_tokenizer(folder / "tokenizer")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(4, 8),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=2,
+            norm_num_groups=2,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(4, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=2,
+        )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=tiny_text_encoder(len(tokenizer)),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            prediction_type=prediction_type,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def tiny_classifier(folder: Path, label_names: Sequence[str], multi_label: bool = False) -> Path:
+    """Write a timm classifier of random weights for 32x32 images, with BatchNorm; the same each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model("test_resnet", num_classes=len(label_names))
+    data_config = {"input_size": (3, 32, 32), "crop_pct": 0.9, "interpolation": "bicubic"}
+    return save_classifier(model, folder, label_names, multi_label, data_config)

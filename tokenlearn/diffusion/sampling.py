@@ -1,0 +1,137 @@
+"""The one sampling loop, with any scheduler, any guidance rule and any number of differentiated steps."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+class ConditioningRows(Protocol):
+    """What sampling needs to know of a conditioning: a batch of rows that can be stacked."""
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any tensor in it needs a gradient."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def expand(self, batch: int) -> Self:
+        """One row repeated to ``batch`` rows."""
+
+    @staticmethod
+    def cat(conditionings: Sequence[Any]) -> Any:  # noqa: ANN401 - static methods cannot name Self
+        """Rows of all conditionings, one after another."""
+
+
+C = TypeVar("C", bound=ConditioningRows)
+
+
+class Scheduler(Protocol):
+    """The part of diffusers' schedulers that sampling uses."""
+
+    timesteps: Any
+    init_noise_sigma: Any
+    set_timesteps: Callable[..., None]
+    scale_model_input: Callable[..., Any]
+    step: Callable[..., Any]
+
+
+def sample(
+    model: Callable[[Tensor, Tensor, C], Tensor],
+    scheduler: Scheduler,
+    latents: Tensor,
+    conditionings: Sequence[C],
+    combine: Callable[[Sequence[Tensor], int], Tensor],
+    num_inference_steps: int,
+    gradient_steps: int | None = None,
+    checkpointing: bool = True,
+    generators: list[torch.Generator] | None = None,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Sample latents, differentiably through the last ``gradient_steps`` steps.
+
+    With ``gradient_steps`` K the latents before the last K steps are constants: K = 1 is the gradient skipping of
+    discriminative class tokens (https://arxiv.org/abs/2303.17155), all steps is the full chain. Nothing is evaluated
+    with a gradient that cannot have one: in the first of the K steps, conditionings that do not require a gradient
+    (the empty prompt's) go through the network apart from the others, without a graph. Otherwise every step is one
+    call of the network for the rows of all conditionings. An outer ``torch.no_grad`` is respected.
+
+    Args:
+        model: network, as (rows, C, h, w) latents, a scalar timestep and conditioning rows to (rows, C, h, w) outputs
+            of the kind that the scheduler expects. It must be deterministic, because checkpointing does not restore
+            random number generators.
+        scheduler: a diffusers scheduler. The sampler works on a copy of it, so the history that multi-step schedulers
+            keep, and the graph that hangs on it, does not outlive the call.
+        latents: (B, C, h, w) standard normal noise; scaled here to the scheduler's first noise level.
+        conditionings: what the network is evaluated for, each of B rows, or of one row that all samples share.
+        combine: guidance rule, from the outputs (B, C, h, w) for each conditioning and the step's index to one output.
+        num_inference_steps: number of steps asked of the scheduler.
+        gradient_steps: K, counted over ``scheduler.timesteps``, of which some schedulers have more than
+            ``num_inference_steps`` (PNDM 1, Heun about twice as many). None is all; more than there are is all.
+        checkpointing: whether to recompute the network's activations in the backward pass, one step at a time, when
+            more than one step is differentiated. The scheduler's step is never recomputed, since it changes its state.
+        generators: one per sample, for schedulers that add noise; ignored by others.
+        callback: called after every step with its index and the new latents.
+
+    Returns:
+        (B, C, h, w) float32 latents of the images.
+
+    Raises:
+        ValueError: if ``gradient_steps`` is negative, or a conditioning has neither 1 nor B rows.
+    """
+    if gradient_steps is not None and gradient_steps < 0:
+        raise ValueError(f"gradient_steps must be at least 0, got {gradient_steps}")
+    batch = len(latents)
+    for conditioning in conditionings:
+        if len(conditioning) not in (1, batch):
+            raise ValueError(f"a conditioning has {len(conditioning)} rows for {batch} latents; expected 1 or {batch}")
+    conditionings = [item if len(item) == batch else item.expand(batch) for item in conditionings]
+
+    scheduler = copy.copy(scheduler)
+    scheduler.set_timesteps(num_inference_steps, device=latents.device)
+    num_timesteps = len(scheduler.timesteps)
+    differentiated = num_timesteps if gradient_steps is None else min(gradient_steps, num_timesteps)
+    checkpointing = checkpointing and differentiated > 1
+    takes_generator = generators is not None and "generator" in inspect.signature(scheduler.step).parameters
+    step_options = {"generator": generators} if takes_generator else {}
+
+    latents = latents.float() * scheduler.init_noise_sigma
+    for index, timestep in enumerate(scheduler.timesteps):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and index >= num_timesteps - differentiated):
+            inputs = scheduler.scale_model_input(latents, timestep)
+            outputs = _evaluate(model, inputs, timestep, conditionings, checkpointing)
+            output = combine(outputs, index)
+            latents = scheduler.step(output, timestep, latents, return_dict=False, **step_options)[0]
+        if callback is not None:
+            callback(index, latents)
+    return latents
+
+
+def _evaluate(
+    model: Callable[[Tensor, Tensor, C], Tensor],
+    latents: Tensor,
+    timestep: Tensor,
+    conditionings: Sequence[C],
+    checkpointing: bool,
+) -> list[Tensor]:
+    """Model outputs for each conditioning, rows that need a gradient in one call and the others in another."""
+    needs_grad = [torch.is_grad_enabled() and (latents.requires_grad or item.requires_grad) for item in conditionings]
+    outputs: dict[int, Tensor] = {}
+    for with_grad in sorted(set(needs_grad)):
+        members = [index for index, needed in enumerate(needs_grad) if needed == with_grad]
+        rows = torch.cat([latents] * len(members))
+        conditioning: C = conditionings[0].cat([conditionings[index] for index in members])
+        if with_grad and checkpointing:
+            output = checkpoint(model, rows, timestep, conditioning, use_reentrant=False, preserve_rng_state=False)
+        else:
+            with torch.set_grad_enabled(with_grad):
+                output = model(rows, timestep, conditioning)
+        outputs |= zip(members, output.chunk(len(members)), strict=True)
+    return [outputs[index] for index in range(len(conditionings))]

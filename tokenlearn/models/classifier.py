@@ -1,0 +1,286 @@
+"""Image classifiers of timm, by name or from a folder in timm's own layout."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
+from timm.data.config import resolve_model_data_config
+from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+from timm.data.transforms_factory import create_transform
+from torch import Tensor, nn
+
+from tokenlearn.errors import UserError
+from tokenlearn.models.frozen import FrozenModule, freeze
+
+
+class TimmClassifier(FrozenModule):
+    """A frozen timm classifier with its own preprocessing, done differentiably on tensors.
+
+    Label names come from ``label_names`` in the model's configuration; ImageNet models get the first word of each
+    class in WordNet, and other models their indices. A configuration that has ``"multi_label": true`` beside
+    ``architecture`` (timm ignores keys that it does not know there, and only there) is that of a model whose outputs
+    are independent sigmoids.
+
+    Args:
+        pretrained: timm model name (``resnet18.a1_in1k``), hub model (``hf-hub:owner/name``), or folder with
+            ``config.json`` and ``model.safetensors``. Weights are loaded as float32 whatever they are stored as.
+
+    Attributes:
+        pretrained: as given.
+        num_classes: number of outputs.
+        label_names: name of each output.
+        multi_label: whether outputs are independent sigmoids instead of one softmax.
+
+    Raises:
+        UserError: if the folder or one of its files is missing or unreadable, the name is unknown, or the hub cannot
+            provide the model.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, pretrained: str) -> None:
+        super().__init__()
+        source = _source(pretrained)
+        try:
+            self.model = cast(Any, timm.create_model(source, pretrained=True))
+            config = _config(source)
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise UserError(_load_failure(pretrained, source, error)) from error
+        self.pretrained = pretrained
+        self.num_classes = int(self.model.num_classes)
+        self.multi_label = bool(config.get("multi_label", False))
+        self.label_names, self._aliases = _labels(self.model)
+        if len(self.label_names) != self.num_classes:
+            raise UserError(
+                f"classifier '{pretrained}' has {self.num_classes} outputs but {len(self.label_names)} label names; "
+                "correct 'label_names' in its config.json"
+            )
+        data: dict[str, Any] = resolve_model_data_config(self.model)  # type: ignore[no-untyped-call]
+        if data["crop_mode"] == "border":
+            raise UserError(f"classifier '{pretrained}' pads its inputs (crop mode 'border'), which is not supported")
+        if data["interpolation"] not in ("bilinear", "bicubic", "nearest"):
+            data["interpolation"] = "bicubic"  # torch has no Lanczos; bicubic is its nearest antialiased filter
+        # timm's own resize and crop also work on batches of tensors, with antialiasing and with gradients.
+        self._resize_and_crop = create_transform(**data, normalize=False)
+        self.register_buffer("mean", torch.tensor(data["mean"]).reshape(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(data["std"]).reshape(1, 3, 1, 1), persistent=False)
+        freeze(self)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Resize with antialiasing, centre crop and normalise as timm's evaluation transform does, differentiably.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1]; not clamped, so that overshoot keeps its gradient.
+
+        Returns:
+            (B, 3, h, w) network inputs.
+        """
+        cropped: Tensor = self._resize_and_crop(images)
+        return (cropped - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+
+        Returns:
+            (B, num_classes) float32 logits.
+        """
+        logits: Tensor = self.model(self.preprocess(images))
+        return logits.float()
+
+    def features(self, images: Tensor) -> Tensor:
+        """Penultimate features, which the head maps to logits.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+
+        Returns:
+            (B, F) float32 features.
+        """
+        features: Tensor = self.model.forward_head(
+            self.model.forward_features(self.preprocess(images)), pre_logits=True
+        )
+        return features.float()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(num_classes, F) weight of the last layer."""
+        return self._head().weight
+
+    @property
+    def head_bias(self) -> Tensor:
+        """(num_classes,) bias of the last layer, zeros if it has none."""
+        head = self._head()
+        return head.weight.new_zeros(self.num_classes) if head.bias is None else head.bias
+
+    def label_index(self, name: str) -> int:
+        """Output that stands for a class.
+
+        Args:
+            name: a label name, or for models with label descriptions any of the words of one; upper and lower case,
+                spaces and underscores are the same.
+
+        Raises:
+            UserError: if the model has no such class, with those of similar names; or if the name fits several.
+        """
+        if name in self.label_names:
+            return self.label_names.index(name)
+        found = self._aliases.get(_normalised(name), [])
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(f"'{self.label_names[index]}'" for index in found)
+            raise UserError(
+                f"class '{name}' of classifier '{self.pretrained}' may be any of {names}; name one of them"
+            )
+        near = difflib.get_close_matches(_normalised(name), self._aliases, n=5)
+        hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"it has {', '.join(self.label_names[:12])}"
+        if not near and self.num_classes > 12:
+            hint += f" and {self.num_classes - 12} more"
+        raise UserError(f"classifier '{self.pretrained}' has no class '{name}'; {hint}")
+
+    def _head(self) -> nn.Linear:
+        head = self.model.get_classifier()
+        if not isinstance(head, nn.Linear):
+            raise UserError(f"the last layer of classifier '{self.pretrained}' is no linear map of its features")
+        return head
+
+
+def save_classifier(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    label_names: Sequence[str],
+    multi_label: bool = False,
+    data_config: Mapping[str, Any] | None = None,
+    model_args: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a timm model as ``config.json`` and half-precision ``model.safetensors``, timm's own folder layout.
+
+    ``timm.create_model("local-dir:<folder>", pretrained=True)`` and :class:`TimmClassifier` load it.
+
+    Args:
+        model: a model made by ``timm.create_model``; it is not changed.
+        folder: where to write; made if it does not exist.
+        label_names: name of each output.
+        multi_label: whether outputs are independent sigmoids.
+        data_config: preprocessing, where it differs from the architecture's own: ``input_size`` (3, h, w),
+            ``crop_pct``, ``interpolation``, ``mean``, ``std``.
+        model_args: arguments of ``timm.create_model`` that the architecture does not imply.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: if the number of names is not the model's number of outputs.
+    """
+    saved: Any = copy.deepcopy(model).to(memory_format=torch.contiguous_format).half()
+    if len(label_names) != saved.num_classes:
+        raise ValueError(f"{len(label_names)} label names for a classifier with {saved.num_classes} outputs")
+    saved.pretrained_cfg = {
+        **{key: value for key, value in saved.pretrained_cfg.items() if key != "label_names"},
+        **(data_config or {}),
+        "num_classes": saved.num_classes,
+    }
+    timm.models.save_for_hf(
+        saved,
+        os.fspath(folder),
+        model_config={"label_names": list(label_names), "multi_label": multi_label},
+        model_args=dict(model_args) if model_args else None,
+        safe_serialization=True,
+    )
+    return Path(folder)
+
+
+def _source(pretrained: str) -> str:
+    """The name by which timm loads ``pretrained``; UserError if it is a folder that is missing or incomplete."""
+    prefix, _, rest = pretrained.partition(":")
+    if prefix == "hf-hub":
+        return pretrained
+    folder = Path(rest if prefix == "local-dir" else pretrained).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"classifier folder '{folder}' is incomplete: no 'config.json'; download or export it again"
+            )
+        if not any(file.suffix in (".safetensors", ".bin", ".pth") for file in folder.iterdir()):
+            raise UserError(
+                f"classifier folder '{folder}' is incomplete: no 'model.safetensors'; download or export it again"
+            )
+        return f"local-dir:{folder}"
+    if prefix == "local-dir" or "/" in pretrained or "\\" in pretrained:
+        raise UserError(
+            f"classifier folder '{folder}' does not exist; give an existing folder, a timm model name, or "
+            "'hf-hub:owner/name' for a model on the hub"
+        )
+    if not timm.is_model(pretrained.partition(".")[0]):
+        near = difflib.get_close_matches(pretrained, timm.list_models(pretrained=True), n=3)
+        hint = (
+            f"; did you mean {' or '.join(near)}?" if near else "; give a name from timm.list_pretrained() or a folder"
+        )
+        raise UserError(f"'{pretrained}' is neither a folder nor a timm model{hint}")
+    return pretrained
+
+
+def _config(source: str) -> dict[str, Any]:
+    """Configuration file of a folder or hub model; empty for models that timm knows by name."""
+    prefix, _, rest = source.partition(":")
+    if prefix == "hf-hub":
+        owner_and_name, _, revision = rest.partition("@")
+        file = Path(hf_hub_download(owner_and_name, "config.json", revision=revision or None))
+    elif prefix == "local-dir":
+        file = Path(rest) / "config.json"
+    else:
+        return {}
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return config
+
+
+def _load_failure(pretrained: str, source: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    if source.startswith("local-dir:"):
+        return f"cannot load the classifier in '{pretrained}' ({reason}); download or export it again"
+    if isinstance(error, OSError):
+        return (
+            f"classifier '{pretrained}' cannot be had from the hub ({reason}); check its name and the network, or "
+            "give a local folder"
+        )
+    return f"cannot load classifier '{pretrained}' ({reason}); give another timm model or a folder"
+
+
+def _normalised(name: str) -> str:
+    return " ".join(name.replace("_", " ").casefold().split())
+
+
+def _labels(model: Any) -> tuple[tuple[str, ...], dict[str, list[int]]]:  # noqa: ANN401
+    """Names of a model's outputs, and the outputs that each normalised name or synonym may mean."""
+    names: Any = model.pretrained_cfg.get("label_names")
+    descriptions: Mapping[str, str] = model.pretrained_cfg.get("label_descriptions") or {}
+    if names is None and (subset := infer_imagenet_subset(model)):
+        imagenet: Any = ImageNetInfo(subset)
+        names, descriptions = imagenet.label_names(), imagenet.label_descriptions(as_dict=True)
+    if names is None:
+        names = [str(index) for index in range(model.num_classes)]
+    if isinstance(names, Mapping):  # index to name
+        names = [names[key] for key in sorted(names, key=int)]
+    aliases: defaultdict[str, list[int]] = defaultdict(list)
+    for index, name in enumerate(names):
+        for alias in {_normalised(word) for word in (name, *descriptions.get(name, "").split(",")) if word}:
+            aliases[alias].append(index)
+    shown = [descriptions.get(name, name).split(",")[0] for name in names]
+    counts = Counter(shown)  # ImageNet has two cranes
+    labels = [word if counts[word] == 1 else f"{word} ({name})" for word, name in zip(shown, names, strict=True)]
+    return tuple(labels), dict(aliases)

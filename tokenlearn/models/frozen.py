@@ -1,0 +1,26 @@
+"""Models that are used and never trained."""
+
+from __future__ import annotations
+
+from typing import Self, TypeVar
+
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def freeze(module: M) -> M:
+    """Put a module into eval mode and stop gradients to its parameters; gradients still flow through it to its inputs.
+
+    Both are needed: without eval mode BatchNorm statistics move although no parameter does.
+    """
+    module.eval()
+    return module.requires_grad_(False)
+
+
+class FrozenModule(nn.Module):
+    """A module that stays in eval mode when a parent is switched to training, as training loops do."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode, whatever ``mode`` says."""
+        return super().train(False)
