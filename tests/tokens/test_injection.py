@@ -181,6 +181,8 @@ def test_placeholder_that_is_a_word_already(tokenizer, text_encoder, placeholder
 
 
 def test_placeholder_that_a_special_token_splits_leaves_everything_as_it_was(tokenizer, text_encoder):
+    if not tokenizer.is_fast:
+        pytest.skip("CLIP's tokenizer before transformers 5 takes the longest added token, special or not")
     tokenizer.add_tokens(["<vik"], special_tokens=True)
     table, size = text_encoder.get_input_embeddings(), len(tokenizer)
     with pytest.raises(UserError, match="'<viking>' is split into 3 units"):
