@@ -7,10 +7,10 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, PNDMScheduler
 from torch import Tensor, nn
 
 from tokenlearn.diffusion.schedule import PredictionType, convert
@@ -176,7 +176,8 @@ class DiffusionBackbone(FrozenModule, ABC):
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts, padded to :attr:`max_prompt_length` in training as in inference.
 
-        Gradients reach the injected token bank, unless disabled by the caller.
+        Gradients reach the injected token bank, unless disabled by the caller. Prompts without any placeholder give a
+        conditioning that requires no gradient, so encode the empty prompt apart from those with placeholders.
 
         Args:
             prompts: B prompts, with placeholders of the injected bank if wanted.
@@ -257,13 +258,16 @@ class DiffusionBackbone(FrozenModule, ABC):
         most = len(self.alphas)
         if num_inference_steps is not None and not 1 <= num_inference_steps <= most:
             raise UserError(f"num_inference_steps must be from 1 to {most}, got {num_inference_steps}")
+        config = self._scheduler.config
         own = type(self._scheduler)
         if name is None:
-            return own.from_config(self._scheduler.config)
+            return own.from_config(config)
         classes = {cls.__name__.casefold(): cls for cls in (own, *self._scheduler.compatibles)}
         for suffix in ("", "Scheduler", "DiscreteScheduler"):
             if found := classes.get((name + suffix).casefold()):
-                return found.from_config(self._scheduler.config)
+                # Stable Diffusion's PNDM has no Runge-Kutta start; the configuration of another class does not say so.
+                pndm = found is PNDMScheduler and "skip_prk_steps" not in config
+                return found.from_config(config, **({"skip_prk_steps": True} if pndm else {}))
         names = sorted(cls.__name__.removesuffix("Scheduler") for cls in classes.values())
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
         raise UserError(f"no scheduler '{name}' for this model; did you mean {' or '.join(near)}?")
@@ -305,20 +309,14 @@ class DiffusionBackbone(FrozenModule, ABC):
             encoder_index: which tokenizer.
 
         Returns:
-            (B, max_prompt_length) int64 on the model's device.
+            (B, max_prompt_length) int64 on the CPU.
 
         Raises:
             UserError: if a placeholder is among what must be cut.
         """
         tokenizer: Any = self.tokenizers[encoder_index]
-        learned: set[int] = set()
-        if self._injection is not None:
-            bank = self._injection.bank
-            units = [unit for placeholder in bank.placeholders for unit in bank.unit_names(placeholder)]
-            learned = set(tokenizer.convert_tokens_to_ids(units))
-            expanded = [self._injection.expand(prompt) for prompt in prompts]
-        else:
-            expanded = list(prompts)
+        learned = self.learned_ids(encoder_index)
+        expanded = list(prompts) if self._injection is None else [self._injection.expand(prompt) for prompt in prompts]
         last = self.max_prompt_length - 1
         rows = tokenizer(expanded, verbose=False).input_ids  # verbose: its own length warning has no remedy
         for index, (prompt, ids) in enumerate(zip(prompts, rows, strict=True)):
@@ -340,7 +338,15 @@ class DiffusionBackbone(FrozenModule, ABC):
             {"input_ids": rows}, padding="max_length", max_length=self.max_prompt_length, return_tensors="pt"
         )
         ids_tensor: Tensor = padded.input_ids
-        return ids_tensor.to(self.device)
+        return ids_tensor
+
+    def learned_ids(self, encoder_index: int = 0) -> set[int]:
+        """Ids that stand for vectors of the injected bank, none without one."""
+        if self._injection is None:
+            return set()
+        bank, tokenizer = self._injection.bank, self.tokenizers[encoder_index]
+        units = [unit for placeholder in bank.placeholders for unit in bank.unit_names(placeholder)]
+        return set(cast(list[int], tokenizer.convert_tokens_to_ids(units)))
 
 
 def pool_at_end_of_text(states: Tensor, ids: Tensor, eos_token_id: int) -> Tensor:
