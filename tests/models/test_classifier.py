@@ -34,7 +34,7 @@ def pictures(height, width):
     return (127.5 + 120 * np.stack(waves, axis=-1)).astype(np.uint8).reshape(height, width, 2, 3).transpose(2, 0, 1, 3)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (48, 80), (32, 32), (20, 30)])
+@pytest.mark.parametrize("size", [(48, 80), (20, 30)])
 @pytest.mark.parametrize("crop_mode", ["center", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_preprocessing_equals_timms_own_transform(tmp_path, size, crop_mode, interpolation):
