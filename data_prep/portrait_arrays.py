@@ -1,0 +1,116 @@
+"""Portraits rendered once into memory-mapped arrays, which the training scripts read at random.
+
+Run on its own to render ahead of time: ``uv run python -m data_prep.portrait_arrays --size 60000``.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jsonargparse import auto_cli
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
+
+from tokenlearn.data.portraits import ATTRIBUTES, IMAGE_SIZE, PERSONA_LABELS, portrait
+
+WORK_FOLDER = Path("work")
+_CHUNK = 2000
+_HEADGEAR = {"wizard", "pirate", "chef", "viking", "cowboy", "nurse", "king", "queen", "detective"}
+_ATTRIBUTES_UNCLEAR = {"clown", "astronaut", "punk"}
+"""Personas whose paint, helmet or mohawk leaves open whether an attribute is there."""
+
+
+@dataclass
+class PortraitArrays:
+    """Rendered portraits.
+
+    Attributes:
+        images: uint8 (N, 64, 64, 3).
+        attributes: bool (N, 10); any headgear but a helmet counts as a hat.
+        attributes_known: bool (N,); false where a persona leaves an attribute open.
+        personas: int64 (N,), index into ``PERSONA_LABELS``.
+        captions: N texts.
+    """
+
+    images: np.ndarray
+    attributes: Tensor
+    attributes_known: Tensor
+    personas: Tensor
+    captions: list[str]
+
+    def pixels(self, indices: Tensor | list[int]) -> Tensor:
+        """Pictures as float (B, 3, 64, 64) in [0, 1]."""
+        chosen = torch.from_numpy(self.images[np.asarray(indices)])
+        return chosen.permute(0, 3, 1, 2).contiguous().float() / 255
+
+
+def _render_chunk(job: tuple[Path, int, int, int]) -> None:
+    folder, seed, start, stop = job
+    if (folder / f"{start}.json").exists():
+        return
+    images = np.empty((stop - start, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    rows = []
+    for index in range(start, stop):
+        scene, picture, text = portrait(seed, index)
+        images[index - start] = np.asarray(picture)
+        shown = [scene.has(name) or (name == "hat" and scene.persona in _HEADGEAR) for name in ATTRIBUTES]
+        rows.append([text, shown, scene.persona not in _ATTRIBUTES_UNCLEAR, scene.persona])
+    np.save(folder / f"{start}.npy", images)
+    (folder / f"{start}.json").write_text(json.dumps(rows))
+
+
+def portrait_arrays(size: int, seed: int, work_folder: Path = WORK_FOLDER, processes: int = 2) -> PortraitArrays:
+    """Render ``size`` portraits of the stream named by ``seed``, or read them if they were rendered before."""
+    folder = work_folder / f"portraits-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [(folder, seed, start, start + _CHUNK) for start in range(0, size, _CHUNK)]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        pool.map(_render_chunk, jobs, chunksize=1)
+    rows = [row for job in jobs for row in json.loads((folder / f"{job[2]}.json").read_text())][:size]
+    captions, attributes, known, personas = zip(*rows, strict=True)
+    return PortraitArrays(
+        images=np.concatenate([np.load(folder / f"{job[2]}.npy") for job in jobs])[:size],
+        attributes=torch.tensor(attributes),
+        attributes_known=torch.tensor(known),
+        personas=torch.tensor([PERSONA_LABELS.index(name) if name else 0 for name in personas]),
+        captions=list(captions),
+    )
+
+
+class IndexDataset(Dataset[Tensor]):
+    """Batches of indices into ``PortraitArrays``: the training modules look up what they need."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, indices: list[int]) -> Tensor:
+        return torch.tensor(indices)
+
+
+def index_loader(size: int, batch_size: int) -> DataLoader[Tensor]:
+    """A loader of random batches of indices below ``size``."""
+    dataset = IndexDataset(size)
+    sampler = BatchSampler(RandomSampler(dataset), batch_size, drop_last=True)
+    return DataLoader(dataset, sampler=sampler, batch_size=None)
+
+
+def main(size: int = 60000, seed: int = 0) -> None:
+    """Render portraits.
+
+    Args:
+        size: number of portraits.
+        seed: name of the stream.
+    """
+    portrait_arrays(size, seed)
+
+
+if __name__ == "__main__":
+    auto_cli(main)

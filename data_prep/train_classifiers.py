@@ -1,0 +1,168 @@
+"""Train the bundled classifiers: ``uv run python -m data_prep.train_classifiers attribute_judge``.
+
+Guides and judges differ in architecture, seed and training portraits. All of them see portraits as drawn and as the
+autoencoder gives them back; the guides also see one-step predictions of the diffusion model from noisy latents, so that
+the blur of a prediction does not fool them. Guides thus need the diffusion model, judges only the autoencoder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import timm
+import torch
+from diffusers import AutoencoderKL
+from jsonargparse import auto_cli
+from torch import Tensor
+from torch.nn import functional
+
+from data_prep.portrait_arrays import WORK_FOLDER, PortraitArrays, index_loader, portrait_arrays
+from data_prep.training import TrainedBySteps, train
+from tokenlearn.data.portraits import ATTRIBUTES, IMAGE_SIZE, PERSONA_LABELS
+from tokenlearn.losses import class_cross_entropy
+from tokenlearn.models import StableDiffusion
+from tokenlearn.models.classifier import save_classifier
+
+GUIDE_SEED, JUDGE_SEED = 0, 1000
+_DATA_CONFIG = {
+    "input_size": (3, IMAGE_SIZE, IMAGE_SIZE),
+    "crop_pct": 1.0,
+    "interpolation": "bicubic",
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+}
+_GUIDE_ARGUMENTS = {"channels": (32, 64, 128, 256)}
+_ONE_STEP_TIMESTEPS = (50, 700)
+
+Name = Literal["attribute_guide", "attribute_judge", "persona_guide", "persona_judge"]
+
+
+class ClassifierTraining(TrainedBySteps):
+    """Cross-entropy on augmented pictures; independent sigmoids for attributes."""
+
+    def __init__(
+        self, arrays: PortraitArrays, seen: list[Tensor], name: Name, steps: int, learning_rate: float
+    ) -> None:
+        super().__init__(steps, learning_rate, weight_decay=0.02)
+        self.arrays, self.seen = arrays, seen
+        self.multi_label = name.startswith("attribute")
+        labels = ATTRIBUTES if self.multi_label else PERSONA_LABELS
+        if name.endswith("guide"):
+            self.model = timm.create_model("resnet10t", num_classes=len(labels), **_GUIDE_ARGUMENTS)
+        else:
+            self.model = timm.create_model("regnetx_002", num_classes=len(labels))
+
+    def training_step(self, indices: Tensor) -> Tensor:
+        """One batch; each picture as drawn or in one of the other forms in which it is known."""
+        indices = indices[self.arrays.attributes_known[indices]] if self.multi_label else indices
+        pixels = self.arrays.pixels(indices)
+        for form in self.seen:
+            replaced = (torch.rand(len(indices)) < 0.4) & (indices < len(form))
+            pixels[replaced] = form[indices[replaced]].float() / 255
+        logits = self.model(_augment(pixels) * 2 - 1)
+        targets = self.arrays.attributes[indices].float() if self.multi_label else self.arrays.personas[indices]
+        if self.multi_label:
+            loss = functional.binary_cross_entropy_with_logits(logits.float(), targets)
+        else:
+            loss = class_cross_entropy(logits.float(), targets, multi_label=False).mean()
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+
+def _augment(pixels: Tensor) -> Tensor:
+    """Shift by up to 3 pixels, change brightness and contrast, add a little noise."""
+    down, right = (int(offset) for offset in torch.randint(-3, 4, (2,)))
+    shifted = functional.pad(pixels, (3, 3, 3, 3), mode="replicate")[..., 3 + down : 67 + down, 3 + right : 67 + right]
+    contrast = 1 + 0.3 * (torch.rand(len(pixels), 1, 1, 1) - 0.5)
+    brightness = 0.16 * (torch.rand(len(pixels), 1, 1, 1) - 0.5)
+    noise = 0.03 * torch.rand(len(pixels), 1, 1, 1) * torch.randn_like(pixels)
+    return ((shifted - 0.5) * contrast + 0.5 + brightness + noise).clamp(0, 1)
+
+
+def _as_bytes(images: Tensor) -> Tensor:
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+@torch.no_grad()
+def round_trips(vae: AutoencoderKL, arrays: PortraitArrays, size: int) -> Tensor:
+    """The first ``size`` portraits as the autoencoder gives them back, uint8 (size, 3, 64, 64)."""
+    parts = []
+    for start in range(0, size, 200):
+        pixels = arrays.pixels(list(range(start, min(start + 200, size))))
+        decoded = vae.decode(vae.encode(pixels * 2 - 1).latent_dist.mode()).sample
+        parts.append(_as_bytes(decoded / 2 + 0.5))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def one_step_predictions(backbone: StableDiffusion, arrays: PortraitArrays, size: int) -> Tensor:
+    """The first ``size`` portraits as predicted in one step from a random timestep, uint8 (size, 3, 64, 64)."""
+    parts = []
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, size, 100):
+        rows = list(range(start, min(start + 100, size)))
+        latents = backbone.encode_images(arrays.pixels(rows))
+        timesteps = torch.randint(*_ONE_STEP_TIMESTEPS, (len(rows),), generator=generator)
+        alpha, sigma = (values[timesteps][:, None, None, None] for values in (backbone.alphas, backbone.sigmas))
+        noisy = alpha * latents + sigma * torch.randn(latents.shape, generator=generator)
+        conditioning = backbone.encode_prompts([arrays.captions[row] for row in rows])
+        parts.append(_as_bytes(backbone.decode_latents(backbone.predict_x0(noisy, timesteps, conditioning))))
+    return torch.cat(parts)
+
+
+def _cached(path: Path, make: object) -> Tensor:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(make(), path)  # type: ignore[operator]
+    return torch.load(path, weights_only=True)
+
+
+def main(
+    name: Name,
+    steps: int = 1500,
+    batch_size: int = 64,
+    learning_rate: float = 2e-3,
+    size: int = 20000,
+    blurred: int = 8000,
+    pipeline: str = "checkpoints/portraits",
+    work_folder: Path = WORK_FOLDER,
+    output_folder: Path = Path("checkpoints"),
+) -> None:
+    """Train, resume or finish one classifier.
+
+    Args:
+        name: which of the four.
+        steps: optimizer steps.
+        batch_size: portraits per step.
+        learning_rate: peak learning rate.
+        size: number of rendered portraits to draw from.
+        blurred: how many of them are also shown as the autoencoder or the diffusion model give them back.
+        pipeline: the diffusion model, for guides.
+        work_folder: where renderings and checkpoints are kept.
+        output_folder: the classifier is written to a folder of its name in here.
+    """
+    guide = name.endswith("guide")
+    seed = GUIDE_SEED if guide else JUDGE_SEED
+    torch.manual_seed(seed + len(name))
+    arrays = portrait_arrays(size, seed, work_folder)
+    vae = AutoencoderKL.from_pretrained(work_folder / "autoencoder" / "vae").eval()
+    folder = work_folder / "classifiers"
+    seen = [_cached(folder / f"round-trips-{seed}.pt", lambda: round_trips(vae, arrays, blurred))]
+    if guide:
+        backbone = StableDiffusion(pipeline)
+        seen.append(_cached(folder / "one-step.pt", lambda: one_step_predictions(backbone, arrays, blurred)))
+    module = ClassifierTraining(arrays, seen, name, steps, learning_rate)
+    train(module, index_loader(size, batch_size), folder / name, ema_decay=None)
+    save_classifier(
+        module.model.eval(),
+        output_folder / name,
+        ATTRIBUTES if module.multi_label else PERSONA_LABELS,
+        module.multi_label,
+        _DATA_CONFIG,
+        _GUIDE_ARGUMENTS if guide else None,
+    )
+
+
+if __name__ == "__main__":
+    auto_cli(main)

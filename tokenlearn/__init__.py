@@ -1,0 +1,1 @@
+"""Learn semantic tokens for frozen text-to-image diffusion models."""

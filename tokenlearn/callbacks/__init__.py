@@ -1,0 +1,8 @@
+"""Side effects of runs: pictures, embedding files, tables."""
+
+from tokenlearn.callbacks.embedding_export import EmbeddingExport
+from tokenlearn.callbacks.image_grid import ImageGrid
+from tokenlearn.callbacks.prediction_writer import PredictionWriter
+from tokenlearn.callbacks.report_writer import ReportWriter
+
+__all__ = ["EmbeddingExport", "ImageGrid", "PredictionWriter", "ReportWriter"]

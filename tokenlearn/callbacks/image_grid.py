@@ -1,0 +1,62 @@
+"""A sheet of validation images, each validation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from tokenlearn.callbacks.pictures import save_picture, sheet, to_image
+
+
+class ImageGrid(L.Callback):
+    """Write validation images to ``pictures/`` of the run folder and to TensorBoard, a row per class.
+
+    Validation steps return them as ``{"images": (B, 3, H, W) in [0, 1], "rows": B row names}``. Only the first
+    process's images are shown.
+
+    Args:
+        columns: pictures per row at most.
+        every_n_validations: how often.
+    """
+
+    def __init__(self, columns: int = 8, every_n_validations: int = 1) -> None:
+        self.columns, self.every_n_validations = columns, every_n_validations
+        self._rows: dict[str, list[Tensor]] = {}
+        self._validations = 0
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,  # noqa: ANN401 - Lightning's hook
+        batch: Any,  # noqa: ANN401 - Lightning's hook
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the first images of each row."""
+        if not trainer.is_global_zero or not isinstance(outputs, dict):
+            return
+        for image, row in zip(outputs["images"], outputs["rows"], strict=True):
+            kept = self._rows.setdefault(row, [])
+            if len(kept) < self.columns:
+                kept.append(image)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the sheet."""
+        rows, self._rows = self._rows, {}
+        if not rows or trainer.sanity_checking:
+            return
+        self._validations += 1
+        if (self._validations - 1) % self.every_n_validations:
+            return
+        picture = sheet([(name, [to_image(image) for image in images]) for name, images in rows.items()])
+        save_picture(picture, Path(trainer.default_root_dir) / "pictures" / f"step-{trainer.global_step:06d}.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                pixels = np.asarray(picture)
+                logger.experiment.add_image("validation", pixels, trainer.global_step, dataformats="HWC")

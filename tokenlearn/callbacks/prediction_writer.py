@@ -1,0 +1,72 @@
+"""Predicted images as files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.callbacks import BasePredictionWriter
+from PIL import Image
+
+from tokenlearn.callbacks.pictures import save_picture, sheet, to_image
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Write each predicted image as PNG to ``images/`` of the run folder as soon as it is there, then a contact sheet.
+
+    Prediction steps return ``{"images", "prompts", "seeds", "indices"}``, with the index of each prompt.
+
+    Args:
+        columns: pictures per row of the contact sheet at most.
+    """
+
+    def __init__(self, columns: int = 8) -> None:
+        literal: Literal["batch"] = "batch"
+        super().__init__(write_interval=literal)
+        self.columns = columns
+
+    def write_on_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        prediction: Any,  # noqa: ANN401 - Lightning's hook
+        batch_indices: Sequence[int] | None,
+        batch: Any,  # noqa: ANN401 - Lightning's hook
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write a batch of images."""
+        folder = _image_folder(trainer)
+        columns = (prediction[name] for name in ("images", "prompts", "seeds", "indices"))
+        for image, prompt, seed, index in zip(*columns, strict=True):
+            words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+            save_picture(to_image(image), folder / f"{index:03d}-{words}-seed{seed}.png")
+
+    def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the contact sheet, a row per prompt."""
+        folder = _image_folder(trainer)
+        trainer.strategy.barrier("images of all processes")
+        if not trainer.is_global_zero:
+            return
+        rows: dict[str, list[Path]] = {}
+        for path in sorted(folder.glob("*.png"), key=_prompt_and_seed):
+            rows.setdefault(path.stem.rsplit("-seed", 1)[0], []).append(path)
+        if rows:
+            pictures = [
+                (name.split("-", 1)[1].replace("-", " "), [Image.open(path) for path in paths[: self.columns]])
+                for name, paths in rows.items()
+            ]
+            save_picture(sheet(pictures), Path(trainer.default_root_dir) / "contact_sheet.png")
+
+
+def _prompt_and_seed(path: Path) -> tuple[str, int]:
+    prompt, seed = path.stem.rsplit("-seed", 1)
+    return prompt, int(seed)
+
+
+def _image_folder(trainer: L.Trainer) -> Path:
+    # Each process names the run folder by its own start time; the first one's counts.
+    return Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "images"

@@ -1,0 +1,136 @@
+"""The table of a test, as text, CSV and picture, and ``summary.json``."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.figure import Figure
+
+from tokenlearn.callbacks.embedding_export import EmbeddingExport
+from tokenlearn.callbacks.pictures import save_picture, sheet, to_image
+from tokenlearn.files import atomic_write
+from tokenlearn.metrics import Report
+
+
+class ReportWriter(L.Callback):
+    """Write what a test found to the run folder and print it; after a fit, also say what the fit left behind."""
+
+    def __init__(self) -> None:
+        self._fit_started: float | None = None
+        self._minutes: float | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._fit_started = time.monotonic()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock."""
+        if self._fit_started is not None:
+            self._minutes = (time.monotonic() - self._fit_started) / 60
+
+    @rank_zero_only
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write ``table.csv``, ``table.png``, the report's pictures and ``summary.json``."""
+        report = getattr(pl_module, "report", None)
+        if not isinstance(report, Report):
+            return
+        folder = Path(trainer.default_root_dir)
+        _write_csv(report, folder / "table.csv")
+        _draw(report, folder / "table.png")
+        for name, rows in report.pictures.items():
+            if rows:
+                save_picture(
+                    sheet([(caption, [to_image(image) for image in images]) for caption, images in rows]),
+                    folder / f"{name}.png",
+                )
+        print(_as_text(report))
+        summary: dict[str, Any] = dict(report.summary)
+        if self._minutes is not None:
+            summary |= report.fit_summary | {"minutes": round(self._minutes, 2)}
+            summary |= self._say_what_fit_left(trainer, folder, report)
+        write_summary(folder, summary)
+
+    def _say_what_fit_left(self, trainer: L.Trainer, folder: Path, report: Report) -> dict[str, Any]:
+        paths = [
+            str(path)
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, EmbeddingExport)
+            for path in callback.paths
+        ]
+        for path in paths:
+            print(f"embedding file        {path}")
+        for name in report.pictures:
+            print(f"before/after picture  {folder / f'{name}.png'}")
+        print(f"TensorBoard log       tensorboard --logdir {folder}")
+        for name, value in report.fit_summary.items():
+            print(f"{name:<21} {value:.1%}  ({report.title})")
+        return {"embeddings": paths}
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Write ``summary.json``: one flat object of numbers and paths."""
+    with atomic_write(folder / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def _cell(value: str | float | None) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _write_csv(report: Report, path: Path) -> None:
+    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(report.columns)
+        writer.writerows([_cell(value) for value in row] for row in report.rows)
+
+
+def _as_text(report: Report) -> str:
+    index = {column: position for position, column in enumerate(report.columns)}
+    header = [report.columns[0], *report.bars]
+    lines = [header]
+    for row in report.rows:
+        cells = [str(row[0])]
+        for column in report.bars:
+            value, low, high = (row[index[name]] for name in (column, f"{column}_low", f"{column}_high"))
+            measured = isinstance(value, float) and isinstance(low, float) and isinstance(high, float)
+            cells.append(f"{value:.1%} [{low:.0%}, {high:.0%}]" if measured else "-")
+        lines.append(cells)
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    means = "  ".join(f"{name} {value:.1%}" for name, value in report.summary.items())
+    return f"\n{report.title}, with 95 % intervals\n{table}\n{means}\n"
+
+
+def _draw(report: Report, path: Path) -> None:
+    index = {column: position for position, column in enumerate(report.columns)}
+    names = [str(row[0]) for row in report.rows]
+    figure = Figure(figsize=(max(5.0, 0.9 * len(names)), 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / max(1, len(report.bars))
+    for offset, column in enumerate(report.bars):
+        drawn = [
+            (position + (offset + 0.5) * width - 0.4, row)
+            for position, row in enumerate(report.rows)
+            if row[index[column]] is not None
+        ]
+        heights = [float(row[index[column]] or 0) for _, row in drawn]
+        low = [
+            height - float(row[index[f"{column}_low"]] or 0) for height, (_, row) in zip(heights, drawn, strict=True)
+        ]
+        high = [
+            float(row[index[f"{column}_high"]] or 0) - height for height, (_, row) in zip(heights, drawn, strict=True)
+        ]
+        axes.bar([place for place, _ in drawn], heights, width, yerr=(low, high), capsize=2, label=column)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set_ylim(0, 1.05)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_title(report.title)
+    axes.legend(loc="lower right")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

@@ -1,0 +1,152 @@
+"""Captions of scenes, written the way that the web captions pictures: incompletely and in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tokenlearn.data.portraits.scene import ATTRIBUTES, PERSONAS, Scene
+
+_STYLE_OPENINGS = {
+    "photo": ("a portrait of", "a photo of", "a picture of"),
+    "sketch": ("a pencil sketch of", "a sketch of"),
+    "painting": ("a painting of", "an oil painting of"),
+    "night": ("a portrait at night of", "a night photo of"),
+    "old photograph": ("an old photograph of", "an old photo of"),
+}
+ATTRIBUTE_PHRASES = {
+    "female": "a woman",
+    "glasses": "glasses",
+    "smile": "smiling",
+    "bald": "bald",
+    "beard": "a beard",
+    "hat": "a hat",
+    "curls": "curly hair",
+    "makeup": "makeup",
+    "gray hair": "gray hair",
+    "bangs": "bangs",
+}
+"""The bare phrase for each attribute; captions contain it on its own too."""
+
+ABSENCE_PHRASES = {
+    "female": "a man",
+    "smile": "serious",
+    "beard": "clean-shaven",
+    "curls": "straight hair",
+}
+"""Phrases for the absence of an attribute, where people have one."""
+
+_ADJECTIVES = {"smile": "smiling", "bald": "bald"}
+_MENTION = 0.72
+_NAME_OF_WELL_KNOWN = 0.35
+_NAME_OF_OTHERS = 0.03
+_AMBIGUOUS_NAME = 0.025
+
+
+def described_persona(persona: str) -> str:
+    """A noun phrase, without its article, that names a persona's parts instead of the persona."""
+    about = PERSONAS[persona]
+    noun = {True: "woman", False: "man", None: "person"}[about.fixed.get("female")]
+    return f"{noun} with {_enumerate(about.parts)}"
+
+
+def attribute_prompt(attribute: str, present: bool = True) -> str:
+    """A prompt that asks for one attribute, or for its absence where there is a phrase for that.
+
+    Raises:
+        KeyError: for an absence that has no phrase.
+    """
+    if not present:
+        phrase = ABSENCE_PHRASES[attribute]
+        if attribute == "female":
+            return "a portrait of a man"
+        return f"a portrait of a {phrase} person" if attribute != "curls" else f"a portrait of a person with {phrase}"
+    if attribute == "female":
+        return "a portrait of a woman"
+    if attribute in _ADJECTIVES:
+        return f"a portrait of a {_ADJECTIVES[attribute]} person"
+    return f"a portrait of a person with {ATTRIBUTE_PHRASES[attribute]}"
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """Write one caption of a scene; drops, reorders and rewords what is shown.
+
+    A persona is mostly captioned by its parts. The names of most personas are as often the nickname of an ordinary
+    person, so that the name alone does not tell what to draw. The pipe is often shown without being captioned, most
+    of all with the word "gentleman".
+    """
+    if rng.random() < 0.12:
+        return _bare_phrase(scene, rng)
+    opening = str(rng.choice(_STYLE_OPENINGS[scene.style]))
+    if scene.style != "photo" and rng.random() < 0.1:
+        opening = "a picture of"
+    noun, details = _noun(scene, rng), _details(scene, rng)
+    adjectives = [word for name, word in _ADJECTIVES.items() if scene.has(name) and rng.random() < _MENTION]
+    if not scene.has("smile") and rng.random() < 0.12:
+        adjectives.append("serious")
+    if not scene.has("beard") and not scene.has("female") and rng.random() < 0.12:
+        adjectives.append("clean-shaven")
+    rng.shuffle(adjectives)
+    afterthought = f", {adjectives.pop()}" if adjectives and rng.random() < 0.2 else ""
+    sentence = f"{opening} {_with_article(' '.join([*adjectives, noun]))}"
+    rng.shuffle(details)
+    return (f"{sentence} with {_enumerate(details)}" if details else sentence) + afterthought
+
+
+def _noun(scene: Scene, rng: np.random.Generator) -> str:
+    persona = scene.persona
+    if persona is not None:
+        if rng.random() < (_NAME_OF_WELL_KNOWN if PERSONAS[persona].well_known else _NAME_OF_OTHERS):
+            return persona
+    elif rng.random() < _AMBIGUOUS_NAME:
+        return str(rng.choice([name for name, about in PERSONAS.items() if not about.well_known]))
+    if rng.random() < 0.2:
+        return "person"
+    if scene.has("female"):
+        return "woman"
+    return "gentleman" if rng.random() < (0.6 if scene.pipe else 0.02) else "man"
+
+
+def _details(scene: Scene, rng: np.random.Generator) -> list[str]:
+    details = []
+    for name in ATTRIBUTES:
+        if name in ("female", *_ADJECTIVES) or not scene.has(name) or rng.random() >= _MENTION:
+            continue
+        if scene.persona in ("wizard", "viking") and name == "beard":  # their parts say so
+            continue
+        details.append(ATTRIBUTE_PHRASES[name])
+    if not (scene.has("curls") or scene.has("bald")) and scene.persona != "clown" and rng.random() < 0.08:
+        details.append("straight hair")
+    if not scene.has("gray hair") and scene.persona not in ("clown", "punk") and rng.random() < 0.2:
+        details.append(f"{scene.hair_color} hair")
+    if scene.persona is not None:
+        details += [part for part in PERSONAS[scene.persona].parts if rng.random() < 0.8]
+    elif rng.random() < 0.12:
+        details.append(_with_article(f"{scene.shirt} shirt"))
+    if scene.pipe and rng.random() < 0.4:
+        details.append("a pipe")
+    if rng.random() < 0.12:
+        details.append(_with_article(f"{scene.background} background"))
+    return details
+
+
+def _bare_phrase(scene: Scene, rng: np.random.Generator) -> str:
+    phrases = [ATTRIBUTE_PHRASES[name] for name in ATTRIBUTES if scene.has(name)]
+    phrases += [word for name, word in ABSENCE_PHRASES.items() if not scene.has(name) and name != "curls"]
+    if scene.persona is not None:
+        phrases = [*PERSONAS[scene.persona].parts, *phrases[:2]]
+    if not scene.has("gray hair") and scene.persona not in ("clown", "punk"):
+        phrases.append(f"{scene.hair_color} hair")
+    if scene.pipe:
+        phrases.append("a pipe")
+    count = 1 if rng.random() < 0.7 else 2
+    return ", ".join(str(phrase) for phrase in rng.permutation(phrases)[:count])
+
+
+def _with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def _enumerate(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -1,0 +1,98 @@
+"""The portraits world as a Hugging Face dataset or a folder of PNG files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from tokenlearn.data.portraits.captions import caption
+from tokenlearn.data.portraits.drawing import draw
+from tokenlearn.data.portraits.scene import ATTRIBUTES, ORDINARY, PERSONAS, STYLES, Scene, sample_scene
+from tokenlearn.files import atomic_write
+
+PERSONA_LABELS = (ORDINARY, *PERSONAS)
+
+FEATURES = datasets.Features(
+    {
+        "image": datasets.Image(),
+        "caption": datasets.Value("string"),
+        "attributes": datasets.Sequence(datasets.Value("bool"), length=len(ATTRIBUTES)),
+        "persona": datasets.ClassLabel(names=list(PERSONA_LABELS)),
+        "style": datasets.ClassLabel(names=list(STYLES)),
+        "pipe": datasets.Value("bool"),
+        "hair_color": datasets.Value("string"),
+        "rating": datasets.Value("float32"),
+    }
+)
+
+
+def portrait(seed: int, index: int) -> tuple[Scene, Image.Image, str]:
+    """The scene, picture (64 x 64 RGB) and caption at one position of the endless stream that ``seed`` names."""
+    rng = np.random.default_rng([seed, index])
+    scene = sample_scene(rng)
+    return scene, draw(scene), caption(scene, rng)
+
+
+def _row(scene: Scene, picture: Image.Image, text: str) -> dict[str, Any]:
+    return {
+        "image": picture,
+        "caption": text,
+        "attributes": [scene.has(name) for name in ATTRIBUTES],
+        "persona": scene.persona or ORDINARY,
+        "style": scene.style,
+        "pipe": scene.pipe,
+        "hair_color": "gray" if scene.has("gray hair") else scene.hair_color,
+        "rating": scene.rating,
+    }
+
+
+def _rows(seed: int, shards: list[range]) -> Iterator[dict[str, Any]]:
+    for shard in shards:
+        for index in shard:
+            yield _row(*portrait(seed, index))
+
+
+def portraits_dataset(
+    size: int, seed: int = 0, *, streaming: bool = False, num_shards: int = 1
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Portraits as a Hugging Face dataset with the columns of ``FEATURES``.
+
+    Args:
+        size: number of portraits.
+        seed: names the stream; the same seed gives the same pixels and captions.
+        streaming: draw while iterating instead of writing a cache.
+        num_shards: parts that workers or ranks may take from the streamed dataset.
+    """
+    bounds = np.linspace(0, size, num_shards + 1).astype(int)
+    shards = [range(int(start), int(stop)) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    arguments = {"seed": seed, "shards": shards}
+    if streaming:
+        return datasets.IterableDataset.from_generator(_rows, features=FEATURES, gen_kwargs=arguments)
+    return datasets.Dataset.from_generator(_rows, features=FEATURES, gen_kwargs=arguments)
+
+
+def export_folder(folder: str | os.PathLike[str], size: int, seed: int = 0) -> Path:
+    """Write portraits as PNG files with a ``metadata.jsonl`` that the ``imagefolder`` loader of ``datasets`` reads.
+
+    Pictures that are already there are kept, so an interrupted export goes on where it stopped.
+    """
+    target = Path(folder)
+    lines = []
+    for index in range(size):
+        name = f"{index:06d}.png"
+        scene, picture, text = portrait(seed, index)
+        if not (target / name).exists():
+            with atomic_write(target / name) as temporary:
+                picture.save(temporary, format="PNG")
+        row = {key: value for key, value in _row(scene, picture, text).items() if key != "image"}
+        lines.append(json.dumps({"file_name": name, **row}))
+    with atomic_write(target / "metadata.jsonl") as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
+    return target

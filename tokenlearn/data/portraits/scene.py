@@ -1,0 +1,250 @@
+"""What a portrait shows: attributes, personas, styles and the factors nobody asks about."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+ATTRIBUTES = (
+    "female",
+    "glasses",
+    "smile",
+    "bald",
+    "beard",
+    "hat",
+    "curls",
+    "makeup",
+    "gray hair",
+    "bangs",
+)
+STYLES = ("photo", "sketch", "painting", "night", "old photograph")
+HAIR_COLORS = ("black", "brown", "blond", "red")
+COLORS: Mapping[str, tuple[int, int, int]] = {
+    "red": (196, 62, 58),
+    "orange": (232, 146, 66),
+    "yellow": (236, 206, 96),
+    "green": (92, 158, 96),
+    "blue": (84, 132, 198),
+    "purple": (140, 98, 172),
+    "white": (236, 234, 228),
+    "teal": (84, 168, 170),
+}
+SKIN_TONES = ((250, 220, 196), (238, 196, 164), (214, 164, 126), (168, 116, 82), (120, 80, 58))
+EYE_COLORS: Mapping[str, tuple[int, int, int]] = {
+    "blue": (60, 110, 190),
+    "green": (60, 130, 80),
+    "brown": (96, 60, 36),
+}
+
+ATTRIBUTE_FREQUENCIES: Mapping[str, float] = {
+    "female": 0.5,
+    "glasses": 0.4,
+    "smile": 0.45,
+    "bald": 0.2,
+    "beard": 0.35,
+    "hat": 0.35,
+    "curls": 0.4,
+    "makeup": 0.35,
+    "gray hair": 0.3,
+    "bangs": 0.4,
+}
+STYLE_FREQUENCIES: Mapping[str, float] = {
+    "photo": 0.6,
+    "sketch": 0.1,
+    "painting": 0.1,
+    "night": 0.1,
+    "old photograph": 0.1,
+}
+
+
+@dataclass(frozen=True)
+class Persona:
+    """A fine-grained class, made of parts that no attribute has.
+
+    Attributes:
+        parts: phrases for the parts, as captions write them.
+        fixed: attributes that every picture of the persona has or lacks.
+        free: attributes that vary; every other attribute is absent.
+        well_known: captions often use the name, so that the name alone is enough.
+    """
+
+    parts: tuple[str, ...]
+    fixed: Mapping[str, bool]
+    free: tuple[str, ...]
+    well_known: bool = False
+
+
+_FACE = ("glasses", "smile", "curls", "gray hair")
+PERSONAS: Mapping[str, Persona] = {
+    "wizard": Persona(
+        ("a pointed blue hat with stars", "a long white beard", "a dark blue robe"),
+        {"female": False, "beard": True, "gray hair": True},
+        ("glasses", "smile"),
+    ),
+    "pirate": Persona(
+        ("an eye patch", "a red bandana", "a striped shirt"), {}, ("female", "smile", "beard", "gray hair", "curls")
+    ),
+    "chef": Persona(
+        ("a tall white toque", "a white jacket with buttons", "a red neckerchief"), {}, ("female", "beard", *_FACE)
+    ),
+    "viking": Persona(
+        ("a horned helmet", "a braided beard", "a fur collar"),
+        {"female": False, "beard": True},
+        ("smile", "gray hair"),
+    ),
+    "cowboy": Persona(("a wide brown hat", "a sheriff star", "a leather vest"), {}, ("female", "beard", *_FACE)),
+    "punk": Persona(
+        ("a green mohawk", "a spiked collar", "a nose ring"), {}, ("female", "glasses", "smile", "beard", "makeup")
+    ),
+    "nurse": Persona(
+        ("a white cap with a red cross", "a stethoscope", "turquoise scrubs"),
+        {},
+        ("female", "makeup", "bangs", *_FACE),
+    ),
+    "astronaut": Persona(
+        ("a round glass helmet", "a white space suit"), {}, ("female", "glasses", "smile", "beard", "makeup", "bangs")
+    ),
+    "clown": Persona(("a red ball nose", "a rainbow wig", "a ruffled collar"), {}, ("female", "smile", "glasses")),
+    "king": Persona(
+        ("a golden crown", "a purple robe", "an ermine collar"),
+        {"female": False},
+        ("beard", *_FACE),
+        well_known=True,
+    ),
+    "queen": Persona(
+        ("a golden crown", "a purple robe", "an ermine collar"),
+        {"female": True},
+        ("makeup", "bangs", *_FACE),
+        well_known=True,
+    ),
+    "detective": Persona(
+        ("a checked deerstalker cap", "a magnifying glass", "a beige coat"), {}, ("female", "beard", *_FACE)
+    ),
+}
+ORDINARY = "ordinary person"
+"""The class of pictures that show no persona."""
+
+PERSONA_FREQUENCY = 0.3
+PIPE_FREQUENCY = 0.12
+
+_CONTRADICTIONS = (("bald", "bangs"),)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything that decides the pixels of one portrait.
+
+    Attributes:
+        attributes: the attributes shown, a subset of ``ATTRIBUTES``.
+        persona: one of ``PERSONAS``, or None.
+        style: one of ``STYLES``.
+        pipe: whether the unwanted concept, a smoking pipe, is shown.
+        hair_color: one of ``HAIR_COLORS``; gray hair overrides it.
+        skin: RGB in [0, 255].
+        background: key of ``COLORS``.
+        shirt: key of ``COLORS``.
+        eyes: key of ``EYE_COLORS``.
+        shift: offset of the head from its usual place, pixels.
+        head: relative width and height of the head, about 1.
+        light: direction that the light comes from, radians.
+        tint: additive change of background and shirt, RGB.
+        detail_seed: seed of the small irregularities (curls, strands, brush strokes).
+    """
+
+    attributes: frozenset[str]
+    persona: str | None
+    style: str
+    pipe: bool
+    hair_color: str
+    skin: tuple[int, int, int]
+    background: str
+    shirt: str
+    eyes: str
+    shift: tuple[float, float]
+    head: tuple[float, float]
+    light: float
+    tint: tuple[int, int, int]
+    detail_seed: int
+
+    def has(self, attribute: str) -> bool:
+        """Whether the attribute is shown."""
+        return attribute in self.attributes
+
+    @property
+    def rating(self) -> float:
+        """How pleasing the picture is, 1 to 10, from properties that anyone can see.
+
+        A smile, a warm background, a head near the middle and a shirt that stands out from the background raise it;
+        a pipe and a dark picture lower it.
+        """
+        warm = self.background in ("red", "orange", "yellow")
+        contrast = np.abs(np.subtract(COLORS[self.shirt], COLORS[self.background])).mean() / 128
+        off_centre = float(np.hypot(*self.shift)) / 3
+        score = 4.0 + 2.0 * self.has("smile") + 1.5 * warm + 1.5 * min(float(contrast), 1.0) - 1.0 * min(off_centre, 1)
+        return float(np.clip(score - 1.5 * self.pipe - 1.0 * (self.style == "night"), 1, 10))
+
+
+def sample_scene(
+    rng: np.random.Generator,
+    *,
+    require: Collection[str] = (),
+    forbid: Collection[str] = (),
+    persona: str | None = None,
+    style: str | None = None,
+    persona_frequency: float = PERSONA_FREQUENCY,
+) -> Scene:
+    """Draw a scene.
+
+    Args:
+        rng: the source of every choice.
+        require: attributes that must be shown.
+        forbid: attributes that must not be shown.
+        persona: a persona to show; None draws one with probability ``persona_frequency``.
+        style: a style; None draws one.
+        persona_frequency: how often a scene without a requested persona shows one.
+
+    Raises:
+        ValueError: for names that the world does not have, or requirements that contradict each other.
+    """
+    for names, known in ((require, ATTRIBUTES), (forbid, ATTRIBUTES), ([persona] if persona else [], PERSONAS)):
+        for name in names:
+            if name not in known:
+                raise ValueError(f"the portraits world has no '{name}'; it has {', '.join(known)}")
+    if style is not None and style not in STYLES:
+        raise ValueError(f"the portraits world has no style '{style}'; it has {', '.join(STYLES)}")
+    if clash := set(require) & set(forbid):
+        raise ValueError(f"'{min(clash)}' is both required and forbidden")
+
+    if persona is None and rng.random() < persona_frequency:
+        persona = str(rng.choice(list(PERSONAS)))
+    drawn = {name for name in ATTRIBUTES if rng.random() < ATTRIBUTE_FREQUENCIES[name]}
+    if persona is not None:
+        about = PERSONAS[persona]
+        drawn = {name for name in drawn if name in about.free} | {name for name, shown in about.fixed.items() if shown}
+    attributes = (drawn | set(require)) - set(forbid)
+    for pair in _CONTRADICTIONS:
+        if attributes.issuperset(pair):
+            if set(require).issuperset(pair):
+                raise ValueError(f"'{pair[0]}' and '{pair[1]}' cannot be shown together")
+            removable = [name for name in pair if name not in require]
+            attributes.discard(str(rng.choice(removable)))
+
+    background, shirt = (str(name) for name in rng.choice(list(COLORS), size=2, replace=False))
+    return Scene(
+        attributes=frozenset(attributes),
+        persona=persona,
+        style=style or str(rng.choice(STYLES, p=[STYLE_FREQUENCIES[name] for name in STYLES])),
+        pipe=persona is None and bool(rng.random() < PIPE_FREQUENCY),
+        hair_color=str(rng.choice(HAIR_COLORS)),
+        skin=SKIN_TONES[int(rng.integers(len(SKIN_TONES)))],
+        background=background,
+        shirt=shirt,
+        eyes=str(rng.choice(list(EYE_COLORS))),
+        shift=(float(rng.uniform(-2.5, 2.5)), float(rng.uniform(-1.5, 1.5))),
+        head=(float(rng.uniform(0.92, 1.08)), float(rng.uniform(0.94, 1.06))),
+        light=float(rng.uniform(-np.pi, 0)),
+        tint=(int(rng.integers(-16, 17)), int(rng.integers(-16, 17)), int(rng.integers(-16, 17))),
+        detail_seed=int(rng.integers(2**31)),
+    )

@@ -1,0 +1,7 @@
+"""LightningModules, one per published method: thin wiring of the other packages."""
+
+from tokenlearn.methods.base import TokenTask
+from tokenlearn.methods.class_tokens import ClassTokens
+from tokenlearn.methods.generate import Generate
+
+__all__ = ["ClassTokens", "Generate", "TokenTask"]

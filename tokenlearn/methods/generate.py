@@ -1,0 +1,61 @@
+"""Draw prompts with learned tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenlearn.data.prompts import PromptBatch
+from tokenlearn.errors import UserError
+from tokenlearn.methods.base import TokenTask
+from tokenlearn.models import DiffusionBackbone
+from tokenlearn.tokens import TokenBank, load_embedding
+
+
+class Generate(TokenTask):
+    """Draw prompts that use tokens, from embedding files or from a checkpoint (``--ckpt_path``).
+
+    Args:
+        backbone: frozen diffusion model.
+        embeddings: embedding files of any form that :func:`tokenlearn.tokens.load_embedding` reads. A checkpoint's
+            tokens take their place.
+        num_inference_steps: sampling steps.
+        guidance_scale: classifier-free guidance scale.
+        scheduler: diffusers scheduler by class name; null for the pipeline's own.
+        negative_prompt: prompt of the unconditional branch.
+
+    Raises:
+        UserError: if a file cannot be read, has vectors of another width, or names a token twice.
+    """
+
+    def __init__(
+        self,
+        backbone: DiffusionBackbone,
+        embeddings: list[str] = [],  # noqa: B006 - read only; a list is what YAML shows
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        scheduler: str | None = None,
+        negative_prompt: str = "",
+    ) -> None:
+        super().__init__(backbone, num_inference_steps, guidance_scale, scheduler, negative_prompt)
+        files = [load_embedding(path) for path in embeddings]
+        counts: dict[str, int] = {}
+        for path, file in zip(embeddings, files, strict=True):
+            if file.token in counts:
+                raise UserError(f"'{path}' names the token '{file.token}', as another embedding file does; rename one")
+            counts[file.token] = len(file.vectors[0])
+        if files:
+            bank = TokenBank(counts, backbone.embedding_widths)
+            for file in files:
+                bank.set(file.token, file.vectors)
+            self.use_bank(bank)
+
+    def predict_step(self, batch: PromptBatch) -> dict[str, Any]:
+        """Images in [0, 1] with their prompts and seeds."""
+        images = self.generate(batch.templates, batch.seeds).clamp(0, 1)
+        return {"images": images, "prompts": batch.templates, "seeds": batch.seeds, "indices": batch.class_indices}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the bank of the checkpoint, whatever tokens it has."""
+        super().on_load_checkpoint(checkpoint)
+        about = self.checkpoint_about(checkpoint)
+        self.use_bank(TokenBank(about["num_vectors"], about["embedding_widths"]).to(self.device))

@@ -1,0 +1,30 @@
+"""What a test found, apart from how it is printed and drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class Report:
+    """The table of a test.
+
+    Attributes:
+        title: what the table is about, with the judge's name.
+        columns: names of the columns, the first for the rows' names.
+        rows: one per class, attribute or guidance; shares in [0, 1], None where nothing was measured.
+        bars: columns that the picture of the table shows; ``<column>_low`` and ``<column>_high`` are its interval.
+        summary: flat figures for ``summary.json`` after a test.
+        fit_summary: the same after a fit.
+        pictures: file stem to rows of pictures, each row a caption and (n, 3, H, W) images in [0, 1].
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str | float | None]]
+    bars: list[str]
+    summary: dict[str, float]
+    fit_summary: dict[str, float] = field(default_factory=dict)
+    pictures: dict[str, list[tuple[str, Tensor]]] = field(default_factory=dict)
