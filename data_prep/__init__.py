@@ -1,1 +1,1 @@
-"""Scripts that make the bundled world's data and train the models under ``checkpoints/``; each resumes where it stopped."""
+"""Scripts that make the bundled world's data and train the models under ``checkpoints/``; each can resume."""

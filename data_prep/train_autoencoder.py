@@ -83,7 +83,7 @@ def main(
     if start_from is not None:
         module.vae = AutoencoderKL.from_pretrained(start_from)
     folder = work_folder / "autoencoder"
-    train(module, index_loader(size, batch_size), folder, ema_decay=0.998)
+    train(module, index_loader(size, batch_size), folder, ema_decay=0.992)
     vae = module.vae.eval()
     deviation = latents_of(vae, portrait_arrays(2000, seed=0, work_folder=work_folder)).std()
     vae.register_to_config(scaling_factor=round(1 / float(deviation), 5))

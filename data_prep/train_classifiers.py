@@ -1,8 +1,8 @@
 """Train the bundled classifiers: ``uv run python -m data_prep.train_classifiers attribute_judge``.
 
 Guides and judges differ in architecture, seed and training portraits. All of them see portraits as drawn and as the
-autoencoder gives them back; the guides also see one-step predictions of the diffusion model from noisy latents, so that
-the blur of a prediction does not fool them. Guides thus need the diffusion model, judges only the autoencoder.
+autoencoder gives them back; the guides also see one-step predictions of the diffusion model from noisy latents, so
+that the blur of a prediction does not fool them. Guides thus need the diffusion model, judges only the autoencoder.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.nn import functional
 from data_prep.portrait_arrays import WORK_FOLDER, PortraitArrays, index_loader, portrait_arrays
 from data_prep.training import TrainedBySteps, train
 from tokenlearn.data.portraits import ATTRIBUTES, IMAGE_SIZE, PERSONA_LABELS
+from tokenlearn.diffusion.schedule import add_noise
 from tokenlearn.losses import class_cross_entropy
 from tokenlearn.models import StableDiffusion
 from tokenlearn.models.classifier import save_classifier
@@ -104,8 +105,8 @@ def one_step_predictions(backbone: StableDiffusion, arrays: PortraitArrays, size
         rows = list(range(start, min(start + 100, size)))
         latents = backbone.encode_images(arrays.pixels(rows))
         timesteps = torch.randint(*_ONE_STEP_TIMESTEPS, (len(rows),), generator=generator)
-        alpha, sigma = (values[timesteps][:, None, None, None] for values in (backbone.alphas, backbone.sigmas))
-        noisy = alpha * latents + sigma * torch.randn(latents.shape, generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        noisy = add_noise(latents, noise, backbone.alphas[timesteps], backbone.sigmas[timesteps])
         conditioning = backbone.encode_prompts([arrays.captions[row] for row in rows])
         parts.append(_as_bytes(backbone.decode_latents(backbone.predict_x0(noisy, timesteps, conditioning))))
     return torch.cat(parts)
@@ -120,7 +121,7 @@ def _cached(path: Path, make: object) -> Tensor:
 
 def main(
     name: Name,
-    steps: int = 1500,
+    steps: int = 700,
     batch_size: int = 64,
     learning_rate: float = 2e-3,
     size: int = 20000,

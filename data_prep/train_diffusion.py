@@ -156,9 +156,9 @@ def scaled_latents(vae: AutoencoderKL, arrays: PortraitArrays, cache: Path) -> T
 
 
 def main(
-    steps: int = 7000,
-    batch_size: int = 32,
-    learning_rate: float = 1e-3,
+    steps: int = 6600,
+    batch_size: int = 16,
+    learning_rate: float = 8e-4,
     size: int = 40000,
     work_folder: Path = WORK_FOLDER,
     output_folder: Path = Path("checkpoints/portraits"),
@@ -180,7 +180,7 @@ def main(
     tokenizer = train_tokenizer(arrays.captions, folder / "tokenizer")
     latents = scaled_latents(vae, arrays, folder / f"latents-{size}.pt")
     module = DiffusionTraining(latents, tokenizer, arrays.captions, steps, learning_rate)
-    train(module, index_loader(size, batch_size), folder, ema_decay=0.9995)
+    train(module, index_loader(size, batch_size), folder, ema_decay=0.997)
     save_pipeline(module, vae, tokenizer, output_folder)
 
 

@@ -35,7 +35,7 @@ class TrainedBySteps(L.LightningModule):
     def configure_optimizers(self):  # type: ignore[no-untyped-def]  # noqa: ANN201
         """AdamW under ``warmup_cosine``."""
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay)
+        optimizer = AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
         return [optimizer], [{"scheduler": warmup_cosine(optimizer, self.steps), "interval": "step"}]
 
 
@@ -47,11 +47,10 @@ def train(module: TrainedBySteps, loader: DataLoader[torch.Tensor], folder: Path
     checkpoints = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=250)
     callbacks: list[L.Callback] = [checkpoints, LearningRateMonitor()]
     if ema_decay is not None:
-        callbacks.append(EMAWeightAveraging(decay=ema_decay))
+        callbacks.append(EMAWeightAveraging(decay=ema_decay, update_every_n_steps=4))
     trainer = L.Trainer(
         max_steps=module.steps,
         max_epochs=-1,
-        precision="bf16-mixed",
         callbacks=callbacks,
         logger=CSVLogger(folder, name="", version=""),
         log_every_n_steps=25,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
+from tokenlearn.errors import UserError
 from tokenlearn.methods.base import TokenTask
 from tokenlearn.tokens import EmbeddingFormat, embedding_file_name, save_embedding
 
@@ -22,6 +25,10 @@ class EmbeddingExport(L.Callback):
 
     Attributes:
         best: best value so far, None before the first.
+        paths: files that this run wrote.
+
+    Raises:
+        UserError: at the first validation of a fit, if the metric is not logged.
     """
 
     def __init__(
@@ -33,16 +40,25 @@ class EmbeddingExport(L.Callback):
         self.monitor, self.mode, self.format = monitor, mode, format
         self.best: float | None = None
         self.paths: list[Path] = []
+        self._fitted = False
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note that a test after this is of tokens that were learned here."""
+        self._fitted = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export if the metric improved on the best so far."""
-        if trainer.sanity_checking or not trainer.fitting or not isinstance(pl_module, TokenTask):  # type: ignore[attr-defined]
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if trainer.sanity_checking or not fitting or not isinstance(pl_module, TokenTask):
             return
-        value = trainer.callback_metrics.get(self.monitor)
-        if value is None:
+        if self.monitor not in trainer.callback_metrics:
+            logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+            raise UserError(f"embedding_export.monitor '{self.monitor}' is not logged; logged: {logged}")
+        value = float(trainer.callback_metrics[self.monitor])
+        if math.isnan(value):  # no later value would compare as better
             return
         if self.best is None or (value > self.best if self.mode == "max" else value < self.best):
-            self.best = float(value)
+            self.best = value
             self.export(trainer, pl_module, {"step": str(trainer.global_step)})
 
     @rank_zero_only
@@ -59,8 +75,11 @@ class EmbeddingExport(L.Callback):
         ]
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After a fit, write the files again, with what the judge said of the tokens that were kept."""
-        if self.paths and isinstance(pl_module, TokenTask):
+        """After a fit, write the files of the tokens that were kept, with what the judge said of them.
+
+        A resumed fit that never improved on the best of its first part has its files from here.
+        """
+        if self._fitted and isinstance(pl_module, TokenTask):
             self.export(trainer, pl_module, {})
 
     def state_dict(self) -> dict[str, Any]:

@@ -27,6 +27,12 @@ class PredictionWriter(BasePredictionWriter):
         literal: Literal["batch"] = "batch"
         super().__init__(write_interval=literal)
         self.columns = columns
+        self._run_folder = Path()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Agree on the run folder: each process names it by its own start time, and the first one's counts."""
+        # Once and before any batch, because processes may have different numbers of batches.
+        self._run_folder = Path(trainer.strategy.broadcast(trainer.default_root_dir))
 
     def write_on_batch_end(
         self,
@@ -39,7 +45,7 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write a batch of images."""
-        folder = _image_folder(trainer)
+        folder = self._run_folder / "images"
         columns = (prediction[name] for name in ("images", "prompts", "seeds", "indices"))
         for image, prompt, seed, index in zip(*columns, strict=True):
             words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
@@ -47,26 +53,20 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the contact sheet, a row per prompt."""
-        folder = _image_folder(trainer)
         trainer.strategy.barrier("images of all processes")
         if not trainer.is_global_zero:
             return
         rows: dict[str, list[Path]] = {}
-        for path in sorted(folder.glob("*.png"), key=_prompt_and_seed):
+        for path in sorted((self._run_folder / "images").glob("[!.]*.png"), key=_prompt_and_seed):
             rows.setdefault(path.stem.rsplit("-seed", 1)[0], []).append(path)
         if rows:
             pictures = [
                 (name.split("-", 1)[1].replace("-", " "), [Image.open(path) for path in paths[: self.columns]])
                 for name, paths in rows.items()
             ]
-            save_picture(sheet(pictures), Path(trainer.default_root_dir) / "contact_sheet.png")
+            save_picture(sheet(pictures), self._run_folder / "contact_sheet.png")
 
 
 def _prompt_and_seed(path: Path) -> tuple[str, int]:
     prompt, seed = path.stem.rsplit("-seed", 1)
     return prompt, int(seed)
-
-
-def _image_folder(trainer: L.Trainer) -> Path:
-    # Each process names the run folder by its own start time; the first one's counts.
-    return Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "images"

@@ -65,7 +65,7 @@ class ReportWriter(L.Callback):
         ]
         for path in paths:
             print(f"embedding file        {path}")
-        for name in report.pictures:
+        for name in (name for name, rows in report.pictures.items() if rows):
             print(f"before/after picture  {folder / f'{name}.png'}")
         print(f"TensorBoard log       tensorboard --logdir {folder}")
         for name, value in report.fit_summary.items():

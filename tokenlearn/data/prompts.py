@@ -111,6 +111,14 @@ class _Evaluation:
             )
 
 
+def _part(
+    samples: Sequence[tuple[str, int, int, PromptKind]], batch_size: int, rank: int, world_size: int
+) -> _Evaluation:
+    if len(samples) < world_size:  # Lightning skips a process without batches, and the others would wait for it
+        raise UserError(f"{len(samples)} images cannot be split among {world_size} devices; lower trainer.devices")
+    return _Evaluation(samples[rank::world_size], batch_size)
+
+
 class PromptDataModule(L.LightningDataModule):
     """Prompts and seeds for learning class tokens.
 
@@ -194,7 +202,7 @@ class PromptDataModule(L.LightningDataModule):
             for image in range(images)
             if kind != "described" or description is not None
         ]
-        return _Evaluation(samples[trainer.global_rank :: trainer.world_size], self.eval_batch_size)
+        return _part(samples, self.eval_batch_size, trainer.global_rank, trainer.world_size)
 
     def _descriptions(self) -> list[str | None]:
         return list(cast(Any, self._trainer().lightning_module).classes.values())
@@ -231,4 +239,4 @@ class PromptList(L.LightningDataModule):
             (prompt, seed, index, "token") for index, prompt in enumerate(self.prompts) for seed in self.seeds
         ]
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return _Evaluation(samples[rank::world_size], self.batch_size)
+        return _part(samples, self.batch_size, rank, world_size)

@@ -132,8 +132,8 @@ class TokenTask(L.LightningModule):
         about = self.checkpoint_about(checkpoint)
         if about["vocabulary_hash"] != self.vocabulary_hash:
             raise UserError(
-                f"the checkpoint's tokens were learned on '{about['base_model']}', whose text encoder differs from that "
-                f"of '{self.backbone.pretrained}'; set model.backbone to the model of the checkpoint"
+                f"the checkpoint's tokens were learned on '{about['base_model']}', whose text encoder differs from "
+                f"that of '{self.backbone.pretrained}'; set model.backbone to the model of the checkpoint"
             )
         if "rng" in checkpoint:
             torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())

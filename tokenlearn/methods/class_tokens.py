@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ class ClassTokens(TokenTask):
         self._targets = self._label_indices(self.classifier)
         self._judge_targets = None if self.judge is None else self._label_indices(self.judge)
         self.gradient_steps, self.checkpointing = gradient_steps, checkpointing
-        self.hold_norms = hold_norms
+        self.hold_norms, self.initial_words = hold_norms, initial_words
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
 
         words = [
@@ -112,6 +113,7 @@ class ClassTokens(TokenTask):
         self.judged_accuracy = ClassAccuracy(len(classes))
         self.test_accuracy = ClassAccuracy(len(classes) * len(PROMPT_KINDS))
         self.report: Report | None = None
+        self.judged_accuracies: dict[str, float] = {}
         self._pictures: dict[tuple[str, str], list[Tensor]] = {}
 
     def _label_indices(self, classifier: TimmClassifier) -> list[int]:
@@ -209,8 +211,8 @@ class ClassTokens(TokenTask):
         assert self.judge is not None
         counts = self.test_accuracy.compute().reshape(len(PROMPT_KINDS), len(self.class_names), 2).tolist()
         self.test_accuracy.reset()
-        columns, rows = ["class"], [[name] for name in self.class_names]
-        table: list[list[str | float | None]] = [list(row) for row in rows]
+        columns = ["class"]
+        table: list[list[str | float | None]] = [[name] for name in self.class_names]
         summary: dict[str, float] = {}
         for kind, per_class in zip(PROMPT_KINDS, counts, strict=True):
             columns += [kind, f"{kind}_low", f"{kind}_high", f"{kind}_images"]
@@ -221,14 +223,8 @@ class ClassTokens(TokenTask):
             if measured:
                 summary[f"mean_accuracy_{kind}"] = sum(measured) / len(measured)
                 self.log(f"test/judged_accuracy_{kind}", summary[f"mean_accuracy_{kind}"], rank_zero_only=True)
-        fit_summary = {
-            name: summary[source]
-            for name, source in (
-                ("judged_accuracy_before", "mean_accuracy_name"),
-                ("judged_accuracy_after", "mean_accuracy_token"),
-            )
-            if source in summary
-        }
+        renamed = {"mean_accuracy_name": "judged_accuracy_before", "mean_accuracy_token": "judged_accuracy_after"}
+        fit_summary = {renamed[name]: value for name, value in summary.items() if name in renamed}
         self.judged_accuracies = {
             self.placeholders[name]: correct / total
             for name, (correct, total) in zip(self.class_names, counts[PROMPT_KINDS.index("token")], strict=True)
@@ -251,20 +247,24 @@ class ClassTokens(TokenTask):
             pictures={"before_after": picture},
         )
 
-    judged_accuracies: dict[str, float] = {}  # noqa: RUF012 - replaced, never changed
-
     def token_metadata(self) -> dict[str, dict[str, str]]:
         """Method, class and, once known, judged accuracy of each token."""
         metadata = super().token_metadata()
+        settings = {
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance.guidance_scale,
+            "scheduler": type(self.scheduler).__name__,
+            "negative_prompt": self.negative_prompt,
+            "gradient_steps": self.gradient_steps,
+            "initial_words": self.initial_words,
+        }
         for name, token in self.placeholders.items():
             metadata[token] |= {
                 "method": "class_tokens",
                 "class": name,
                 "classifier": self.classifier.pretrained,
-                "initial_prompt": f"{token} {name}",
-                "num_inference_steps": str(self.num_inference_steps),
-                "guidance_scale": str(self.guidance.guidance_scale),
-                "gradient_steps": str(self.gradient_steps),
+                "prompt": f"{token} {name}",
+                "config": json.dumps(settings),
             }
             if token in self.judged_accuracies and self.judge is not None:
                 metadata[token] |= {

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import datasets
+import datasets  # type: ignore[import-untyped]
 import numpy as np
 from PIL import Image
 
@@ -71,7 +72,7 @@ def portraits_dataset(
         num_shards: parts that workers or ranks may take from the streamed dataset.
     """
     bounds = np.linspace(0, size, num_shards + 1).astype(int)
-    shards = [range(int(start), int(stop)) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    shards = [range(int(start), int(stop)) for start, stop in pairwise(bounds)]
     arguments = {"seed": seed, "shards": shards}
     if streaming:
         return datasets.IterableDataset.from_generator(_rows, features=FEATURES, gen_kwargs=arguments)

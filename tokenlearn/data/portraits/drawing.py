@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -204,7 +205,7 @@ class _Painter:
             self._locks([(float(x), -7.6) for x in np.linspace(-width * 0.7, width * 0.7, 6)], 2.5)
             return
         points: list[Point] = [(-width * 0.9, -11)]
-        for left, right in zip(edges[:-1], edges[1:], strict=True):
+        for left, right in pairwise(edges):
             points += [(float(left), -6.2), (float(left + right) / 2, -4.9), (float(right), -6.2)]
         canvas.polygon([*points, (width * 0.9, -11), (0, -13.5)], self.hair)
         for x in edges[1:-1]:

@@ -186,6 +186,13 @@ class Scene:
         return float(np.clip(score - 1.5 * self.pipe - 1.0 * (self.style == "night"), 1, 10))
 
 
+def _contradictions(persona: str, require: Collection[str], forbid: Collection[str]) -> set[str]:
+    """Required attributes that a persona never has, and forbidden ones that it always has."""
+    about = PERSONAS[persona]
+    always = {name for name, shown in about.fixed.items() if shown}
+    return (set(require) - always - set(about.free)) | (set(forbid) & always)
+
+
 def sample_scene(
     rng: np.random.Generator,
     *,
@@ -201,12 +208,14 @@ def sample_scene(
         rng: the source of every choice.
         require: attributes that must be shown.
         forbid: attributes that must not be shown.
-        persona: a persona to show; None draws one with probability ``persona_frequency``.
+        persona: a persona to show; None draws one that can meet the requirements, with probability
+            ``persona_frequency``.
         style: a style; None draws one.
         persona_frequency: how often a scene without a requested persona shows one.
 
     Raises:
-        ValueError: for names that the world does not have, or requirements that contradict each other.
+        ValueError: for names that the world does not have, or requirements that contradict each other or the
+            persona.
     """
     for names, known in ((require, ATTRIBUTES), (forbid, ATTRIBUTES), ([persona] if persona else [], PERSONAS)):
         for name in names:
@@ -216,9 +225,12 @@ def sample_scene(
         raise ValueError(f"the portraits world has no style '{style}'; it has {', '.join(STYLES)}")
     if clash := set(require) & set(forbid):
         raise ValueError(f"'{min(clash)}' is both required and forbidden")
+    if persona is not None and (clash := _contradictions(persona, require, forbid)):
+        raise ValueError(f"'{persona}' contradicts what is asked of '{min(clash)}'")
 
     if persona is None and rng.random() < persona_frequency:
-        persona = str(rng.choice(list(PERSONAS)))
+        possible = [name for name in PERSONAS if not _contradictions(name, require, forbid)]
+        persona = str(rng.choice(possible)) if possible else None
     drawn = {name for name in ATTRIBUTES if rng.random() < ATTRIBUTE_FREQUENCIES[name]}
     if persona is not None:
         about = PERSONAS[persona]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from tokenlearn.data.portraits.scene import Scene
 
-Pixels = NDArray[np.float32]
+Pixels = NDArray[np.floating[Any]]
 
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
@@ -47,7 +49,8 @@ def _sketch(pixels: Pixels) -> Pixels:
     lines = np.clip(0.95 * np.sqrt(down**2 + right**2), 0, 0.6)
     paper = np.array([0.97, 0.96, 0.93], dtype=np.float32)
     wash = paper * 0.45 + (0.3 * luma[..., None] + 0.7 * pixels) * 0.55
-    return wash * (1 - lines[..., None])
+    drawn: Pixels = wash * (1 - lines[..., None])
+    return drawn
 
 
 def _painting(pixels: Pixels) -> Pixels:
@@ -61,4 +64,5 @@ def _old_photograph(pixels: Pixels) -> Pixels:
     sepia = (pixels @ _LUMA)[..., None] * np.array([1.04, 0.86, 0.64], dtype=np.float32) + np.float32(0.06)
     x, y = _grid(pixels)
     vignette = 1 - 0.42 * np.clip(x**2 + y**2 - 0.35, 0, 1)
-    return (0.62 * sepia + 0.38 * pixels) * vignette
+    faded: Pixels = (0.62 * sepia + 0.38 * pixels) * vignette
+    return faded

@@ -1,0 +1,254 @@
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import CLASSES
+from tests.tiny import tiny_classifier
+from tokenlearn.main import main
+from tokenlearn.tokens import load_embedding, save_embedding
+
+
+def error_of(arguments, capsys):
+    """The one line that bad input gives."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tokenlearn: error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model.init_args.gradient_stpes": 3}, ["gradient_stpes"]),
+        ({"model.init_args.backbone.init_args.pretrained": "no/such/folder/here"}, ["no/such/folder/here"]),
+        ({"model.init_args.backbone.init_args.pretrained": "owner/no-such-model"}, ["owner/no-such-model"]),
+        ({"model.init_args.classes": {"wizzard": None}}, ["wizzard", "wizard"]),
+        ({"model.init_args.classes": {}}, ["classes", "empty"]),
+        ({"model.init_args.placeholder": "king"}, ["king", "vocabulary"]),
+        ({"model.init_args.num_vectors": 90}, ["too many vectors", "77"]),
+        ({"model.init_args.gradient_steps": 0}, ["gradient_steps", "0"]),
+        ({"model.init_args.num_inference_steps": 0}, ["num_inference_steps", "0"]),
+        ({"model.init_args.scheduler": "DIM"}, ["DIM", "DDIM"]),
+        ({"model.init_args.initial_embeddings": ["missing.safetensors"]}, ["missing.safetensors"]),
+        ({"data.init_args.templates": ["a photo of a wizard"]}, ["a photo of a wizard", "{}"]),
+        ({"data.init_args.batch_size": 0}, ["batch_size", "0"]),
+        ({"trainer.precision": "8-mixed"}, ["8-mixed"]),
+    ],
+    ids=lambda value: next(iter(value)).split(".")[-1] if isinstance(value, dict) else "",
+)
+def test_bad_settings_give_one_line(tiny_config, capsys, changes, words):
+    if changes.get("model.init_args.placeholder"):
+        changes = changes | {"model.init_args.classes": {"wizard": None}}
+    error = error_of(["fit", "--config", tiny_config(changes)], capsys)
+    for word in words:
+        assert word in error
+
+
+def test_missing_config_file(capsys):
+    assert "nowhere.yaml" in error_of(["fit", "--config", "nowhere.yaml"], capsys)
+
+
+def test_half_downloaded_model(tiny_config, tiny_models, tmp_path, capsys):
+    broken = shutil.copytree(tiny_models / "pipeline", tmp_path / "broken")
+    (broken / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    changes = {"model.init_args.backbone.init_args.pretrained": str(broken)}
+    assert "diffusion_pytorch_model.safetensors" in error_of(["fit", "--config", tiny_config(changes)], capsys)
+
+
+def test_truncated_classifier(tiny_config, tmp_path, capsys):
+    folder = tiny_classifier(tmp_path / "cut", CLASSES)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    error = error_of(["fit", "--config", tiny_config({"model.init_args.classifier": str(folder)})], capsys)
+    assert str(folder) in error
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_unwritable_output_folder(tiny_config, tmp_path, capsys):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    error = error_of(["fit", "--config", tiny_config({"output_dir": str(locked / "run")})], capsys)
+    assert "cannot write" in error
+
+
+def test_output_folder_that_is_a_file(tiny_config, tmp_path, capsys):
+    (tmp_path / "taken").touch()
+    error = error_of(["fit", "--config", tiny_config({"output_dir": str(tmp_path / "taken")})], capsys)
+    assert str(tmp_path / "taken") in error
+
+
+@pytest.fixture
+def generate_config(tiny_models, tmp_path):
+    def write(embeddings=(), prompts=("a photo of a <wizard> wizard", "a photo of a king")):
+        config = {
+            "model": {
+                "class_path": "Generate",
+                "init_args": {
+                    "backbone": {
+                        "class_path": "StableDiffusion",
+                        "init_args": {"pretrained": str(tiny_models / "pipeline")},
+                    },
+                    "embeddings": [str(path) for path in embeddings],
+                    "num_inference_steps": 4,
+                },
+            },
+            "data": {"class_path": "PromptList", "init_args": {"prompts": list(prompts), "seeds": [1, 2]}},
+            "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
+            "output_dir": str(tmp_path / "images-run"),
+        }
+        path = tmp_path / "generate.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return str(path)
+
+    return write
+
+
+def wizard_file(folder, width=16):
+    vectors = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
+    return save_embedding(folder / "wizard.safetensors", "<wizard>", [vectors], {})
+
+
+def test_predict_from_embedding_file(generate_config, tmp_path, capsys):
+    main(["predict", "--config", generate_config([wizard_file(tmp_path)])])
+    run = tmp_path / "images-run"
+    assert capsys.readouterr().out.strip().splitlines()[-1] == str(run)
+    images = sorted((run / "images").glob("*.png"))
+    assert [path.name for path in images] == [
+        "000-a-photo-of-a-wizard-wizard-seed1.png",
+        "000-a-photo-of-a-wizard-wizard-seed2.png",
+        "001-a-photo-of-a-king-seed1.png",
+        "001-a-photo-of-a-king-seed2.png",
+    ]
+    assert Image.open(images[0]).size == (16, 16)
+    assert (run / "contact_sheet.png").is_file()
+
+
+def test_predict_from_checkpoint_equals_predict_from_its_embedding_file(tiny_config, generate_config, tmp_path):
+    main(["fit", "--config", tiny_config({"model.init_args.judge": None, "trainer.max_steps": 2})])
+    run = tmp_path / "run"
+    main(["predict", "--config", generate_config([run / "embeddings" / "wizard.safetensors"])])
+    image = tmp_path / "images-run" / "images" / "000-a-photo-of-a-wizard-wizard-seed1.png"
+    from_file = image.read_bytes()
+    image.unlink()
+    (best,) = (run / "checkpoints").glob("best-*.ckpt")
+    main(["predict", "--config", generate_config(), "--ckpt_path", str(best)])
+    assert image.read_bytes() == from_file
+
+
+@pytest.mark.parametrize(
+    ("break_file", "words"),
+    [
+        (lambda path: wizard_file(path.parent, width=24), ["24", "16"]),
+        (lambda path: path.write_bytes(path.read_bytes()[:40]), ["wizard.safetensors"]),
+        (lambda path: path.write_bytes(b"\0" * 300), ["wizard.safetensors"]),
+        (lambda path: path.unlink(), ["wizard.safetensors"]),
+    ],
+    ids=["width", "truncated", "corrupt", "missing"],
+)
+def test_bad_embedding_file(generate_config, tmp_path, capsys, break_file, words):
+    path = wizard_file(tmp_path)
+    break_file(path)
+    error = error_of(["predict", "--config", generate_config([path])], capsys)
+    for word in words:
+        assert word in error
+
+
+def test_unsafe_pickle(generate_config, tmp_path, capsys):
+    class Harm:
+        def __reduce__(self):
+            return print, ("harm",)
+
+    torch.save({"string_to_param": {"*": Harm()}}, tmp_path / "wizard.pt")
+    error = error_of(["predict", "--config", generate_config([tmp_path / "wizard.pt"])], capsys)
+    assert "wizard.pt" in error
+
+
+def test_checkpoint_of_another_backbone(tiny_config, generate_config, tmp_path, capsys):
+    main(["fit", "--config", tiny_config({"model.init_args.judge": None, "trainer.max_steps": 1})])
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["tokenlearn"]["vocabulary_hash"] = "another"
+    torch.save(checkpoint, last)
+    error = error_of(["predict", "--config", generate_config(), "--ckpt_path", str(last)], capsys)
+    assert "text encoder differs" in error
+
+
+@pytest.mark.parametrize("form", ["a1111", "diffusers", "onetrainer"])
+def test_export_from_checkpoint(tiny_config, tmp_path, capsys, form):
+    main(["fit", "--config", tiny_config({"model.init_args.judge": None, "trainer.max_steps": 1})])
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    capsys.readouterr()
+    out = tmp_path / "exported"
+    main(["export", "--ckpt_path", str(last), "--format", form, "--output_dir", str(out), "--scale", "2"])
+    paths = capsys.readouterr().out.split()
+    assert paths == [str(out / "wizard.safetensors"), str(out / "pirate.safetensors")]
+    bank = torch.load(last, weights_only=True)["state_dict"]["bank.vectors.0"]
+    file = load_embedding(paths[0])
+    assert file.token == "<wizard>"
+    torch.testing.assert_close(file.vectors[0], 2 * bank[:1])
+    assert file.metadata["class"] == "wizard"
+
+
+def test_export__bad_input(tmp_path, capsys):
+    assert "no checkpoint" in error_of(["export", "--ckpt_path", str(tmp_path / "none.ckpt")], capsys)
+    assert "either" in error_of(["export"], capsys)
+    (tmp_path / "cut.ckpt").write_bytes(b"PK\x03\x04 cut")
+    assert "cannot be read" in error_of(["export", "--ckpt_path", str(tmp_path / "cut.ckpt")], capsys)
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    assert "no learned tokens" in error_of(["export", "--ckpt_path", str(tmp_path / "other.ckpt")], capsys)
+    path = wizard_file(tmp_path)
+    error = error_of(["export", "--embedding", str(path), "--tokens", '["<pirate>"]'], capsys)
+    assert "<pirate>" in error
+
+
+def test_convert_a_foreign_file(tmp_path):
+    save_file({"<wizard>": torch.ones(1, 16)}, tmp_path / "foreign.safetensors")
+    main(["export", "--embedding", str(tmp_path / "foreign.safetensors"), "--output_dir", str(tmp_path / "out")])
+    assert load_file(tmp_path / "out" / "wizard.safetensors").keys() == {"emb_params"}
+
+
+def test_test_judges_a_checkpoint(tiny_config, tmp_path, capsys):
+    main(["fit", "--config", tiny_config({"trainer.max_steps": 1})])
+    fitted = json.loads((tmp_path / "run" / "summary.json").read_text())
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    config = tiny_config({"output_dir": str(tmp_path / "tested")}, "test")
+    main(["test", "--config", config, "--ckpt_path", str(last)])
+    summary = json.loads((tmp_path / "tested" / "summary.json").read_text())
+    assert summary.keys() == {"mean_accuracy_name", "mean_accuracy_described", "mean_accuracy_token"}
+    assert summary["mean_accuracy_name"] == fitted["judged_accuracy_before"]
+    table = (tmp_path / "tested" / "table.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in table] == ["class", "wizard", "pirate"]
+    assert "judged by" in capsys.readouterr().out
+
+
+def test_test_without_a_judge(tiny_config, capsys):
+    error = error_of(["test", "--config", tiny_config({"model.init_args.judge": None})], capsys)
+    assert "model.judge" in error
+
+
+def test_run_folder_is_named_after_config_and_time(tiny_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_load(Path(tiny_config({"model.init_args.judge": None, "trainer.max_steps": 1})).read_text())
+    del config["output_dir"]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", "mine.yaml"])
+    run = capsys.readouterr().out.strip().splitlines()[-1]
+    assert run.startswith("outputs/mine/20")
+    assert (tmp_path / run / "config.yaml").is_file()
+
+
+def test_help_names_export(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    assert "tokenlearn export" in capsys.readouterr().out
