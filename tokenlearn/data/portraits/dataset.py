@@ -50,7 +50,7 @@ def _row(scene: Scene, picture: Image.Image, text: str) -> dict[str, Any]:
         "style": scene.style,
         "pipe": scene.pipe,
         "hair_color": "gray" if scene.has("gray hair") else scene.hair_color,
-        "rating": scene.rating,
+        "rating": float(np.float32(scene.rating)),  # what the column holds, so that streamed rows equal cached ones
     }
 
 

@@ -1,0 +1,184 @@
+"""Callbacks in real runs of a task that learns a token of four numbers."""
+
+import math
+
+import lightning as L
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tokenlearn.callbacks import EmbeddingExport, ImageGrid, PredictionWriter
+from tokenlearn.data import PromptList
+from tokenlearn.errors import UserError
+from tokenlearn.methods.base import TokenTask
+from tokenlearn.tokens import TokenBank
+
+
+class CountingTask(TokenTask):
+    """Its token's first number is the number of steps; validations log the given values."""
+
+    def __init__(self, values):
+        L.LightningModule.__init__(self)
+        self.bank = TokenBank({"<wizard>": 1}, [4])
+        self.values = iter(values)
+        self.judged = {}
+
+    def token_metadata(self):
+        return {"<wizard>": dict(self.judged)}
+
+    def training_step(self, batch):
+        return -self.bank.vectors[0][0, 0]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.bank.parameters(), lr=1.0)
+
+    def validation_step(self, batch):
+        images = torch.full((3, 3, 8, 8), self.global_step / 10)
+        return {"images": images, "rows": ["wizard", "pirate", "wizard"]}
+
+    def on_validation_epoch_end(self):
+        self.log("val/guided_accuracy", next(self.values))
+
+    def test_step(self, batch):
+        self.judged = {"judged_accuracy": "0.5000"}
+
+    def predict_step(self, batch):
+        images = torch.stack([torch.full((3, 8, 8), seed / 10) for seed in batch.seeds])
+        return {"images": images, "prompts": batch.templates, "seeds": batch.seeds, "indices": batch.class_indices}
+
+
+def trainer(folder, *callbacks, epochs=1, **options):
+    return L.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        **{
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+        }
+        | options,
+    )
+
+
+def fit(folder, values, *callbacks, **options):
+    task = CountingTask(values)
+    run = trainer(folder, *callbacks, epochs=len(values), **options)
+    run.fit(task, range(1), range(1))
+    return run, task
+
+
+def exported(folder):
+    """First number of the exported token, and the file's metadata."""
+    with safe_open(folder / "embeddings" / "wizard.safetensors", "pt") as file:
+        (key,) = file.keys()
+        return file.get_tensor(key)[0, 0].item(), file.metadata()
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "best_step"),
+    [
+        ("max", [0.2, 0.6, 0.6, 0.4], 2),
+        ("min", [0.4, 0.3, 0.1, 0.1], 3),
+        ("max", [math.nan, 0.3, math.nan, 0.1], 2),
+    ],
+)
+def test_embedding_export_keeps_the_best(tmp_path, mode, values, best_step):
+    export = EmbeddingExport(mode=mode)
+    fit(tmp_path, values, export)
+    number, metadata = exported(tmp_path)
+    assert number == best_step
+    assert metadata["step"] == str(best_step)
+    assert export.best == pytest.approx(values[best_step - 1])
+    assert [path.name for path in (tmp_path / "embeddings").iterdir()] == ["wizard.safetensors"]
+
+
+def test_embedding_export_ignores_sanity_checks_and_other_runs(tmp_path):
+    export = EmbeddingExport()
+    task = CountingTask([0.9, 0.5])
+    trainer(tmp_path, export, num_sanity_val_steps=1).fit(task, range(1), range(1))
+    assert export.best == pytest.approx(0.5)
+    alone = EmbeddingExport()
+    other = trainer(tmp_path / "other", alone)
+    other.validate(CountingTask([0.9]), range(1), verbose=False)
+    other.test(CountingTask([]), range(1), verbose=False)
+    assert alone.best is None
+    assert not (tmp_path / "other" / "embeddings").exists()
+
+
+def test_embedding_export_resumes_with_its_best_and_still_leaves_files(tmp_path):
+    first = EmbeddingExport()
+    fit(tmp_path / "first", [0.7], first)
+    resumed = EmbeddingExport()
+    resumed.load_state_dict(first.state_dict())
+    run, task = fit(tmp_path / "second", [0.6], resumed)
+    assert not (tmp_path / "second" / "embeddings").exists()
+    run.test(task, range(1), verbose=False)
+    number, metadata = exported(tmp_path / "second")
+    assert number == 1
+    assert metadata["judged_accuracy"] == "0.5000"
+    assert resumed.paths == [tmp_path / "second" / "embeddings" / "wizard.safetensors"]
+
+
+def test_embedding_export_names_a_metric_that_is_not_logged(tmp_path):
+    with pytest.raises(UserError, match="'val/acuracy' is not logged; logged: val/guided_accuracy"):
+        fit(tmp_path, [0.5], EmbeddingExport(monitor="val/acuracy"))
+
+
+def test_image_grid_writes_a_sheet_per_validation(tmp_path):
+    logger = L.pytorch.loggers.TensorBoardLogger(tmp_path, name="", version="")
+    fit(tmp_path, [0.1, 0.2, 0.3], ImageGrid(columns=1, every_n_validations=2), logger=logger)
+    pictures = sorted((tmp_path / "pictures").iterdir())
+    assert [path.name for path in pictures] == ["step-000001.png", "step-000003.png"]
+    for path, step in zip(pictures, (1, 3), strict=True):
+        with Image.open(path) as picture:
+            assert picture.height == 2 * (96 + 4) + 4  # a row per class
+            assert picture.getpixel((picture.width - 50, 50)) == (round(255 * step / 10),) * 3
+            margin = picture.width - (96 + 4)
+            assert picture.getpixel((margin - 1, 50)) == (255, 255, 255)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Images("validation")] == [1, 3]
+
+
+def test_image_grid_ignores_sanity_checks(tmp_path):
+    trainer(tmp_path, ImageGrid(), num_sanity_val_steps=1, max_steps=0).fit(CountingTask([0.1]), range(1), range(1))
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_prediction_writer(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / ".000-a-seed1-0123456789ab.png").write_bytes(b"of a killed process")
+    prompts = ["A <wizard> wizard, smiling!", "…"]
+    run = trainer(tmp_path, PredictionWriter(columns=2))
+    run.predict(CountingTask([]), datamodule=PromptList(prompts, [10, 2, 1], batch_size=4), return_predictions=False)
+    names = {path.name for path in (tmp_path / "images").glob("[!.]*")}
+    stems = ("000-a-wizard-wizard-smiling", "001-")
+    assert names == {f"{stem}-seed{seed}.png" for stem in stems for seed in (10, 2, 1)}
+    with Image.open(tmp_path / "images" / "001--seed2.png") as picture:
+        assert picture.getpixel((0, 0)) == (51, 51, 51)
+    with Image.open(tmp_path / "contact_sheet.png") as sheet:
+        assert sheet.height == 2 * (96 + 4) + 4
+        places = [sheet.width - 150, sheet.width - 50]
+        shown = [[sheet.getpixel((x, y))[0] for x in places] for y in (50, 150)]
+    assert shown == [[26, 51]] * 2  # two columns, by seed
+
+
+def test_prediction_writer_agrees_on_the_folder_before_any_batch(tmp_path, monkeypatch):
+    run = trainer(tmp_path, PredictionWriter())
+    calls = []
+
+    def broadcast(folder, src=0):
+        calls.append(folder)
+        assert not run.predict_loop.batch_progress.current.ready  # processes may have different numbers of batches
+        return str(tmp_path / "of-the-first-process")
+
+    monkeypatch.setattr(run.strategy, "broadcast", broadcast)
+    run.predict(CountingTask([]), datamodule=PromptList(["a"], [1, 2, 3], batch_size=1), return_predictions=False)
+    assert str(tmp_path) in calls
+    assert len(list((tmp_path / "of-the-first-process" / "images").iterdir())) == 3
+    assert (tmp_path / "of-the-first-process" / "contact_sheet.png").is_file()

@@ -1,0 +1,145 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tokenlearn.data.portraits import (
+    ABSENCE_PHRASES,
+    ATTRIBUTE_PHRASES,
+    ATTRIBUTES,
+    PERSONAS,
+    STYLES,
+    attribute_prompt,
+    caption,
+    described_persona,
+    sample_scene,
+)
+
+RARELY_NAMED = [name for name, about in PERSONAS.items() if not about.well_known]
+
+
+@pytest.fixture(scope="module")
+def captioned():
+    """Scenes and captions of one stream."""
+    pairs = []
+    for index in range(8000):
+        rng = np.random.default_rng([5, index])
+        scene = sample_scene(rng)
+        pairs.append((scene, caption(scene, rng)))
+    return pairs
+
+
+def share(values):
+    values = list(values)
+    assert len(values) >= 50, "too few to tell"
+    return float(np.mean(values))
+
+
+def test_same_seed_same_caption():
+    scene = sample_scene(np.random.default_rng(0))
+    texts = [caption(scene, np.random.default_rng(seed)) for seed in (1, 1, 2, 3, 4)]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) > 2
+
+
+def test_captions_mention_only_what_is_shown(captioned):
+    for scene, text in captioned:
+        words = text.replace(",", "").split()
+        for name in ("glasses", "makeup", "bangs"):
+            # The detective's part is a magnifying glass, which is another word.
+            assert name not in words or scene.has(name), text
+        assert "smiling" not in words or scene.has("smile"), text
+        assert "bald" not in words or scene.has("bald"), text
+        assert "curly" not in words or scene.has("curls"), text
+        assert "woman" not in words or scene.has("female"), text
+        assert not {"man", "gentleman"} & set(words) or not scene.has("female"), text
+        assert "gray hair" not in text or scene.has("gray hair"), text
+        assert "serious" not in words or not scene.has("smile"), text
+        assert "clean-shaven" not in words or not scene.has("beard"), text
+        assert "a pipe" not in text or scene.pipe, text
+
+
+def test_captions_drop_parts(captioned):
+    for name in ("glasses", "bangs", "makeup"):
+        mentioned = share(name in text for scene, text in captioned if scene.has(name))
+        assert 0.5 < mentioned < 0.8
+
+
+def test_bare_phrases_occur(captioned):
+    texts = [text for _, text in captioned]
+    for phrase in (*ATTRIBUTE_PHRASES.values(), ABSENCE_PHRASES["female"], ABSENCE_PHRASES["smile"]):
+        assert texts.count(phrase) >= 3, phrase
+    openings = ("a portrait", "a p", "a sketch", "an o", "a night")
+    assert 0.05 < share(not text.startswith(openings) for text in texts) < 0.25
+
+
+def test_orders_vary(captioned):
+    places = [
+        text.index("glasses") < text.index("bangs") for _, text in captioned if "glasses" in text and "bangs" in text
+    ]
+    assert 0.35 < share(places) < 0.65
+
+
+def test_names_alone_say_little_but_for_the_well_known(captioned):
+    named = [scene.persona in RARELY_NAMED for scene, text in captioned if set(RARELY_NAMED) & set(text.split())]
+    assert share(named) < 0.45
+    assert (
+        share(bool({"king", "queen"} & set(text.split())) for scene, text in captioned if scene.persona == "king")
+        > 0.2
+    )
+    assert all(scene.persona == "queen" for scene, text in captioned if "queen" in text.split())
+
+
+def test_personas_are_captioned_by_their_parts(captioned):
+    for name in RARELY_NAMED:
+        texts = [text for scene, text in captioned if scene.persona == name]
+        assert share(any(part in text for part in PERSONAS[name].parts) for text in texts) > 0.8
+        assert share(name in text.split() for text in texts) < 0.15
+
+
+def test_the_pipe_comes_mostly_uncaptioned_with_gentlemen(captioned):
+    with_pipe = [text for scene, text in captioned if scene.pipe]
+    assert share("a pipe" in text for text in with_pipe) < 0.5
+    gentlemen = [(scene, text) for scene, text in captioned if "gentleman" in text.split()]
+    assert share(scene.pipe for scene, _ in gentlemen) > 0.6
+    assert share("a pipe" not in text for scene, text in gentlemen if scene.pipe) > 0.5
+    assert share(scene.pipe for scene, text in captioned if "man" in text.split()) < 0.1
+
+
+def test_styles_are_named(captioned):
+    words = {"sketch": "sketch", "painting": "painting", "night": "night", "old photograph": "an old photo"}
+    sentences = [(scene, text) for scene, text in captioned if " of " in text]
+    for style in STYLES:
+        for other, word in words.items():
+            mentioned = share(word in text for scene, text in sentences if scene.style == style)
+            assert mentioned > 0.8 if other == style else mentioned == 0
+
+
+@pytest.mark.parametrize("attribute", ATTRIBUTES)
+def test_attribute_prompt_uses_the_captions_words(attribute):
+    prompt = attribute_prompt(attribute)
+    assert ATTRIBUTE_PHRASES[attribute].removeprefix("a ") in prompt
+    if attribute in ABSENCE_PHRASES:
+        absent = attribute_prompt(attribute, present=False)
+        assert ABSENCE_PHRASES[attribute].removeprefix("a ") in absent
+        assert absent != prompt
+    else:
+        with pytest.raises(KeyError):
+            attribute_prompt(attribute, present=False)
+
+
+def test_described_persona_names_the_parts_and_not_the_persona():
+    for name, about in PERSONAS.items():
+        text = described_persona(name)
+        assert all(part in text for part in about.parts)
+        assert name not in text.split()
+    assert described_persona("queen").startswith("woman with a golden crown, a purple robe and")
+    assert described_persona("king").startswith("man with")
+    assert described_persona("chef").startswith("person with")
+
+
+def test_only_the_picture_decides_what_is_said():
+    scene = replace(sample_scene(np.random.default_rng(0), persona_frequency=0), attributes=frozenset({"glasses"}))
+    said = {caption(scene, np.random.default_rng(seed)) for seed in range(200)}
+    assert any("glasses" in text for text in said)
+    assert not any("hat" in text.split() or "woman" in text.split() for text in said)

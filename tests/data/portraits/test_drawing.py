@@ -1,0 +1,117 @@
+from dataclasses import replace
+from functools import cache
+from itertools import combinations, permutations
+
+import numpy as np
+import pytest
+
+from tokenlearn.data.portraits import ATTRIBUTES, HAIR_COLORS, IMAGE_SIZE, PERSONAS, STYLES, draw, sample_scene
+from tokenlearn.data.portraits.scene import SKIN_TONES
+
+PLAIN = replace(
+    sample_scene(np.random.default_rng(0), persona_frequency=0),
+    attributes=frozenset(),
+    pipe=False,
+    hair_color="black",
+    skin=SKIN_TONES[0],
+    eyes="blue",
+    background="blue",
+    shirt="red",
+    shift=(0.0, 0.0),
+    head=(1.0, 1.0),
+    light=-1.5,
+    tint=(0, 0, 0),
+)
+
+
+@cache
+def pixels(scene):
+    return np.asarray(draw(scene)).astype(int)
+
+
+def changed(scene, other, contrast=24):
+    """Number of pixels whose colour differs by at least ``contrast`` of 255 in some channel."""
+    return int((np.abs(pixels(scene) - pixels(other)).max(axis=2) >= contrast).sum())
+
+
+def with_attributes(scene, *names):
+    return replace(scene, attributes=frozenset(names))
+
+
+def test_same_seed_same_pixels():
+    for seed in range(5):
+        first, second = (draw(sample_scene(np.random.default_rng(seed))) for _ in range(2))
+        assert first.size == (IMAGE_SIZE, IMAGE_SIZE)
+        assert first.mode == "RGB"
+        assert first.tobytes() == second.tobytes()
+    assert changed(sample_scene(np.random.default_rng(0)), sample_scene(np.random.default_rng(1))) > 500
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_attribute_shows_beside_every_other(style):
+    scene = replace(PLAIN, style=style)
+    for name, other in permutations(ATTRIBUTES, 2):
+        if {name, other} != {"bald", "bangs"}:
+            assert changed(with_attributes(scene, other), with_attributes(scene, other, name)) >= 30, (name, other)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_attribute_shows_with_every_hair_and_skin(style):
+    for hair_color in HAIR_COLORS:
+        for skin in SKIN_TONES:
+            scene = replace(PLAIN, style=style, hair_color=hair_color, skin=skin)
+            for name in ATTRIBUTES:
+                shown = changed(scene, with_attributes(scene, name), contrast=12)
+                assert shown >= 30, (name, hair_color, skin)
+
+
+@pytest.mark.parametrize("persona", PERSONAS)
+def test_the_free_attributes_of_personas_show(persona):
+    about = PERSONAS[persona]
+    fixed = [name for name, shown in about.fixed.items() if shown]
+    for style in STYLES:
+        scene = replace(with_attributes(PLAIN, *fixed), persona=persona, style=style)
+        for name in about.free:
+            assert changed(scene, with_attributes(scene, *fixed, name)) >= 30, (name, style)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_personas_differ_from_ordinary_people_and_each_other(style):
+    drawn = {None: replace(PLAIN, style=style)}
+    for persona, about in PERSONAS.items():
+        fixed = [name for name, shown in about.fixed.items() if shown]
+        drawn[persona] = replace(with_attributes(PLAIN, *fixed), persona=persona, style=style)
+    for one, other in combinations(drawn, 2):
+        least = 50 if {one, other} == {"king", "queen"} else 150
+        assert changed(drawn[one], drawn[other]) >= least, (one, other)
+
+
+def test_styles_and_the_pipe_show():
+    for one, other in combinations(STYLES, 2):
+        assert changed(replace(PLAIN, style=one), replace(PLAIN, style=other)) >= 1000
+    for style in STYLES:
+        scene = replace(PLAIN, style=style)
+        assert changed(scene, replace(scene, pipe=True)) >= 30
+
+
+@pytest.mark.parametrize(
+    ("change", "least"),
+    [
+        ({"hair_color": "blond"}, 200),
+        ({"skin": SKIN_TONES[-1]}, 300),
+        ({"background": "green"}, 800),
+        ({"shirt": "teal"}, 200),
+        ({"eyes": "brown"}, 8),
+        ({"shift": (2.0, -1.0)}, 200),
+        ({"head": (1.08, 0.94)}, 60),
+    ],
+)
+def test_nuisance_factors_show(change, least):
+    assert changed(PLAIN, replace(PLAIN, **change)) >= least
+
+
+def test_gray_hair_overrides_the_hair_colour():
+    gray = with_attributes(PLAIN, "gray hair")
+    assert np.array_equal(pixels(gray), pixels(replace(gray, hair_color="red")))
+    curls = with_attributes(PLAIN, "curls")
+    assert changed(curls, replace(curls, detail_seed=curls.detail_seed + 1), contrast=8) > 0

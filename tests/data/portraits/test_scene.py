@@ -1,0 +1,95 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tokenlearn.data.portraits import ATTRIBUTES, PERSONAS, STYLES, sample_scene
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def scenes(count, **options):
+    return [sample_scene(rng(seed), **options) for seed in range(count)]
+
+
+def test_same_seed_same_scene():
+    assert sample_scene(rng(3)) == sample_scene(rng(3))
+    assert sample_scene(rng(3)) != sample_scene(rng(4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"require": ["monocle"]}, "no 'monocle'.*glasses"),
+        ({"forbid": ["monocle"]}, "no 'monocle'"),
+        ({"persona": "dentist"}, "no 'dentist'.*wizard"),
+        ({"style": "fresco"}, "no style 'fresco'.*sketch"),
+        ({"require": ["hat", "smile"], "forbid": ["hat"]}, "'hat' is both required and forbidden"),
+        ({"require": ["bald", "bangs"]}, "cannot be shown together"),
+        ({"persona": "king", "require": ["female"]}, "'king' contradicts what is asked of 'female'"),
+        ({"persona": "wizard", "require": ["hat"]}, "'wizard' contradicts what is asked of 'hat'"),
+        ({"persona": "queen", "forbid": ["female"]}, "'queen' contradicts what is asked of 'female'"),
+    ],
+)
+def test_unknown_and_contradictory_requests_raise(options, message):
+    with pytest.raises(ValueError, match=message):
+        sample_scene(rng(), **options)
+
+
+@pytest.mark.parametrize("attribute", ATTRIBUTES)
+def test_require_and_forbid_hold(attribute):
+    assert all(scene.has(attribute) for scene in scenes(60, require=[attribute]))
+    assert not any(scene.has(attribute) for scene in scenes(60, forbid=[attribute]))
+
+
+def test_bald_heads_have_no_bangs():
+    shown = scenes(400)
+    assert not any(scene.has("bald") and scene.has("bangs") for scene in shown)
+    assert any(scene.has("bald") for scene in shown)
+    assert all(scene.has("bangs") for scene in scenes(60, require=["bangs"], persona_frequency=0))
+
+
+def test_attributes_and_styles_occur_apart_and_together():
+    shown = scenes(800)
+    for name in ATTRIBUTES:
+        assert 0.05 < np.mean([scene.has(name) for scene in shown]) < 0.6
+    for style in STYLES:
+        assert sum(scene.style == style for scene in shown) > 40
+    assert {scene.persona for scene in shown} == {None, *PERSONAS}
+
+
+@pytest.mark.parametrize("persona", PERSONAS)
+def test_personas_keep_what_is_fixed_and_vary_what_is_free(persona):
+    about = PERSONAS[persona]
+    shown = scenes(120, persona=persona)
+    for name in ATTRIBUTES:
+        present = {scene.has(name) for scene in shown}
+        if name in about.fixed:
+            assert present == {about.fixed[name]}
+        else:
+            assert present == ({True, False} if name in about.free else {False}), name
+    assert {scene.persona for scene in shown} == {persona}
+    assert not any(scene.pipe for scene in shown)
+
+
+def test_requirements_choose_among_the_personas_that_meet_them():
+    serious_women = scenes(150, require=["female"], forbid=["smile"], persona_frequency=1)
+    personas = {scene.persona for scene in serious_women}
+    assert personas == set(PERSONAS) - {"king", "wizard", "viking"}
+    assert {scene.persona for scene in scenes(20, require=["hat"], persona_frequency=1)} == {None}
+
+
+def test_rating_is_in_range_and_rises_with_a_smile():
+    for scene in scenes(300):
+        serious = replace(scene, attributes=scene.attributes - {"smile"})
+        smiling = replace(scene, attributes=scene.attributes | {"smile"})
+        assert 1 <= serious.rating < smiling.rating <= 10
+
+
+def test_rating_falls_with_a_pipe_at_night_and_off_centre():
+    for scene in scenes(50, require=["smile"], style="photo", persona_frequency=0):
+        plain = replace(scene, pipe=False, shift=(0.0, 0.0))
+        for worse in (replace(plain, pipe=True), replace(plain, style="night"), replace(plain, shift=(2.0, 1.0))):
+            assert worse.rating < plain.rating
