@@ -303,7 +303,7 @@ def main(
     checkpointing: bool = False,
     batch_sizes: tuple[int, ...] = (1, 8),
     repetitions: int = 5,
-    precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed",
+    precision: Literal["32-true", "bf16-mixed"] = "32-true",
     accelerator: str = "auto",
 ) -> None:
     """Measure, print a table, and as the last line the ratios as JSON.

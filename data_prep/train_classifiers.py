@@ -7,6 +7,7 @@ that the blur of a prediction does not fool them. Guides thus need the diffusion
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -112,10 +113,10 @@ def one_step_predictions(backbone: StableDiffusion, arrays: PortraitArrays, size
     return torch.cat(parts)
 
 
-def _cached(path: Path, make: object) -> Tensor:
+def _cached(path: Path, make: Callable[[], Tensor]) -> Tensor:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(make(), path)  # type: ignore[operator]
+        torch.save(make(), path)
     return torch.load(path, weights_only=True)
 
 
@@ -125,7 +126,7 @@ def main(
     batch_size: int = 64,
     learning_rate: float = 2e-3,
     size: int = 20000,
-    blurred: int = 8000,
+    blurred: int = 4000,
     pipeline: str = "checkpoints/portraits",
     work_folder: Path = WORK_FOLDER,
     output_folder: Path = Path("checkpoints"),

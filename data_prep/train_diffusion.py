@@ -160,6 +160,7 @@ def main(
     batch_size: int = 16,
     learning_rate: float = 8e-4,
     size: int = 40000,
+    start_from: Path | None = None,
     work_folder: Path = WORK_FOLDER,
     output_folder: Path = Path("checkpoints/portraits"),
 ) -> None:
@@ -170,6 +171,7 @@ def main(
         batch_size: portraits per step.
         learning_rate: peak learning rate.
         size: number of rendered portraits to draw from.
+        start_from: pipeline folder whose network and text encoder are trained on; it must have the same tokenizer.
         work_folder: where renderings and checkpoints are kept.
         output_folder: where the pipeline is written.
     """
@@ -180,6 +182,9 @@ def main(
     tokenizer = train_tokenizer(arrays.captions, folder / "tokenizer")
     latents = scaled_latents(vae, arrays, folder / f"latents-{size}.pt")
     module = DiffusionTraining(latents, tokenizer, arrays.captions, steps, learning_rate)
+    if start_from is not None:
+        module.unet = UNet2DConditionModel.from_pretrained(start_from, subfolder="unet").train()
+        module.text_encoder = CLIPTextModel.from_pretrained(start_from, subfolder="text_encoder").train()
     train(module, index_loader(size, batch_size), folder, ema_decay=0.997)
     save_pipeline(module, vae, tokenizer, output_folder)
 

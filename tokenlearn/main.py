@@ -14,10 +14,10 @@ from typing import Any
 import diffusers
 import transformers
 from jsonargparse import auto_cli
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # Imported so that configs may name their classes without a path.
 import tokenlearn.data
@@ -127,17 +127,36 @@ def main(args: ArgsType = None) -> None:
             },
             args=args,
         )
-    except (UserError, argparse.ArgumentError, MisconfigurationException) as error:
-        message = " ".join(str(error).split())
-        print(f"tokenlearn: error: {message}", file=sys.stderr)
+    except Exception as error:
+        found = _input_error(error)
+        if found is None:
+            raise
+        print(f"tokenlearn: error: {' '.join(str(found).split())}", file=sys.stderr)
         raise SystemExit(USER_ERROR) from None
+
+
+def _input_error(error: BaseException | None) -> BaseException | None:
+    """The error that tells a user what to correct, if that is what went wrong.
+
+    jsonargparse wraps what a constructor raises in errors of its own, so the causes are searched first.
+    """
+    chain = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    for kinds in ((UserError,), (argparse.ArgumentError, MisconfigurationException)):
+        for link in chain:
+            if isinstance(link, kinds):
+                return link
+    return None
 
 
 def _quieten() -> None:
     """Keep loading bars and advice that does not apply here out of the way of progress and results."""
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    loud: tuple[Any, ...] = (diffusers.utils.logging, transformers.utils.logging)
+    for library in loud:
+        library.disable_progress_bar()
+        library.set_verbosity_error()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
     # Batches are prompts and seeds: there is nothing that workers could load ahead.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

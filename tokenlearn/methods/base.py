@@ -98,7 +98,7 @@ class TokenTask(L.LightningModule):
                 self._unconditional = self.backbone.encode_prompts([self.negative_prompt])
         return self._unconditional
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401 - nn.Module's own signature
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - overloaded in nn.Module
         """The bank's state only."""
         if self.bank is None:
             return {}
