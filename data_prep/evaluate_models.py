@@ -158,8 +158,8 @@ def main(
         "cores by the scripts in `data_prep/`. It exists so that every method can be tried and tested in minutes.",
         "![generated pictures](samples.png)",
         f"Autoencoder: {psnr:.1f} dB PSNR on {held_out} held-out portraits.",
-        f"{images} images per prompt, {_STEPS} DDIM steps, guidance scale {_GUIDANCE}, judged by `attribute_judge` and "
-        "`persona_judge`.",
+        f"{images} images per prompt, {_STEPS} DDIM steps, guidance scale {_GUIDANCE}, judged by `attribute_judge` "
+        "and `persona_judge`.",
         _table(
             ("prompted attribute", "present"),
             [*((name, f"{value:.0%}") for name, value in present.items()), ("mean", f"{_mean(present):.1%}")],

@@ -105,6 +105,16 @@ def test_hold_norms_keeps_the_vocabularys_range(tiny_models):
     assert norms.max() <= high * 1.001
 
 
+def test_clipping_treats_tokens_apart(tiny_models):
+    module = task(tiny_models)
+    gradient = torch.zeros_like(module.bank.vectors[0])
+    gradient[module.bank.rows("<wizard>"), 0] = 1e6
+    gradient[module.bank.rows("<pirate>"), 0] = 0.5
+    module.bank.vectors[0].grad = gradient
+    module.configure_gradient_clipping(module.configure_optimizers(), 1.0, "norm")
+    assert module.bank.vectors[0].grad[:, 0].tolist() == pytest.approx([1.0, 0.5], rel=1e-3)
+
+
 def tokens_after(config, *options):
     """Vectors of the last checkpoint of a fit."""
     main(["fit", "--config", config, *options])

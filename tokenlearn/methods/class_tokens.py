@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from tokenlearn.data.prompts import PROMPT_KINDS, PromptBatch, PromptKind
 from tokenlearn.errors import UserError
@@ -162,6 +162,23 @@ class ClassTokens(TokenTask):
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size, sync_dist=True)
         self.log("train/guided_accuracy", accuracy, prog_bar=True, batch_size=size, sync_dist=True)
         return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip each token's gradient on its own: one class's outburst must not starve the others of the run."""
+        if not gradient_clip_val or gradient_clip_algorithm == "value" or self.bank is None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        gradients = [vectors.grad for vectors in self.bank.vectors if vectors.grad is not None]
+        for placeholder in self.bank.placeholders:
+            own = [gradient[self.bank.rows(placeholder)] for gradient in gradients]
+            norm = torch.stack([part.norm() for part in own]).norm()
+            for part in own:
+                part.mul_((gradient_clip_val / (norm + 1e-6)).clamp(max=1))
 
     def on_train_batch_end(self, *args: Any) -> None:  # noqa: ANN401 - nothing of it is used
         """Hold the vectors in the vocabulary's range of norms, if asked."""
