@@ -146,6 +146,9 @@ def save_pipeline(module: DiffusionTraining, vae: AutoencoderKL, tokenizer: CLIP
     )
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(folder)
+    # Half precision is for the size of the files; transformers would compute in it, and diffusers' other parts not.
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"float16"', '"float32"'))
 
 
 def scaled_latents(vae: AutoencoderKL, arrays: PortraitArrays, cache: Path) -> Tensor:
