@@ -19,13 +19,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from data_prep.portrait_arrays import WORK_FOLDER, PortraitArrays, index_loader, portrait_arrays
 from data_prep.train_autoencoder import latents_of
 from data_prep.training import TrainedBySteps, train
-from tokenlearn.data.portraits import PERSONAS
+from tokenlearn.data.portraits import PERSONAS, portrait_captions
 
 MAX_PROMPT_LENGTH = 48
 _VOCABULARY_SIZE = 1000
 _TEXT_WIDTH = 128
 _EMPTY_CAPTIONS = 0.1
 _MIN_SNR = 5.0
+_CAPTIONS_PER_PORTRAIT = 4
 
 
 def train_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
@@ -101,7 +102,10 @@ def stable_diffusion_scheduler() -> DDIMScheduler:
 
 
 class DiffusionTraining(TrainedBySteps):
-    """Noise prediction (Ho et al., 2020) with min-SNR weights (Hang et al., 2023) and dropped captions."""
+    """Noise prediction (Ho et al., 2020) with min-SNR weights (Hang et al., 2023) and dropped captions.
+
+    Half of the timesteps are logit-normal (Esser et al., 2024), which is where a caption decides what is drawn.
+    """
 
     def __init__(
         self, latents: Tensor, tokenizer: CLIPTokenizer, captions: list[str], steps: int, learning_rate: float
@@ -109,7 +113,7 @@ class DiffusionTraining(TrainedBySteps):
         super().__init__(steps, learning_rate, weight_decay=1e-2)
         self.latents = latents
         tokenize = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        self.input_ids = tokenizer(captions, **tokenize).input_ids
+        self.input_ids = tokenizer(captions, **tokenize).input_ids.unflatten(0, (len(latents), -1))
         self.empty_ids = tokenizer("", **tokenize).input_ids
         self.text_encoder = build_text_encoder(tokenizer)
         self.unet = build_unet()
@@ -118,11 +122,14 @@ class DiffusionTraining(TrainedBySteps):
     def training_step(self, indices: Tensor) -> Tensor:
         """One denoising step."""
         latents = self.latents[indices].to(self.device)
-        ids = self.input_ids[indices].to(self.device)
+        captions = torch.randint(self.input_ids.shape[1], (len(indices),))
+        ids = self.input_ids[indices, captions].to(self.device)
         dropped = torch.rand(len(ids), 1, device=self.device) < _EMPTY_CAPTIONS
         prompt_embeds = self.text_encoder(torch.where(dropped, self.empty_ids.to(self.device), ids)).last_hidden_state
         noise = torch.randn_like(latents)
-        timesteps = torch.randint(0, 1000, (len(latents),), device=self.device)
+        uniform, logit_normal = torch.rand(len(latents)), torch.randn(len(latents)).sigmoid()
+        timesteps = (1000 * torch.where(torch.rand(len(latents)) < 0.5, uniform, logit_normal)).long().clamp(max=999)
+        timesteps = timesteps.to(self.device)
         noisy = self.noise_schedule.add_noise(latents, noise, timesteps)
         predicted = self.unet(noisy, timesteps, prompt_embeds).sample.float()
         alpha_bar = self.noise_schedule.alphas_cumprod.to(self.device)[timesteps]
@@ -154,13 +161,14 @@ def save_pipeline(module: DiffusionTraining, vae: AutoencoderKL, tokenizer: CLIP
 def scaled_latents(vae: AutoencoderKL, arrays: PortraitArrays, cache: Path) -> Tensor:
     """Latents (N, 4, 16, 16) times the autoencoder's scaling factor, computed once."""
     if not cache.exists():
+        cache.parent.mkdir(parents=True, exist_ok=True)
         torch.save(latents_of(vae, arrays) * vae.config.scaling_factor, cache)
     return torch.load(cache, weights_only=True)
 
 
 def main(
-    steps: int = 6600,
-    batch_size: int = 16,
+    steps: int = 7500,
+    batch_size: int = 32,
     learning_rate: float = 8e-4,
     size: int = 40000,
     start_from: Path | None = None,
@@ -174,7 +182,8 @@ def main(
         batch_size: portraits per step.
         learning_rate: peak learning rate.
         size: number of rendered portraits to draw from.
-        start_from: pipeline folder whose network and text encoder are trained on; it must have the same tokenizer.
+        start_from: pipeline folder whose network and text encoder are trained on, with
+            its tokenizer.
         work_folder: where renderings and checkpoints are kept.
         output_folder: where the pipeline is written.
     """
@@ -182,9 +191,13 @@ def main(
     arrays = portrait_arrays(size, seed=0, work_folder=work_folder)
     vae = AutoencoderKL.from_pretrained(work_folder / "autoencoder" / "vae").eval()
     folder = work_folder / "diffusion"
-    tokenizer = train_tokenizer(arrays.captions, folder / "tokenizer")
+    captions = [text for index in range(size) for text in portrait_captions(0, index, _CAPTIONS_PER_PORTRAIT)]
+    if start_from is None:
+        tokenizer = train_tokenizer(captions, folder / "tokenizer")
+    else:
+        tokenizer = CLIPTokenizer.from_pretrained(start_from, subfolder="tokenizer")
     latents = scaled_latents(vae, arrays, folder / f"latents-{size}.pt")
-    module = DiffusionTraining(latents, tokenizer, arrays.captions, steps, learning_rate)
+    module = DiffusionTraining(latents, tokenizer, captions, steps, learning_rate)
     if start_from is not None:
         module.unet = UNet2DConditionModel.from_pretrained(start_from, subfolder="unet").train()
         module.text_encoder = CLIPTextModel.from_pretrained(start_from, subfolder="text_encoder").train()

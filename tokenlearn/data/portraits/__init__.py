@@ -7,7 +7,13 @@ from tokenlearn.data.portraits.captions import (
     caption,
     described_persona,
 )
-from tokenlearn.data.portraits.dataset import PERSONA_LABELS, export_folder, portrait, portraits_dataset
+from tokenlearn.data.portraits.dataset import (
+    PERSONA_LABELS,
+    export_folder,
+    portrait,
+    portrait_captions,
+    portraits_dataset,
+)
 from tokenlearn.data.portraits.drawing import IMAGE_SIZE, draw
 from tokenlearn.data.portraits.scene import (
     ATTRIBUTES,
@@ -36,6 +42,7 @@ __all__ = [
     "draw",
     "export_folder",
     "portrait",
+    "portrait_captions",
     "portraits_dataset",
     "sample_scene",
 ]

@@ -39,6 +39,7 @@ ABSENCE_PHRASES = {
 
 _ADJECTIVES = {"smile": "smiling", "bald": "bald"}
 _MENTION = 0.72
+_SHORT_SENTENCE = 0.3
 _NAME_OF_WELL_KNOWN = 0.35
 _NAME_OF_OTHERS = 0.03
 _AMBIGUOUS_NAME = 0.025
@@ -87,11 +88,19 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         adjectives.append("serious")
     if not scene.has("beard") and not scene.has("female") and rng.random() < 0.12:
         adjectives.append("clean-shaven")
+    if scene.persona is None and rng.random() < _SHORT_SENTENCE:
+        noun = noun if rng.random() < 0.5 else "person"
+        adjectives, details = _only_one(adjectives, details, rng)
     rng.shuffle(adjectives)
     afterthought = f", {adjectives.pop()}" if adjectives and rng.random() < 0.2 else ""
     sentence = f"{opening} {_with_article(' '.join([*adjectives, noun]))}"
     rng.shuffle(details)
     return (f"{sentence} with {_enumerate(details)}" if details else sentence) + afterthought
+
+
+def _only_one(adjectives: list[str], details: list[str], rng: np.random.Generator) -> tuple[list[str], list[str]]:
+    kept = str(rng.choice([*adjectives, *details])) if adjectives or details else None
+    return [word for word in adjectives if word == kept], [phrase for phrase in details if phrase == kept]
 
 
 def _noun(scene: Scene, rng: np.random.Generator) -> str:

@@ -41,6 +41,13 @@ def portrait(seed: int, index: int) -> tuple[Scene, Image.Image, str]:
     return scene, draw(scene), caption(scene, rng)
 
 
+def portrait_captions(seed: int, index: int, count: int) -> list[str]:
+    """``count`` different ways to caption a portrait; the first is the caption of ``portrait``."""
+    rng = np.random.default_rng([seed, index])
+    scene = sample_scene(rng)
+    return [caption(scene, rng) for _ in range(count)]
+
+
 def _row(scene: Scene, picture: Image.Image, text: str) -> dict[str, Any]:
     return {
         "image": picture,
