@@ -201,7 +201,7 @@ def main(
     if start_from is not None:
         module.unet = UNet2DConditionModel.from_pretrained(start_from, subfolder="unet").train()
         module.text_encoder = CLIPTextModel.from_pretrained(start_from, subfolder="text_encoder").train()
-    train(module, index_loader(size, batch_size), folder, ema_decay=0.997)
+    train(module, index_loader(size, batch_size), folder, ema_decay=0.99)
     save_pipeline(module, vae, tokenizer, output_folder)
 
 

@@ -117,6 +117,28 @@ def test_gradient_equals_plain_autograd(backbone, conditionings, name, gradient_
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
+def test_detached_inputs_leave_each_steps_own_gradient(backbone, conditionings):
+    noise = backbone.initial_latents(SEEDS)
+    leaf = conditionings[1].prompt_embeds
+    scheduler = backbone.make_scheduler("DDIM")
+    scheduler.set_timesteps(STEPS)
+    latents = noise
+    for timestep in scheduler.timesteps:
+        unconditional, conditional = (
+            backbone(latents.detach(), timestep, item.expand(len(SEEDS))) for item in conditionings
+        )
+        output = unconditional + 4.0 * (conditional - unconditional)
+        latents = scheduler.step(output, timestep, latents).prev_sample
+    (expected,) = torch.autograd.grad(latents.square().sum(), leaf)
+
+    model = Recorder(backbone)
+    guidance = ClassifierFreeGuidance(4.0)
+    found = sample(model, scheduler, noise, conditionings, guidance, STEPS, checkpointing=False, detach_inputs=True)
+    assert model.calls == [(2, False), (2, True)] * STEPS
+    (gradient,) = torch.autograd.grad(found.square().sum(), leaf)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
 def test_full_chain_reaches_the_initial_latents(backbone, conditionings):
     noise = backbone.initial_latents(SEEDS).requires_grad_()
     constants = [item.detach() for item in conditionings]

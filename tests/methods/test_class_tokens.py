@@ -12,8 +12,9 @@ from torch.nn import functional
 from tokenlearn.data import PromptBatch
 from tokenlearn.errors import UserError
 from tokenlearn.main import main
-from tokenlearn.methods import ClassTokens
+from tokenlearn.methods import ClassTokens, class_tokens
 from tokenlearn.models import StableDiffusion
+from tokenlearn.tokens import load_embedding, whole_words
 
 BATCH = PromptBatch(["a photo of a {}", "a portrait of a {}"], [3, 4], [0, 1], ["token", "token"])
 
@@ -113,6 +114,69 @@ def test_clipping_treats_tokens_apart(tiny_models):
     module.bank.vectors[0].grad = gradient
     module.configure_gradient_clipping(module.configure_optimizers(), 1.0, "norm")
     assert module.bank.vectors[0].grad[:, 0].tolist() == pytest.approx([1.0, 0.5], rel=1e-3)
+
+
+def test_a_token_can_start_from_its_classs_name(tiny_models):
+    module = task(tiny_models, initial_words="{}")
+    for name in ("wizard", "pirate"):
+        assert torch.equal(module.bank.get(f"<{name}>")[0], module.vectors_of(name, 1)[0])
+    assert not torch.equal(*(module.bank.get(f"<{name}>")[0] for name in ("wizard", "pirate")))
+
+
+def test_words_are_found_as_trying_them_all_finds_them(tiny_models, monkeypatch):
+    module = task(tiny_models, initial_words=None, search_steps=2)
+    words = ["man", "king", "hat", "glasses", "night"]
+    monkeypatch.setattr(class_tokens, "whole_words", lambda tokenizer: words)
+    monkeypatch.setattr(class_tokens, "_SHORTLIST", len(words))
+    found = module.find_words("a photo of a {}")
+    seeds = list(range(len(words)))
+    for name in ("wizard", "pirate"):
+        target = module.classifier.label_index(name)
+        with torch.no_grad():
+            scores = [
+                module.classifier(
+                    module.generate([f"a photo of a {word} {name}"] * len(seeds), seeds, num_inference_steps=2)
+                )
+                .log_softmax(dim=1)[:, target]
+                .mean()
+                .item()
+                for word in words
+            ]
+        assert scores[words.index(found[name])] == pytest.approx(max(scores), abs=1e-5)
+
+
+def test_a_large_vocabulary_is_narrowed_down_along_the_gradient(tiny_models):
+    module = task(tiny_models, initial_words=None, search_words=4)
+    words = whole_words(module.backbone.tokenizers[0])
+    promising = module._promising(words, "a photo of a {}")
+    assert len(promising) <= 4 < len(words)
+
+    module.bank.zero_grad()
+    images = module.generate(["a photo of a <wizard>"] * 4, list(range(4)), 2)
+    target = module.classifier.label_index("wizard")
+    module.classifier(images).log_softmax(dim=1)[:, target].mean().backward()
+    gradient = module.bank.vectors[0].grad[0]
+    scores = {word: float(module.vectors_of(word, 1)[0] @ gradient) for word in words}
+    assert set(sorted(words, key=scores.get)[-2:]) <= set(promising)
+
+
+def test_only_a_fresh_fit_looks_for_words(tiny_config, tmp_path, monkeypatch):
+    searches = []
+
+    def find(self, template):
+        searches.append(template)
+        return {"wizard": "king", "pirate": "hat"}
+
+    monkeypatch.setattr(ClassTokens, "find_words", find)
+    common = {"model.init_args.judge": None, "model.init_args.initial_words": None}
+    main(["fit", "--config", tiny_config(common | {"trainer.max_steps": 2})])
+    assert searches == ["a photo of a {}"]
+    file = tmp_path / "run" / "embeddings" / "wizard.safetensors"
+    assert json.loads(load_embedding(file).metadata["config"])["initial_words"] == "king"
+    last = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    rest = common | {"trainer.max_steps": 4, "output_dir": str(tmp_path / "rest")}
+    main(["fit", "--config", tiny_config(rest), "--ckpt_path", last])
+    assert len(searches) == 1
 
 
 def tokens_after(config, *options):

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tokenlearn.errors import UserError
+
 
 class ConditioningRows(Protocol):
     """What sampling needs to know of a conditioning: a batch of rows that can be stacked."""
@@ -52,8 +54,11 @@ def sample(
     num_inference_steps: int,
     gradient_steps: int | None = None,
     checkpointing: bool = True,
+    detach_inputs: bool = False,
     generators: list[torch.Generator] | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
+    from_timestep: int | None = None,
+    to_timestep: int | None = None,
 ) -> Tensor:
     """Sample latents, differentiably through the last ``gradient_steps`` steps.
 
@@ -69,22 +74,31 @@ def sample(
             random number generators.
         scheduler: a diffusers scheduler. The sampler works on a copy of it, so the history that multi-step schedulers
             keep, and the graph that hangs on it, does not outlive the call.
-        latents: (B, C, h, w) standard normal noise; scaled here to the scheduler's first noise level.
+        latents: (B, C, h, w) standard normal noise, scaled here to the scheduler's first noise level; or latents that
+            have the noise level of ``from_timestep``.
         conditionings: what the network is evaluated for, each of B rows, or of one row that all samples share.
         combine: guidance rule, from the outputs (B, C, h, w) for each conditioning and the step's index to one output.
         num_inference_steps: number of steps asked of the scheduler.
-        gradient_steps: K, counted over ``scheduler.timesteps``, of which some schedulers have more than
+        gradient_steps: K, counted over those of ``scheduler.timesteps`` that are run; some schedulers have more than
             ``num_inference_steps`` (PNDM 1, Heun about twice as many). None is all; more than there are is all.
         checkpointing: whether to recompute the network's activations in the backward pass, one step at a time, when
             more than one step is differentiated. The scheduler's step is never recomputed, since it changes its state.
+        detach_inputs: whether what goes into the network is a constant at every step, so that the gradient reaches
+            conditionings through each step's output but not through the network's dependence on earlier ones (DRTune,
+            https://arxiv.org/abs/2405.00760). It is biased and can replace the chain's gradient where that explodes;
+            conditionings without a gradient then never need a graph, which is about half of the cost.
         generators: one per sample, for schedulers that add noise; ignored by others.
         callback: called after every step with its index and the new latents.
+        from_timestep: first of ``scheduler.timesteps`` to run, None for its own first. Steps are counted from it.
+        to_timestep: last of ``scheduler.timesteps`` to run, None for its own last.
 
     Returns:
         (B, C, h, w) float32 latents of the images.
 
     Raises:
         ValueError: if ``gradient_steps`` is negative, or a conditioning has neither 1 nor B rows.
+        UserError: if there is no step from ``from_timestep`` to ``to_timestep``, or the scheduler cannot start at
+            ``from_timestep``.
     """
     if gradient_steps is not None and gradient_steps < 0:
         raise ValueError(f"gradient_steps must be at least 0, got {gradient_steps}")
@@ -96,22 +110,51 @@ def sample(
 
     scheduler = copy.copy(scheduler)
     scheduler.set_timesteps(num_inference_steps, device=latents.device)
-    num_timesteps = len(scheduler.timesteps)
+    timesteps = _timesteps_between(scheduler, from_timestep, to_timestep)
+    num_timesteps = len(timesteps)
     differentiated = num_timesteps if gradient_steps is None else min(gradient_steps, num_timesteps)
     checkpointing = checkpointing and differentiated > 1
     takes_generator = generators is not None and "generator" in inspect.signature(scheduler.step).parameters
     step_options = {"generator": generators} if takes_generator else {}
 
-    latents = latents.float() * scheduler.init_noise_sigma
-    for index, timestep in enumerate(scheduler.timesteps):
+    latents = latents.float()
+    if from_timestep is None:
+        latents = latents * scheduler.init_noise_sigma
+    for index, timestep in enumerate(timesteps):
         with torch.set_grad_enabled(torch.is_grad_enabled() and index >= num_timesteps - differentiated):
             inputs = scheduler.scale_model_input(latents, timestep)
+            if detach_inputs:
+                inputs = inputs.detach()
             outputs = _evaluate(model, inputs, timestep, conditionings, checkpointing)
             output = combine(outputs, index)
             latents = scheduler.step(output, timestep, latents, return_dict=False, **step_options)[0]
         if callback is not None:
             callback(index, latents)
     return latents
+
+
+def _timesteps_between(scheduler: Scheduler, first: int | None, last: int | None) -> Tensor:
+    """The scheduler's timesteps from ``first`` to ``last``, both included; UserError if that is not possible."""
+    timesteps: Tensor = scheduler.timesteps
+    if first is None and last is None:
+        return timesteps
+    known = timesteps.tolist()
+    for wanted in (first, last):
+        if wanted is not None and wanted not in known:
+            near = sorted(set(known), key=lambda timestep: abs(timestep - wanted))[:2]
+            raise UserError(
+                f"timestep {wanted} is not one of the scheduler's {len(known)}; take {' or '.join(map(str, near))}, "
+                "or another number of steps"
+            )
+    # Latents of sigma-scaled schedulers (Euler) have another size in the middle of the chain, and those that visit a
+    # timestep twice (PNDM, Heun) cannot know which visit is meant.
+    if first is not None and (float(scheduler.init_noise_sigma) != 1 or len(set(known)) < len(known)):
+        raise UserError(f"{type(scheduler).__name__} cannot start at timestep {first}; use the DDIM scheduler")
+    start = 0 if first is None else known.index(first)
+    stop = len(known) if last is None else known.index(last) + 1
+    if start >= stop:
+        raise UserError(f"the scheduler has no step from timestep {first} to {last}; exchange them")
+    return timesteps[start:stop]
 
 
 def _evaluate(

@@ -1,5 +1,17 @@
 """Pixels, logits or features to a scalar per sample."""
 
+from tokenlearn.losses.attribute_logits import AttributeClass, attribute_directions, attribute_logits
 from tokenlearn.losses.class_cross_entropy import class_cross_entropy
+from tokenlearn.losses.class_mean_cosine import class_mean_cosine
+from tokenlearn.losses.latent_reconstruction import latent_reconstruction
+from tokenlearn.losses.probability_error import probability_error
 
-__all__ = ["class_cross_entropy"]
+__all__ = [
+    "AttributeClass",
+    "attribute_directions",
+    "attribute_logits",
+    "class_cross_entropy",
+    "class_mean_cosine",
+    "latent_reconstruction",
+    "probability_error",
+]

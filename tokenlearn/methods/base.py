@@ -66,7 +66,13 @@ class TokenTask(L.LightningModule):
         self._ddp_params_and_buffers_to_ignore = names
 
     def generate_latents(
-        self, prompts: Sequence[str], seeds: Sequence[int], gradient_steps: int = 0, checkpointing: bool = True
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        gradient_steps: int = 0,
+        checkpointing: bool = True,
+        detach_inputs: bool = False,
+        num_inference_steps: int | None = None,
     ) -> Tensor:
         """Sample latents (B, C, h, w) for B prompts and seeds; see :func:`tokenlearn.diffusion.sample`."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -79,17 +85,27 @@ class TokenTask(L.LightningModule):
             latents,
             self.guidance.conditionings(self.unconditional(), conditional),
             self.guidance,
-            self.num_inference_steps,
+            num_inference_steps or self.num_inference_steps,
             gradient_steps,
             checkpointing,
+            detach_inputs,
             generators,
         )
 
     def generate(
-        self, prompts: Sequence[str], seeds: Sequence[int], gradient_steps: int = 0, checkpointing: bool = True
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        gradient_steps: int = 0,
+        checkpointing: bool = True,
+        detach_inputs: bool = False,
+        num_inference_steps: int | None = None,
     ) -> Tensor:
         """Images (B, 3, H, W), nominally in [0, 1], for B prompts and seeds, differentiable as asked."""
-        return self.backbone.decode_latents(self.generate_latents(prompts, seeds, gradient_steps, checkpointing))
+        latents = self.generate_latents(
+            prompts, seeds, gradient_steps, checkpointing, detach_inputs, num_inference_steps
+        )
+        return self.backbone.decode_latents(latents)
 
     def unconditional(self) -> Conditioning:
         """One row for the negative prompt, encoded once: no token is in it."""

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from tqdm import trange  # type: ignore[import-untyped]
 
-from tokenlearn.data.prompts import PROMPT_KINDS, PromptBatch, PromptKind
+from tokenlearn.data.prompts import PROMPT_KINDS, PromptBatch, PromptDataModule, PromptKind
 from tokenlearn.errors import UserError
 from tokenlearn.losses import class_cross_entropy
-from tokenlearn.methods.base import TokenTask
+from tokenlearn.methods.learning import TokenLearning, adamw, guide_and_judge
 from tokenlearn.metrics import ClassAccuracy, Report, is_classified_as, wilson_interval
 from tokenlearn.models import DiffusionBackbone, TimmClassifier
-from tokenlearn.tokens import TokenBank, load_embedding, vectors_from_words, vocabulary_norm_range
+from tokenlearn.tokens import input_embedding, load_embedding, whole_words, with_vectors, word_ids
+from tokenlearn.tokens.class_initialisation import mean_gradients
 
 _PICTURE_COLUMNS = 8
+_SEARCH_BATCH = 16
+_SHORTLIST = 4
+"""Words of each class that are compared with one another, and pictures that they are compared by."""
 
 
-def _adamw(params: Any) -> AdamW:  # noqa: ANN401 - torch's own type of parameters is private
-    return AdamW(params, lr=2e-2, weight_decay=0.0)
-
-
-class ClassTokens(TokenTask):
+class ClassTokens(TokenLearning):
     """Learn one token per class, so that prompts with it draw exactly what a classifier takes for that class.
 
     Images are generated from noise with prompts that hold the token, a frozen classifier judges them, and the gradient
@@ -42,7 +43,11 @@ class ClassTokens(TokenTask):
         judge: timm name or folder of another classifier, which reports; null reports nothing as a result.
         placeholder: how a class gives its token's name; ``{}`` is the class in lower case, with dashes for spaces.
         num_vectors: vectors per token.
-        initial_words: word or words whose embedding a token starts from.
+        initial_words: word or words whose embedding a token starts from; ``{}`` is the class's name. Null starts each
+            token from the word of the vocabulary whose pictures the guide takes for the class most of all.
+        search_words: how many words are tried for null. Of a larger vocabulary, those are taken that the gradient of
+            the classes' log-probabilities at the word "a" points to.
+        search_steps: sampling steps of the pictures that words are tried with.
         initial_embeddings: embedding files to start from instead, for the tokens that they name.
         num_inference_steps: sampling steps, in training as in validation and test.
         guidance_scale: classifier-free guidance scale.
@@ -50,6 +55,8 @@ class ClassTokens(TokenTask):
         negative_prompt: prompt of the unconditional branch.
         gradient_steps: how many of the last sampling steps are differentiated.
         checkpointing: recompute each differentiated step in the backward pass; memory of one step instead of all.
+        detach_inputs: differentiate each step's output for the token only, not through the steps before it (DRTune):
+            biased, but half of the cost, and steady where the gradient through the chain explodes.
         hold_norms: after each step, scale token vectors into the range of norms in the vocabulary.
         optimizer: over the token vectors only.
         lr_scheduler: stepped after every optimizer step; null keeps the learning rate.
@@ -66,7 +73,9 @@ class ClassTokens(TokenTask):
         judge: str | None = None,
         placeholder: str = "<{}>",
         num_vectors: int = 1,
-        initial_words: str = "a",
+        initial_words: str | None = "a",
+        search_words: int = 256,
+        search_steps: int = 10,
         initial_embeddings: list[str] = [],  # noqa: B006 - read only; a list is what YAML shows
         num_inference_steps: int = 20,
         guidance_scale: float = 7.0,
@@ -74,41 +83,43 @@ class ClassTokens(TokenTask):
         negative_prompt: str = "",
         gradient_steps: int = 8,
         checkpointing: bool = True,
+        detach_inputs: bool = False,
         hold_norms: bool = False,
-        optimizer: OptimizerCallable = _adamw,
+        optimizer: OptimizerCallable = adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(backbone, num_inference_steps, guidance_scale, scheduler, negative_prompt)
+        super().__init__(
+            backbone,
+            num_inference_steps,
+            guidance_scale,
+            scheduler,
+            negative_prompt,
+            hold_norms,
+            optimizer,
+            lr_scheduler,
+        )
         if not classes:
             raise UserError("model.classes is empty; name at least one class of the classifier")
         if gradient_steps < 1:
             raise UserError(f"model.gradient_steps must be at least 1, got {gradient_steps}")
-        if judge is not None and _same_model(judge, classifier):
-            raise UserError(f"judge and classifier are both '{judge}'; a judge must be another model than the guide")
         self.classes = classes
         self.class_names = list(classes)
         self.placeholders = {name: placeholder.format(name.lower().replace(" ", "-")) for name in classes}
-        self.classifier = TimmClassifier(classifier)
-        self.judge = None if judge is None else TimmClassifier(judge)
+        self.classifier, self.judge = guide_and_judge(classifier, judge)
         self._targets = self._label_indices(self.classifier)
         self._judge_targets = None if self.judge is None else self._label_indices(self.judge)
-        self.gradient_steps, self.checkpointing = gradient_steps, checkpointing
-        self.hold_norms, self.initial_words = hold_norms, initial_words
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.gradient_steps, self.checkpointing, self.detach_inputs = gradient_steps, checkpointing, detach_inputs
+        self.initial_words, self.search_words, self.search_steps = initial_words, search_words, search_steps
 
-        words = [
-            vectors_from_words(initial_words, tokenizer, encoder, num_vectors)
-            for tokenizer, encoder in zip(backbone.tokenizers, backbone.text_encoders, strict=True)
-        ]
-        bank = TokenBank(dict.fromkeys(self.placeholders.values(), num_vectors), backbone.embedding_widths)
-        for token in bank.placeholders:
-            bank.set(token, words)
+        self.started_from = {name: (initial_words or "a").format(name) for name in classes}
+        words = {token: self.started_from[name] for name, token in self.placeholders.items()}
+        bank = self.make_bank(words, num_vectors)
+        self._given = set()
         for path in initial_embeddings:
             file = load_embedding(path)
             bank.set(file.token, file.vectors)
+            self._given.add(file.token)
         self.use_bank(bank)
-        self._norm_ranges = [vocabulary_norm_range(encoder) for encoder in backbone.text_encoders]
-
         self.guided_accuracy = ClassAccuracy(len(classes))
         self.judged_accuracy = ClassAccuracy(len(classes))
         self.test_accuracy = ClassAccuracy(len(classes) * len(PROMPT_KINDS))
@@ -134,6 +145,82 @@ class ClassTokens(TokenTask):
             raise UserError(f"class '{name}' has no description; set model.classes.{name}")
         return description
 
+    def on_fit_start(self) -> None:
+        """Find the words to start from, unless they are given or a checkpoint is gone on with."""
+        if self.initial_words is not None or self.trainer.ckpt_path is not None:
+            return
+        assert self.bank is not None
+        template = cast(PromptDataModule, self.trainer.datamodule).templates[0]  # type: ignore[attr-defined]
+        self.started_from = self.trainer.strategy.broadcast(self.find_words(template))
+        for name, token in self.placeholders.items():
+            if token not in self._given:
+                self.bank.set(token, self.vectors_of(self.started_from[name], self.bank.num_vectors[token]))
+        rank_zero_info(", ".join(f"{name} starts from '{word}'" for name, word in self.started_from.items()))
+
+    @torch.no_grad()
+    def find_words(self, template: str) -> dict[str, str]:
+        """For each class, the word whose pictures the guide takes for the class most of all.
+
+        One picture of each word alone serves all classes; the best few words of a class are then compared as its token
+        will be used, before the name of the class.
+
+        Args:
+            template: prompt with ``{}`` where the word goes.
+
+        Returns:
+            Class to word.
+        """
+        words = whole_words(self.backbone.tokenizers[0])
+        if len(words) > self.search_words:
+            words = self._promising(words, template)
+        prompts = [template.format(word) for word in words]
+        scores = self._log_probabilities(prompts, "Trying words")
+        shortlists = scores.topk(min(_SHORTLIST, len(words)), dim=0).indices.T.tolist()
+        found = {}
+        for index, (name, shortlist) in enumerate(zip(self.class_names, shortlists, strict=True)):
+            tried = [template.format(f"{words[place]} {name}") for place in shortlist for _ in range(_SHORTLIST)]
+            seeds = list(range(_SHORTLIST)) * len(shortlist)
+            means = self._log_probabilities(tried, f"Comparing words for {name}", seeds)[:, index]
+            found[name] = words[shortlist[int(means.reshape(len(shortlist), -1).mean(dim=1).argmax())]]
+        return found
+
+    def _log_probabilities(self, prompts: Sequence[str], task: str, seeds: Sequence[int] | None = None) -> Tensor:
+        """Log-probability (N, classes) that the guide gives to each class on a picture of each of N prompts."""
+        seeds = seeds or [0] * len(prompts)
+        parts = []
+        for start in trange(0, len(prompts), _SEARCH_BATCH, desc=task, leave=False, disable=self.global_rank > 0):
+            rows = slice(start, start + _SEARCH_BATCH)
+            logits = self.classifier(self.generate(prompts[rows], seeds[rows], num_inference_steps=self.search_steps))
+            parts.append(self._of_classes(logits))
+        return torch.cat(parts)
+
+    def _of_classes(self, logits: Tensor) -> Tensor:
+        """Log-probabilities (B, classes) of this task's classes."""
+        targets = torch.tensor(self._targets, device=logits.device)
+        rows = logits.repeat_interleave(len(targets), dim=0)
+        losses = class_cross_entropy(rows, targets.repeat(len(logits)), self.classifier.multi_label)
+        return -losses.reshape(len(logits), -1)
+
+    def _promising(self, words: Sequence[str], template: str) -> list[str]:
+        """Words that a step from the word "a" along a class's gradient goes towards, as many for each class."""
+        assert self.bank is not None
+        token = self.bank.placeholders[0]
+        start = torch.cat(self.vectors_of("a", 1), dim=1)
+        tables = [input_embedding(encoder).weight for encoder in self.backbone.text_encoders]
+        ids = [word_ids(tokenizer, words) for tokenizer in self.backbone.tokenizers]
+        table = torch.cat([weight[torch.tensor(rows)] for weight, rows in zip(tables, ids, strict=True)], dim=1)
+
+        def log_probabilities(seeds: Sequence[int]) -> Tensor:
+            images = self.generate([template.format(token)] * len(seeds), seeds, self.gradient_steps)
+            return self._of_classes(self.classifier(images))
+
+        directions = torch.eye(len(self.class_names), device=self.device)
+        features = with_vectors(self.bank, token, log_probabilities)
+        gradients = mean_gradients(features, start, directions, [list(range(_SHORTLIST))]).sum(dim=1)
+        share = -(-self.search_words // len(self.class_names))
+        best = (table.float() @ gradients.T).topk(min(share, len(words)), dim=0).indices
+        return [words[index] for index in sorted(set(best.flatten().tolist()))]
+
     def prompts(self, batch: PromptBatch) -> list[str]:
         """Prompts of a batch."""
         subjects = [
@@ -148,43 +235,17 @@ class ClassTokens(TokenTask):
         Raises:
             UserError: if the loss is not finite on any device; the last exported embedding stays as it is.
         """
-        images = self.generate(self.prompts(batch), batch.seeds, self.gradient_steps, self.checkpointing)
+        images = self.generate(
+            self.prompts(batch), batch.seeds, self.gradient_steps, self.checkpointing, self.detach_inputs
+        )
         targets = torch.tensor([self._targets[index] for index in batch.class_indices], device=self.device)
         logits = self.classifier(images)
-        loss = class_cross_entropy(logits, targets, self.classifier.multi_label).mean()
-        if not self.trainer.strategy.reduce_boolean_decision(bool(loss.isfinite())):
-            raise UserError(
-                f"the loss is not finite at step {self.global_step}; files exported so far are kept: lower the "
-                "learning rate, or clip gradients with --trainer.gradient_clip_val 1"
-            )
+        loss = self.require_finite(class_cross_entropy(logits, targets, self.classifier.multi_label).mean())
         accuracy = is_classified_as(logits.detach(), targets, self.classifier.multi_label).float().mean()
         size = len(batch.seeds)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size, sync_dist=True)
         self.log("train/guided_accuracy", accuracy, prog_bar=True, batch_size=size, sync_dist=True)
         return loss
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip each token's gradient on its own: one class's outburst must not starve the others of the run."""
-        if not gradient_clip_val or gradient_clip_algorithm == "value" or self.bank is None:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
-        gradients = [vectors.grad for vectors in self.bank.vectors if vectors.grad is not None]
-        for placeholder in self.bank.placeholders:
-            own = [gradient[self.bank.rows(placeholder)] for gradient in gradients]
-            norm = torch.stack([part.norm() for part in own]).norm()
-            for part in own:
-                part.mul_((gradient_clip_val / (norm + 1e-6)).clamp(max=1))
-
-    def on_train_batch_end(self, *args: Any) -> None:  # noqa: ANN401 - nothing of it is used
-        """Hold the vectors in the vocabulary's range of norms, if asked."""
-        if self.hold_norms and self.bank is not None:
-            low, high = zip(*self._norm_ranges, strict=True)
-            self.bank.renormalise_(low, high)
 
     def validation_step(self, batch: PromptBatch) -> dict[str, Any]:
         """Generate on fresh seeds; returns the images and their class names for callbacks."""
@@ -196,9 +257,9 @@ class ClassTokens(TokenTask):
 
     def on_validation_epoch_end(self) -> None:
         """Log accuracies: the guide's chooses what to keep, the judge's is only shown."""
-        self._log_accuracy("val/guided_accuracy", self.guided_accuracy)
+        self.log_accuracy("val/guided_accuracy", self.guided_accuracy)
         if self.judge is not None:
-            self._log_accuracy("val/judged_accuracy", self.judged_accuracy)
+            self.log_accuracy("val/judged_accuracy", self.judged_accuracy)
 
     def on_test_start(self) -> None:
         """Check that there is somebody to judge.
@@ -273,7 +334,6 @@ class ClassTokens(TokenTask):
             "scheduler": type(self.scheduler).__name__,
             "negative_prompt": self.negative_prompt,
             "gradient_steps": self.gradient_steps,
-            "initial_words": self.initial_words,
         }
         for name, token in self.placeholders.items():
             metadata[token] |= {
@@ -281,7 +341,7 @@ class ClassTokens(TokenTask):
                 "class": name,
                 "classifier": self.classifier.pretrained,
                 "prompt": f"{token} {name}",
-                "config": json.dumps(settings),
+                "config": json.dumps(settings | {"initial_words": self.started_from[name]}),
             }
             if token in self.judged_accuracies and self.judge is not None:
                 metadata[token] |= {
@@ -290,27 +350,9 @@ class ClassTokens(TokenTask):
                 }
         return metadata
 
-    def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's union of forms
-        """The optimizer gets the token vectors and nothing else."""
-        assert self.bank is not None
-        optimizer = self.optimizer(self.bank.parameters())
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
-
     def _count(
         self, metric: ClassAccuracy, classifier: TimmClassifier, targets: list[int], images: Tensor, groups: list[int]
     ) -> None:
         wanted = torch.tensor([targets[group % len(self.class_names)] for group in groups], device=self.device)
         correct = is_classified_as(classifier(images), wanted, classifier.multi_label)
         metric.update(correct, torch.tensor(groups, device=self.device))
-
-    def _log_accuracy(self, name: str, metric: ClassAccuracy) -> None:
-        correct, total = metric.compute().unbind(dim=1)
-        self.log(name, (correct / total.clamp_min(1)).mean(), prog_bar=True)
-        metric.reset()
-
-
-def _same_model(name: str, other: str) -> bool:
-    return name == other or (Path(name).is_dir() and Path(name).resolve() == Path(other).resolve())

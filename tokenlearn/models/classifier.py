@@ -19,6 +19,7 @@ from timm.data.config import resolve_model_data_config
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tokenlearn.errors import UserError
 from tokenlearn.models.frozen import FrozenModule, freeze
@@ -115,6 +116,10 @@ class TimmClassifier(FrozenModule):
             self.model.forward_features(self.preprocess(images)), pre_logits=True
         )
         return features.float()
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits (B, num_classes) of penultimate features (B, F): ``classify(features(x))`` is ``forward(x)``."""
+        return functional.linear(features, self.head_weight.to(features), self.head_bias.to(features))
 
     @property
     def head_weight(self) -> Tensor:

@@ -1,6 +1,13 @@
 """The learned thing: token bank, its place in prompts, its start and its files."""
 
 from tokenlearn.tokens.bank import TokenBank
+from tokenlearn.tokens.class_initialisation import (
+    ClassInitialiser,
+    class_vectors,
+    whole_words,
+    with_vectors,
+    word_ids,
+)
 from tokenlearn.tokens.embedding_files import (
     EmbeddingFile,
     EmbeddingFormat,
@@ -13,10 +20,12 @@ from tokenlearn.tokens.initialisation import vectors_from_words, vocabulary_norm
 from tokenlearn.tokens.injection import TokenInjection, input_embedding
 
 __all__ = [
+    "ClassInitialiser",
     "EmbeddingFile",
     "EmbeddingFormat",
     "TokenBank",
     "TokenInjection",
+    "class_vectors",
     "embedding_file_name",
     "input_embedding",
     "load_embedding",
@@ -24,4 +33,7 @@ __all__ = [
     "vectors_from_words",
     "vocabulary_hash",
     "vocabulary_norm_range",
+    "whole_words",
+    "with_vectors",
+    "word_ids",
 ]

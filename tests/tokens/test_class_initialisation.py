@@ -1,0 +1,183 @@
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from tokenlearn.errors import UserError
+from tokenlearn.tokens import TokenBank, TokenInjection, class_vectors, with_vectors, word_ids
+from tokenlearn.tokens.class_initialisation import mean_gradients, nearest_words, pull_back, ridge_vectors
+
+WORDS, VECTORS, WIDTH, FEATURES = 40, 2, 6, 9
+
+
+@pytest.fixture
+def toy():
+    """Features that depend linearly on the vectors, by another matrix for each picture."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    batches = [
+        (normal(count, FEATURES), normal(FEATURES, VECTORS * WIDTH) + 0.3 * normal(count, FEATURES, VECTORS * WIDTH))
+        for count in (3, 1)
+    ]
+
+    def features(vectors, batch):
+        offsets, jacobians = batch
+        return offsets + jacobians @ vectors.flatten()
+
+    jacobian = torch.cat([jacobians for _, jacobians in batches]).mean(0)
+    return {
+        "features": features,
+        "batches": batches,
+        "jacobian": jacobian,
+        "base": normal(VECTORS, WIDTH),
+        "table": 0.5 * normal(WORDS, WIDTH),
+        "directions": normal(3, FEATURES),
+    }
+
+
+def arguments(toy, *names):
+    return [toy[name] for name in names]
+
+
+def test_mean_gradient_is_the_transposed_jacobian_over_all_pictures(toy):
+    with torch.no_grad():  # wherever it is called from
+        gradients = mean_gradients(*arguments(toy, "features", "base", "directions", "batches"))
+    expected = (toy["directions"] @ toy["jacobian"]).reshape(3, VECTORS, WIDTH)
+    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-4)
+    assert not gradients.requires_grad
+
+
+def test_pull_back_steps_each_vector_by_the_given_length(toy):
+    gradients = 1e-9 * torch.randn(3, VECTORS, WIDTH, generator=torch.Generator().manual_seed(1))
+    gradients[0, 1] = 0
+    steps = pull_back(toy["base"], gradients, 0.7) - toy["base"]
+    torch.testing.assert_close(steps, 0.7 * normalize(gradients, dim=2, eps=1e-30), rtol=1e-4, atol=1e-6)
+    assert not steps[0, 1].any()
+    torch.testing.assert_close(steps[1:].norm(dim=2), torch.full((2, VECTORS), 0.7), rtol=1e-4, atol=1e-6)
+
+
+def test_nearest_word_of_linear_features_has_the_largest_product_with_the_gradient(toy):
+    gradients = (toy["directions"] @ toy["jacobian"]).reshape(3, VECTORS, WIDTH)
+    candidates = list(range(5, WORDS))
+    best = (gradients.sum(1) @ toy["table"][5:].T).argmax(1) + 5
+    for num_candidates in (1, 4, 1000):
+        found = nearest_words(
+            *arguments(toy, "features", "base", "directions", "batches", "table"), candidates, num_candidates
+        )
+        assert torch.equal(found, best)
+
+
+def test_shortlisted_words_are_judged_by_their_own_edits(toy):
+    """Features that fall off where the gradient says that they rise."""
+
+    def saturating(vectors, batch):
+        return torch.stack([vectors[:, 0].sum() - 0.5 * vectors[:, 0].square().sum()])[None]
+
+    table = torch.zeros(4, WIDTH)
+    table[:, 0] = torch.tensor([9.0, 3.0, 1.0, -1.0])
+    base, direction = torch.zeros(VECTORS, WIDTH), torch.ones(1, 1)
+    found = {n: nearest_words(saturating, base, direction, [None], table, range(4), n).item() for n in (1, 2, 3, 4)}
+    assert found == {1: 0, 2: 1, 3: 2, 4: 2}
+
+
+def test_ridge_finds_the_vector_whose_edit_gave_the_direction(toy):
+    """Features of one picture, in more dimensions than the embedding: then the map can be undone."""
+    matrix = torch.randn(FEATURES, WIDTH, generator=torch.Generator().manual_seed(2))
+    wanted = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(3))
+
+    def features(vectors, batch):
+        return (10 + matrix @ vectors[0])[None]
+
+    vectors = ridge_vectors(
+        features, toy["base"], wanted @ matrix.T, [None], toy["table"], range(WORDS), 20, ridge=1e-5, norm=0.4
+    )
+    expected = 0.4 * normalize(wanted, dim=1)[:, None].expand(-1, VECTORS, -1)
+    torch.testing.assert_close(vectors, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_ridge_equals_its_primal_form(toy):
+    fit = {"num_words": WORDS, "ridge": 0.3, "norm": 1.0}
+    vectors = ridge_vectors(*arguments(toy, "features", "base", "directions", "batches", "table"), range(WORDS), **fit)
+    edits = torch.stack([
+        torch.cat([toy["features"](word.expand(VECTORS, -1), batch) for batch in toy["batches"]]).mean(0)
+        for word in toy["table"]
+    ])  # fmt: skip
+    edits, targets = edits - edits.mean(0), toy["table"] - toy["table"].mean(0)
+    weight = 0.3 * edits.square().sum() / WORDS
+    solution = torch.linalg.solve(edits.T @ edits + weight * torch.eye(FEATURES), edits.T @ targets)
+    expected = normalize(toy["directions"] @ solution, dim=1)
+    torch.testing.assert_close(vectors, expected[:, None].expand_as(vectors), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("initialiser", ["words", "pull_back", "vocabulary", "ridge"])
+def test_every_initialiser_behind_one_argument(toy, initialiser):
+    names = ("base", "directions", "features", "batches", "table")
+    vectors = class_vectors(initialiser, *arguments(toy, *names), range(WORDS), step=2.0, num_candidates=8)
+    assert vectors.shape == (3, VECTORS, WIDTH)
+    assert not vectors.requires_grad
+    median = toy["table"].norm(dim=1).median()
+    if initialiser == "words":
+        assert torch.equal(vectors, toy["base"].expand(3, -1, -1))
+        return
+    if initialiser == "pull_back":
+        torch.testing.assert_close((vectors - toy["base"]).norm(dim=2), (2 * median).expand(3, VECTORS))
+    if initialiser == "vocabulary":
+        assert all((toy["table"] == vector).all(1).any() for vector in vectors.flatten(0, 1))
+    if initialiser == "ridge":
+        torch.testing.assert_close(vectors.norm(dim=2), median.expand(3, VECTORS))
+    # All of them move features along their direction, compared with the other classes' vectors.
+    moved = vectors.flatten(1) @ toy["jacobian"].T @ toy["directions"].T
+    assert torch.equal(moved.argmax(0), torch.arange(3))
+
+
+def test_refusals(toy):
+    names = ("base", "directions", "features", "batches", "table")
+    with pytest.raises(UserError, match="needs pictures, got none"):
+        class_vectors("ridge", *arguments(toy, "base", "directions", "features"), [], toy["table"], range(WORDS))
+    with pytest.raises(UserError, match="needs words to choose from"):
+        class_vectors("vocabulary", *arguments(toy, *names))
+    with pytest.raises(UserError, match="above 0"):
+        class_vectors("ridge", *arguments(toy, *names), range(WORDS), ridge=0.0)
+    with pytest.raises(UserError, match="start tokens from 'words'"):
+        mean_gradients(toy["features"], toy["base"], torch.zeros(1, FEATURES), toy["batches"])
+
+
+def test_with_vectors_reaches_the_prompt_and_leaves_the_bank(tokenizer, text_encoder):
+    bank = TokenBank({"<hat>": 2, "<smile>": 1}, [16])
+    bank.vectors[0].data.normal_()
+    TokenInjection(bank, [tokenizer], [text_encoder])
+    before = bank.vectors[0].detach().clone()
+
+    def encode(prompt):
+        ids = tokenizer(prompt.replace("<hat>", "<hat> <hat>_1"), return_tensors="pt").input_ids
+        return text_encoder(ids).last_hidden_state
+
+    read = with_vectors(bank, "<hat>", encode)
+    vectors = torch.randn(2, 16, requires_grad=True)
+    states = read(vectors, "a <hat> and <smile>")
+    states.square().sum().backward()
+    assert vectors.grad is not None
+    assert vectors.grad.any(dim=1).all()
+    assert bank.vectors[0].grad is None
+    assert torch.equal(bank.vectors[0], before)
+    torch.testing.assert_close(read(before[:2], "a <hat> and <smile>"), encode("a <hat> and <smile>"))
+    bank.set("<hat>", [vectors])
+    torch.testing.assert_close(encode("a <hat> and <smile>"), states)
+
+
+def test_with_vectors_of_two_text_encoders_lie_side_by_side():
+    bank = TokenBank({"<hat>": 1}, [2, 3])
+    read = with_vectors(bank, "<hat>", lambda factor: factor * torch.cat([*bank.vectors], dim=1))
+    assert read(torch.arange(5.0)[None], 2).tolist() == [[0, 2, 4, 6, 8]]
+    assert not torch.cat([*bank.vectors], dim=1).any()
+
+
+def test_word_ids(tokenizer):
+    assert tokenizer.convert_ids_to_tokens(word_ids(tokenizer, ["hat", "old"])) == ["hat</w>", "old</w>"]
+    words = tokenizer.convert_ids_to_tokens(word_ids(tokenizer))
+    assert {"hat</w>", "smiling</w>"} < set(words)
+    assert all(word.endswith("</w>") and word[:-4].isalpha() for word in words)
+    with pytest.raises(UserError, match="'hatter' is"):
+        word_ids(tokenizer, ["hat", "hatter"])

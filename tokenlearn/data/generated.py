@@ -1,0 +1,212 @@
+"""Generated images by specification: a prompt and a seed, turned into latents by the task or taken from a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from tokenlearn.data.images import ImageBatch, check_at_least
+from tokenlearn.data.labels import UNKNOWN
+from tokenlearn.data.latent_cache import CacheDtype, LatentCache, build_latents, in_full_batches, weights_hash
+from tokenlearn.data.prompts import _TEST_SEEDS, _VALIDATION_SEEDS
+from tokenlearn.data.sharding import BatchStream, CountingSource, EvaluationBatches, Item, ShuffledSource
+from tokenlearn.errors import UserError
+
+
+class GeneratedSample(NamedTuple):
+    """One image of an :class:`tokenlearn.data.ImageBatch` that is to be generated.
+
+    Attributes:
+        prompt: what to draw.
+        seed: seed of the initial latents.
+        labels: attribute name to class index.
+        latents: (C, h, w) if they are cached.
+    """
+
+    prompt: str
+    seed: int
+    labels: dict[str, int]
+    latents: Tensor | None
+
+
+def collate_generated(samples: Sequence[GeneratedSample]) -> ImageBatch:
+    """A batch of samples that all have latents, or none."""
+    latents = [sample.latents for sample in samples if sample.latents is not None]
+    return ImageBatch(
+        None,
+        torch.stack(latents) if latents else None,
+        {name: torch.tensor([sample.labels[name] for sample in samples]) for name in samples[0].labels},
+        [f"seed{sample.seed}" for sample in samples],
+        [sample.prompt for sample in samples],
+        [sample.seed for sample in samples],
+    )
+
+
+class GeneratedDataModule(L.LightningDataModule):
+    """Generated images to learn from, made by the task on its device, or once beforehand.
+
+    Image ``i`` is of prompt ``i % len(prompts)`` and has seed ``seed + i``. Validation and test have fixed seeds far
+    away from those of the training. All processes together see the batches that one process with the same global batch
+    would see, and a resumed run goes on with the very next one.
+
+    Args:
+        prompts: prompts, taken in turn.
+        labels: prompt to its attributes and their class indices; what is not said is not known.
+        num_images: images to go through in passes, each pass in an order of its own; null for new ones all the time.
+        batch_size: images per step and device.
+        batches_per_epoch: steps per epoch and device; null for one pass, rounded up.
+        eval_batch_size: images per step and device in validation and test.
+        seed: seed of the first training image, 0 to 999999999, and of the orders of the passes.
+        validation_images: images in each validation; 0 for none.
+        test_images: images in the test; 0 for none.
+        cache_dir: folder for the latents of all these images, made once when they are first needed; null to make them
+            in each step.
+        cache_dtype: precision of cached latents.
+        cache_shard_size: images per cache file.
+
+    Raises:
+        UserError: for an empty list of prompts, a number that is out of range, labels of a prompt that is not there,
+            or an epoch or a cache without an end.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str],
+        labels: dict[str, dict[str, int]] | None = None,
+        num_images: int | None = None,
+        batch_size: int = 8,
+        batches_per_epoch: int | None = None,
+        eval_batch_size: int = 32,
+        seed: int = 0,
+        validation_images: int = 64,
+        test_images: int = 64,
+        cache_dir: str | None = None,
+        cache_dtype: CacheDtype = "float32",
+        cache_shard_size: int = 256,
+    ) -> None:
+        super().__init__()
+        if not prompts:
+            raise UserError("data.prompts is empty; give at least one, such as 'a portrait of a woman'")
+        check_at_least(
+            1,
+            num_images=num_images,
+            batch_size=batch_size,
+            batches_per_epoch=batches_per_epoch,
+            eval_batch_size=eval_batch_size,
+            cache_shard_size=cache_shard_size,
+        )
+        check_at_least(0, validation_images=validation_images, test_images=test_images)
+        if not 0 <= seed < _VALIDATION_SEEDS:
+            raise UserError(f"data.seed must be from 0 to {_VALIDATION_SEEDS - 1}, got {seed}")
+        if unknown := sorted(set(labels or {}).difference(prompts)):
+            raise UserError(f"data.labels has '{unknown[0]}', which is not among data.prompts; write both alike")
+        if num_images is None and (cache_dir is not None or batches_per_epoch is None):
+            setting = "batches_per_epoch or num_images" if cache_dir is None else "num_images, which a cache needs"
+            raise UserError(f"new images are made without an end; set data.{setting}")
+        self.prompts, self.labels, self.num_images = prompts, labels or {}, num_images
+        self.attributes = sorted({attribute for classes in self.labels.values() for attribute in classes})
+        self.batch_size, self.batches_per_epoch, self.eval_batch_size = batch_size, batches_per_epoch, eval_batch_size
+        self.seed, self.validation_images, self.test_images = seed, validation_images, test_images
+        self.cache_dir, self.cache_dtype, self.cache_shard_size = cache_dir, cache_dtype, cache_shard_size
+
+    def train_dataloader(self) -> BatchStream[GeneratedSample, ImageBatch]:
+        """The training stream, this rank's part; makes the cache of latents first if there is to be one."""
+        trainer = self._trainer()
+        length, latents = self.batches_per_epoch, None
+        if self.num_images is not None:
+            length = length or -(-self.num_images // (self.batch_size * trainer.world_size))
+            latents = self._cached_latents(trainer, self.seed, self.num_images, self.batch_size)
+        assert length is not None
+        return BatchStream(
+            CountingSource() if self.num_images is None else ShuffledSource(self.num_images, self.seed),
+            partial(self._sample, self.seed, latents),
+            collate_generated,
+            self.batch_size,
+            length,
+            trainer.global_rank,
+            trainer.world_size,
+        )
+
+    def val_dataloader(self) -> EvaluationBatches[GeneratedSample, ImageBatch] | list[Any]:
+        """Images for validation."""
+        return self._evaluation(_VALIDATION_SEEDS, self.validation_images) if self.validation_images else []
+
+    def test_dataloader(self) -> EvaluationBatches[GeneratedSample, ImageBatch] | list[Any]:
+        """Images for the test."""
+        return self._evaluation(_TEST_SEEDS, self.test_images) if self.test_images else []
+
+    def single_pass(self) -> EvaluationBatches[GeneratedSample, ImageBatch]:
+        """All training images once, in order, this rank's part: for statistics over the data.
+
+        Raises:
+            UserError: if they have no end.
+        """
+        if self.num_images is None:
+            raise UserError("new images are made without an end; set data.num_images")
+        return self._evaluation(self.seed, self.num_images)
+
+    def _evaluation(self, first_seed: int, count: int) -> EvaluationBatches[GeneratedSample, ImageBatch]:
+        trainer = self._trainer()
+        latents = self._cached_latents(trainer, first_seed, count, self.eval_batch_size)
+        return EvaluationBatches(
+            partial(_items, count),
+            count,
+            partial(self._sample, first_seed, latents),
+            collate_generated,
+            self.eval_batch_size,
+            trainer.global_rank,
+            trainer.world_size,
+        )
+
+    def _sample(self, first_seed: int, latents: LatentCache | None, item: Item) -> GeneratedSample:
+        prompt = self.prompts[item.index % len(self.prompts)]
+        labels = {name: self.labels.get(prompt, {}).get(name, UNKNOWN) for name in self.attributes}
+        cached = None if latents is None else latents[item.index]
+        return GeneratedSample(prompt, first_seed + item.index, labels, cached)
+
+    def _cached_latents(self, trainer: L.Trainer, first_seed: int, count: int, batch_size: int) -> LatentCache | None:
+        if self.cache_dir is None:
+            return None
+        task = cast(Any, trainer.lightning_module)
+        for prompt in self.prompts:
+            if task.bank is not None and any(placeholder in prompt for placeholder in task.bank.placeholders):
+                raise UserError(
+                    f"prompt '{prompt}' has a token that is learned, and its images change as it learns; set "
+                    "data.cache_dir to null"
+                )
+        key = {
+            "model": task.backbone.pretrained,
+            "weights": weights_hash(task.backbone),
+            "scheduler": [type(task.scheduler).__name__, dict(task.scheduler.config)],
+            "num_inference_steps": task.num_inference_steps,
+            "guidance": [type(task.guidance).__name__, vars(task.guidance)],
+            "negative_prompt": task.negative_prompt,
+            "prompts": self.prompts,
+            "seeds": [first_seed, count],
+        }
+        cache = LatentCache.of_trainer(trainer, self.cache_dir, key, self.cache_dtype, self.cache_shard_size)
+
+        def generate(batch: Sequence[GeneratedSample]) -> Tensor:
+            prompts, seeds = [sample.prompt for sample in batch], [sample.seed for sample in batch]
+            return cast(Tensor, task.generate_latents(prompts, seeds))
+
+        def encode(items: Sequence[Item]) -> list[Tensor | None]:
+            return [*in_full_batches(generate, (self._sample(first_seed, None, item) for item in items), batch_size)]
+
+        return build_latents(trainer, cache, _items(count), encode, count)
+
+    def _trainer(self) -> L.Trainer:
+        if self.trainer is None:
+            raise RuntimeError(
+                "GeneratedDataModule reads ranks and the task from its trainer; hand it to Trainer.fit or test"
+            )
+        return self.trainer
+
+
+def _items(count: int) -> Iterator[Item]:
+    return (Item(0, index) for index in range(count))

@@ -1,0 +1,194 @@
+"""Latents on disk: made once, in shards, and never mistaken for those of another model, transform or data set."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import lightning as L
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from tokenlearn.errors import UserError
+from tokenlearn.files import atomic_write
+
+T = TypeVar("T")
+
+CacheDtype = Literal["float32", "float16"]
+
+_OPEN_SHARDS = 16
+
+
+class LatentCache:
+    """Latents of numbered items in ``<folder>/<hash of key>/00000.safetensors`` and so on.
+
+    A shard has the latents of ``shard_size`` items in a row, but for items that have none. Shards are written whole,
+    so an interrupted :meth:`build` goes on with the first that is missing; ``key.json`` comes last and says that all
+    are there. Reading maps shards into memory, a few at a time, so memory stays flat.
+
+    Args:
+        folder: where caches are kept; all processes must see it.
+        key: everything that the latents depend on, as JSON types; another key is another folder.
+        dtype: precision on disk. In float32, what comes out is what went in.
+        shard_size: items per shard.
+        rank: this process among ``world_size``; each builds every ``world_size``-th shard.
+        world_size: number of processes.
+        barrier: called with a name where all processes must have come before any goes on.
+
+    Raises:
+        UserError: if ``shard_size`` is below 1.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        key: Mapping[str, Any],
+        dtype: CacheDtype = "float32",
+        shard_size: int = 1024,
+        rank: int = 0,
+        world_size: int = 1,
+        barrier: Callable[[str], Any] = lambda name: None,
+    ) -> None:
+        if shard_size < 1:
+            raise UserError(f"data.cache_shard_size must be at least 1, got {shard_size}")
+        self.key = {**key, "dtype": dtype, "shard_size": shard_size}
+        self.folder = Path(folder).expanduser() / json_hash(self.key)
+        self.dtype, self.shard_size = getattr(torch, dtype), shard_size
+        self.rank, self.world_size, self.barrier = rank, world_size, barrier
+        self._shard = lru_cache(_OPEN_SHARDS)(self._open_shard)
+
+    @classmethod
+    def of_trainer(
+        cls, trainer: L.Trainer, folder: str, key: Mapping[str, Any], dtype: CacheDtype, shard_size: int
+    ) -> LatentCache:
+        """A cache shared by the processes of a trainer, whose precision is part of the key."""
+        key = {**key, "precision": trainer.precision}
+        return cls(folder, key, dtype, shard_size, trainer.global_rank, trainer.world_size, trainer.strategy.barrier)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all latents are there."""
+        return (self.folder / "key.json").is_file()
+
+    def build(
+        self, items: Iterable[T], encode: Callable[[Sequence[T]], Sequence[Tensor | None]], total: int | None = None
+    ) -> None:
+        """Make what is missing, with a progress bar.
+
+        Args:
+            items: all items in order; they may be read lazily, since only a shard's are kept.
+            encode: latents (C, h, w) of each of some items, None for an item without any.
+            total: number of items, for the progress bar.
+        """
+        if self.complete:
+            return
+        count = 0
+        with tqdm(total=total, desc="Caching latents", unit="image", disable=self.rank != 0) as bar:
+            for number, block in enumerate(_blocks(items, self.shard_size)):
+                if number % self.world_size == self.rank and not self._path(number).is_file():
+                    self._write(number, encode(block))
+                count += len(block)
+                bar.update(len(block))
+        self.barrier("latents of all processes")
+        if self.rank == 0:
+            with atomic_write(self.folder / "key.json") as temporary:
+                temporary.write_text(json.dumps({"key": self.key, "items": count}, indent=2, default=str))
+        self.barrier("key of the latents")
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        """Latents (C, h, w) float32 of an item, None if it has none.
+
+        Raises:
+            UserError: if the shard is missing or damaged.
+        """
+        number, place = divmod(index, self.shard_size)
+        shard, rows = self._shard(number)
+        row = int(rows[place])
+        if row < 0:
+            return None
+        latents: Tensor = shard.get_slice("latents")[row : row + 1]
+        return latents[0].float()
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:05d}.safetensors"
+
+    def _write(self, number: int, latents: Sequence[Tensor | None]) -> None:
+        present = [one for one in latents if one is not None]
+        numbers = itertools.count()
+        rows = [-1 if one is None else next(numbers) for one in latents]
+        stacked = torch.stack(present) if present else torch.empty(0)
+        tensors = {"latents": stacked.to("cpu", self.dtype).contiguous(), "rows": torch.tensor(rows)}
+        with atomic_write(self._path(number)) as temporary:
+            save_file(tensors, temporary)
+
+    def _open_shard(self, number: int) -> tuple[Any, Tensor]:
+        path = self._path(number)
+        try:
+            shard = safe_open(path, framework="pt")
+            return shard, shard.get_tensor("rows")
+        except (OSError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"cannot read cached latents '{path}' ({reason}); delete the folder '{self.folder}' to make them again"
+            ) from None
+
+
+def build_latents(
+    trainer: L.Trainer,
+    cache: LatentCache,
+    items: Iterable[T],
+    encode: Callable[[Sequence[T]], Sequence[Tensor | None]],
+    total: int | None = None,
+) -> LatentCache:
+    """Build a cache as a training step would make its latents: without gradient, in the precision of the training."""
+    with torch.no_grad(), trainer.precision_plugin.train_step_context():
+        cache.build(items, encode, total)
+    return cache
+
+
+def in_full_batches(function: Callable[[list[T]], Tensor], items: Iterable[T], batch_size: int) -> Iterator[Tensor]:
+    """Results for items, computed in batches of exactly ``batch_size``.
+
+    Kernels are chosen by the shape of a batch, and differ in the last bits. With the batch size of the training, the
+    last batch filled up with copies, an item's result is the same as in a training batch, whatever is beside it there.
+
+    Args:
+        function: (B, ...) results for B items.
+        items: any number of items, taken as they are needed.
+        batch_size: items per call.
+
+    Yields:
+        The result of each item, on the CPU.
+    """
+    for batch in _blocks(items, batch_size):
+        filled = batch + batch[-1:] * (batch_size - len(batch))
+        yield from function(filled)[: len(batch)].cpu()
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Hash of a module's state and configuration."""
+    digest = hashlib.blake2b(str(sorted(dict(getattr(module, "config", {})).items())).encode(), digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def json_hash(value: Any) -> str:  # noqa: ANN401 - anything that JSON can write
+    """Short hash of a value that does not depend on the order of keys."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def _blocks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while block := list(itertools.islice(iterator, size)):
+        yield block

@@ -1,0 +1,176 @@
+"""Whether a classifier's features have collapsed to their class means.
+
+Papyan, Han and Donoho, "Prevalence of neural collapse during the terminal phase of deep learning training", PNAS 2020,
+https://arxiv.org/abs/2008.08186. All measures are 0 for a fully collapsed classifier. The paper's classes have equally
+many images; here the centre of the class means is their own mean, whatever their numbers of images, so that the
+measures are of the classifier and not of how common a class is.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchmetrics import Metric
+
+from tokenlearn.errors import UserError
+
+
+def _centred(rows: Tensor) -> Tensor:
+    return rows - rows.mean(dim=0)
+
+
+def within_class_variability(within_scatter: Tensor, class_means: Tensor) -> Tensor:
+    """NC1, ``trace(Sigma_W pinv(Sigma_B)) / K``: scatter about class means against scatter of class means.
+
+    Args:
+        within_scatter: (F, F) mean outer product Sigma_W of features minus their class mean.
+        class_means: (K, F).
+
+    Returns:
+        () from 0, where all features of a class are the same.
+    """
+    # With C (K, F) the centred means, Sigma_B = C^T C / K has the pseudo-inverse K P P^T, where P = pinv(C) (F, K).
+    # One singular value of C is zero but for rounding, which the tolerance has to exceed.
+    inverse = torch.linalg.pinv(_centred(class_means), rtol=1e-8)
+    return torch.einsum("fk,fg,gk->", inverse, within_scatter, inverse)
+
+
+def equiangularity(class_means: Tensor) -> Tensor:
+    """NC2, standard deviation of the cosines between centred class means.
+
+    It is 0 for a simplex, and always for K = 2: two means are opposite as seen from their middle.
+
+    Args:
+        class_means: (K, F).
+
+    Returns:
+        () in [0, 1].
+    """
+    directions = functional.normalize(_centred(class_means), dim=1)
+    rows, columns = torch.triu_indices(len(directions), len(directions), offset=1, device=directions.device)
+    return (directions @ directions.T)[rows, columns].std(correction=0)
+
+
+def equinorm(class_means: Tensor) -> Tensor:
+    """NC2, standard deviation of the centred class means' norms over their mean.
+
+    It is 0 for a simplex, and always for K = 2.
+
+    Args:
+        class_means: (K, F).
+
+    Returns:
+        () from 0.
+    """
+    norms = _centred(class_means).norm(dim=1)
+    return norms.std(correction=0) / norms.mean()
+
+
+def self_duality(class_means: Tensor, head_rows: Tensor) -> Tensor:
+    """NC3, ``|| W / ||W||_F - M / ||M||_F ||_F``: distance of the head from the class means, each up to a factor.
+
+    Both are centred, which changes nothing in the probabilities of a softmax.
+
+    Args:
+        class_means: (K, F) M.
+        head_rows: (K, F) W, see :func:`tokenlearn.losses.attribute_directions`.
+
+    Returns:
+        () in [0, 2]; sqrt(2) where they have nothing to do with each other.
+    """
+    means, rows = _centred(class_means), _centred(head_rows.to(class_means))
+    return (rows / rows.norm() - means / means.norm()).norm()
+
+
+class CollapseStatistics(NamedTuple):
+    """What :class:`NeuralCollapse` finds, in float64.
+
+    Attributes:
+        class_means: (K, F) mean features of each class.
+        global_mean: (F,) mean over all images that count.
+        counts: (K,) number of images of each class.
+        within_class_variability: () NC1.
+        equiangularity: () NC2.
+        equinorm: () NC2.
+        self_duality: () NC3, None without head rows.
+    """
+
+    class_means: Tensor
+    global_mean: Tensor
+    counts: Tensor
+    within_class_variability: Tensor
+    equiangularity: Tensor
+    equinorm: Tensor
+    self_duality: Tensor | None
+
+    @property
+    def class_directions(self) -> Tensor:
+        """(K, F) centred class means ``mu_a = m_a - mu_G``, definition 1 of CASO."""
+        return self.class_means - self.global_mean
+
+
+class NeuralCollapse(Metric):
+    """Class means of penultimate features and the measures of neural collapse, for one attribute.
+
+    One pass over any number of images in any number of processes: what is kept are sums in float64, so the order of
+    images matters to rounding alone. An attribute takes ``8 F^2`` bytes.
+
+    Args:
+        num_classes: K.
+        num_features: F.
+        head_rows: (K, F) the head's rows for these classes, for self-duality.
+    """
+
+    full_state_update = False
+    feature_sums: Tensor
+    counts: Tensor
+    second_moment: Tensor
+    head_rows: Tensor | None
+
+    def __init__(self, num_classes: int, num_features: int, head_rows: Tensor | None = None) -> None:
+        super().__init__()
+        double = torch.float64
+        self.add_state("feature_sums", torch.zeros(num_classes, num_features, dtype=double), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(num_classes, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("second_moment", torch.zeros(num_features, num_features, dtype=double), dist_reduce_fx="sum")
+        self.register_buffer("head_rows", None if head_rows is None else head_rows.detach(), persistent=False)
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            features: (B, F).
+            labels: (B,) class of each image; images of a negative one do not count, for they show no class.
+        """
+        counted = labels >= 0
+        features, labels = features[counted].double(), labels[counted]
+        self.feature_sums.index_add_(0, labels, features)
+        self.counts.index_add_(0, labels, torch.ones_like(labels, dtype=self.counts.dtype))
+        self.second_moment += features.T @ features
+
+    def compute(self) -> CollapseStatistics:
+        """Means and measures.
+
+        Raises:
+            UserError: if a class has no image.
+        """
+        total = int(self.counts.sum())
+        if empty := (self.counts == 0).nonzero().flatten().tolist():
+            raise UserError(
+                f"no image of class {', '.join(map(str, empty))} among {total}; give more images or take the "
+                "classifier's head instead of class means"
+            )
+        class_means = self.feature_sums / self.counts[:, None]
+        within_scatter = (self.second_moment - self.feature_sums.T @ class_means) / total
+        return CollapseStatistics(
+            class_means,
+            self.feature_sums.sum(dim=0) / total,
+            self.counts.clone(),
+            within_class_variability(within_scatter, class_means),
+            equiangularity(class_means),
+            equinorm(class_means),
+            None if self.head_rows is None else self_duality(class_means, self.head_rows),
+        )

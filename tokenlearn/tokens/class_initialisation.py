@@ -1,0 +1,305 @@
+"""Where the tokens of classes start: at a word, or where the classifier's class means point to.
+
+For a token with vectors e and a picture x, let ``h(x, e)`` be the classifier's penultimate features of the one-step
+edit of x under e. All initialisers but the word look for the e that moves h along the direction ``mu_a`` of class a,
+its centred class mean; for a collapsed classifier that is what the editing loss of CASO ends in
+(https://arxiv.org/abs/2505.14254). Without data the head's rows stand in for the means
+(:func:`tokenlearn.losses.attribute_directions`).
+
+Features come from a callable, ``features(vectors, batch)`` from (n, width) vectors and a batch of pictures to (B, F),
+differentiable by the vectors; :func:`with_vectors` makes it. Directions (K, F) may be those of all attributes at once,
+which then share every evaluation. The vectors of several text encoders lie side by side, their widths summed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from tokenlearn.errors import UserError
+from tokenlearn.tokens.bank import TokenBank
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ClassInitialiser = Literal["words", "pull_back", "vocabulary", "ridge"]
+"""Ways to start the tokens of classes."""
+
+T = TypeVar("T")
+Features = Callable[[Tensor, T], Tensor]
+
+
+def class_vectors(
+    initialiser: ClassInitialiser,
+    base: Tensor,
+    directions: Tensor,
+    features: Features[T],
+    batches: Sequence[T],
+    table: Tensor,
+    candidates: Sequence[int] = (),
+    step: float = 1.0,
+    num_candidates: int = 32,
+    ridge: float = 0.1,
+) -> Tensor:
+    """Vectors that the tokens of classes start from.
+
+    Args:
+        initialiser: ``words``: the base itself; else :func:`pull_back`, :func:`nearest_words` (all vectors of the
+            token are the word's), or :func:`ridge_vectors`.
+        base: (n, width) vectors of a word, the token's start without any of this.
+        directions: (K, F) directions of the classes in feature space.
+        features: features of one-step edits.
+        batches: pictures, the same on all ranks, for every rank to start from the same vectors.
+        table: (V, width) input embeddings of the whole vocabulary.
+        candidates: ids of the words that ``vocabulary`` and ``ridge`` may use, see :func:`word_ids`.
+        step: length of the step of ``pull_back``, in units of the vocabulary's median norm.
+        num_candidates: words of which the edits are evaluated, per class by ``vocabulary``, in all by ``ridge``.
+        ridge: regularisation of ``ridge``.
+
+    Returns:
+        (K, n, width) float32 vectors, without gradient.
+
+    Raises:
+        UserError: if there is no picture or candidate, a gradient is zero or not finite, or ``ridge`` is not above 0.
+    """
+    base, table = base.detach().float(), table.detach().float()
+    if initialiser == "words":
+        return base.expand(len(directions), *base.shape).clone()
+    if not batches:
+        raise UserError(f"initialiser '{initialiser}' needs pictures, got none; give some or start from 'words'")
+    median_norm = table.norm(dim=1).median()
+    if initialiser == "pull_back":
+        return pull_back(base, mean_gradients(features, base, directions, batches), step * median_norm)
+    if not candidates:
+        raise UserError(f"initialiser '{initialiser}' needs words to choose from, got none; name some")
+    if initialiser == "vocabulary":
+        found = nearest_words(features, base, directions, batches, table, candidates, num_candidates)
+        return table[found][:, None].expand(-1, *base.shape).clone()
+    return ridge_vectors(features, base, directions, batches, table, candidates, num_candidates, ridge, median_norm)
+
+
+def with_vectors(bank: TokenBank, placeholder: str, function: Callable[[T], Tensor]) -> Features[T]:
+    """A function of a token's vectors, out of one that reads them from a bank.
+
+    Args:
+        bank: injected bank; it is the same after each call.
+        placeholder: the token whose vectors become the argument.
+        function: reads the bank, by encoding a prompt with the placeholder.
+
+    Returns:
+        Function of (n, width) vectors and the argument of ``function``, differentiable by the vectors.
+    """
+    rows = bank.rows(placeholder)
+    reader = _Reader(bank, function)
+
+    def evaluate(vectors: Tensor, batch: T) -> Tensor:
+        replaced = {}
+        parts = torch.split(vectors, list(bank.embedding_widths), dim=1)
+        for index, (own, part) in enumerate(zip(bank.vectors, parts, strict=True)):
+            new = own.detach().clone()
+            new[rows] = part.to(new)
+            replaced[f"bank.vectors.{index}"] = new
+        result: Tensor = functional_call(reader, replaced, (batch,))
+        return result
+
+    return evaluate
+
+
+class _Reader(nn.Module):
+    """A module around a function and the bank it reads, for :func:`torch.func.functional_call`."""
+
+    def __init__(self, bank: TokenBank, function: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.bank = bank
+        self._function = (function,)  # in a tuple, so that a function that is a module is not registered
+
+    def forward(self, batch: Any) -> Tensor:  # noqa: ANN401 - whatever the function takes
+        return self._function[0](batch)
+
+
+def whole_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Words of ASCII letters that are one unit of the vocabulary as they are written, sorted.
+
+    Units that only ever end a longer word, such as the second of "steth-oscope", are not among them.
+    """
+    words = sorted(tokenizer.decode([index]).strip() for index in word_ids(tokenizer))
+    units = tokenizer(words, add_special_tokens=False).input_ids
+    return [word for word, ids in zip(words, units, strict=True) if len(ids) == 1 and len(word) > 1]
+
+
+def word_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str] | None = None) -> list[int]:
+    """Ids of words that are one unit of the vocabulary.
+
+    Args:
+        tokenizer: the text encoder's tokenizer.
+        words: the words wanted; None for all whole words (CLIP's vocabularies mark their end) of ASCII letters.
+
+    Returns:
+        The ids, sorted for None and else in the order of ``words``.
+
+    Raises:
+        UserError: if one of ``words`` is not one unit.
+    """
+    if words is None:
+        whole_word = re.compile("[a-zA-Z]+</w>")
+        return sorted(index for unit, index in tokenizer.get_vocab().items() if whole_word.fullmatch(unit))
+    ids: list[int] = []
+    for word in words:
+        units = tokenizer(word, add_special_tokens=False).input_ids
+        if len(units) != 1 or units[0] == tokenizer.unk_token_id:
+            raise UserError(f"'{word}' is {len(units)} units of the text encoder's vocabulary; give words of one unit")
+        ids += units
+    return ids
+
+
+@torch.enable_grad()
+def mean_gradients(features: Features[T], base: Tensor, directions: Tensor, batches: Sequence[T]) -> Tensor:
+    """Gradient of the features' component along each direction, by the token's vectors, averaged over pictures.
+
+    ``E_x[J^T mu_a]`` with ``J = dh/de`` at the base: one evaluation for all directions, one vector-Jacobian product
+    for each.
+
+    Args:
+        features: features of one-step edits.
+        base: (n, width) vectors.
+        directions: (K, F).
+        batches: pictures.
+
+    Returns:
+        (K, n, width) gradients.
+
+    Raises:
+        UserError: if a gradient is not finite or zero, so that it has no direction.
+    """
+    total, count = base.new_zeros(len(directions), *base.shape), 0
+    for batch in batches:
+        vectors = base.detach().requires_grad_()
+        components = features(vectors, batch) @ directions.to(base).T
+        for index, component in enumerate(components.sum(dim=0).unbind()):
+            total[index] += torch.autograd.grad(component, vectors, retain_graph=index < len(directions) - 1)[0]
+        count += len(components)
+    if not (total.isfinite().all() and (total.flatten(1).norm(dim=1) > 0).all()):
+        raise UserError("the gradient of the class directions is zero or not finite; start tokens from 'words'")
+    return total / count
+
+
+def pull_back(base: Tensor, gradients: Tensor, step: float | Tensor) -> Tensor:
+    """One normalised gradient step from the base up the component along each class direction.
+
+    ``e_a = e_base + step * g_a / ||g_a||`` for every vector on its own; one without a gradient stays at the base. It
+    needs no word but the base.
+
+    Args:
+        base: (n, width) vectors.
+        gradients: (K, n, width), see :func:`mean_gradients`.
+        step: length of the step.
+
+    Returns:
+        (K, n, width) vectors.
+    """
+    return base + step * functional.normalize(gradients, dim=2, eps=torch.finfo(gradients.dtype).tiny)
+
+
+@torch.no_grad()
+def nearest_words(
+    features: Features[T],
+    base: Tensor,
+    directions: Tensor,
+    batches: Sequence[T],
+    table: Tensor,
+    candidates: Sequence[int],
+    num_candidates: int,
+) -> Tensor:
+    """Word whose one-step edit moves features furthest along each class direction, ``argmax_w E_x <mu_a, h(x, w)>``.
+
+    All candidates are ranked by the first-order score ``<e_w - e_base, E_x[J^T mu_a]>``, which costs one evaluation;
+    the best are then evaluated themselves, and every direction may take any word evaluated for another.
+
+    Args:
+        features: features of one-step edits.
+        base: (n, width) vectors at which the gradient is taken.
+        directions: (K, F).
+        batches: pictures.
+        table: (V, width) input embeddings.
+        candidates: ids of words.
+        num_candidates: how many words per direction are evaluated.
+
+    Returns:
+        (K,) ids.
+
+    Raises:
+        UserError: see :func:`mean_gradients`.
+    """
+    ids = torch.tensor(candidates, device=table.device)
+    # The base adds the same to the score of every word, so it is left out.
+    first_order = mean_gradients(features, base, directions, batches).sum(dim=1) @ table[ids].T
+    shortlists = first_order.topk(min(num_candidates, len(ids)), dim=1).indices
+    evaluated = ids[sorted(set(shortlists.flatten().tolist()))]
+    scores = directions.to(base) @ _word_features(features, base, batches, table[evaluated]).T
+    return evaluated[scores.argmax(dim=1)]
+
+
+@torch.no_grad()
+def ridge_vectors(
+    features: Features[T],
+    base: Tensor,
+    directions: Tensor,
+    batches: Sequence[T],
+    table: Tensor,
+    candidates: Sequence[int],
+    num_words: int,
+    ridge: float,
+    norm: float | Tensor,
+) -> Tensor:
+    """Class directions mapped to token space by ridge regression from the features of edits to the words behind them.
+
+    With H (m, F) the centred mean features of edits with m words and E (m, width) their centred embeddings, the ridge
+    estimate in its dual form is ``mu_a -> mu_a H^T (H H^T + lambda I)^-1 E``, lambda being in units of the mean of the
+    diagonal of ``H H^T``. Only its direction is used, since class directions have no scale of their own.
+
+    Args:
+        features: features of one-step edits.
+        base: (n, width) vectors, for the number of vectors.
+        directions: (K, F).
+        batches: pictures.
+        table: (V, width) input embeddings.
+        candidates: ids of words.
+        num_words: how many of them are drawn, always the same.
+        ridge: lambda, above 0.
+        norm: norm of the result.
+
+    Returns:
+        (K, n, width) vectors of the given norm, the n of a token alike.
+
+    Raises:
+        UserError: if lambda is not above 0, or there are less than 2 words.
+    """
+    if ridge <= 0 or min(num_words, len(candidates)) < 2:
+        raise UserError(
+            f"the ridge initialiser needs a regularisation above 0 and at least 2 words, got {ridge} and "
+            f"{min(num_words, len(candidates))}"
+        )
+    drawn = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(0))[:num_words]
+    embeddings = table[torch.tensor(candidates)[drawn].to(table.device)]
+    edits = _word_features(features, base, batches, embeddings)
+    edits, targets = edits - edits.mean(dim=0), embeddings - embeddings.mean(dim=0)
+    gram = edits @ edits.T
+    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+    mapped = directions.to(edits) @ edits.T @ torch.linalg.solve(gram, targets)
+    return (norm * functional.normalize(mapped, dim=1))[:, None].expand(-1, len(base), -1).clone()
+
+
+def _word_features(features: Features[T], base: Tensor, batches: Sequence[T], embeddings: Tensor) -> Tensor:
+    """Mean features (m, F) over all pictures of edits with each of m words (m, width) in place of all vectors."""
+    return torch.stack(
+        [
+            torch.cat([features(embedding.expand_as(base), batch) for batch in batches]).mean(dim=0)
+            for embedding in embeddings.unbind()
+        ]
+    )
