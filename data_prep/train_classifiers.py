@@ -122,7 +122,7 @@ def _cached(path: Path, make: Callable[[], Tensor]) -> Tensor:
 
 def main(
     name: Name,
-    steps: int = 700,
+    steps: int = 2200,
     batch_size: int = 64,
     learning_rate: float = 2e-3,
     size: int = 20000,
