@@ -3,10 +3,14 @@
 import json
 from pathlib import Path
 
+import datasets
 import pytest
+import torch
 import yaml
+from PIL import Image
 
 from tokenlearn.main import main
+from tokenlearn.tokens import embedding_file_name, save_embedding
 
 ROOT = Path(__file__).parents[1]
 BUNDLED = sorted([ROOT / "configs" / "quickstart.yaml", *(ROOT / "configs" / "portraits").glob("*.yaml")])
@@ -15,34 +19,65 @@ OTHERS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(BUNDLED))
 FIT = [
     "--trainer.max_steps=1",
     "--model.init_args.num_inference_steps=2",
-    "--model.init_args.gradient_steps=1",
     "--data.init_args.batch_size=1",
     "--data.init_args.batches_per_epoch=1",
     "--data.init_args.validation_images=1",
     "--data.init_args.test_images=1",
 ]
+FIT_OF = {
+    "ClassTokens": [
+        *FIT,
+        "--model.init_args.gradient_steps=1",
+        "--model.init_args.search_words=12",
+        "--model.init_args.search_steps=1",
+    ],
+    "Caso": [*FIT, "--model.init_args.collapse_batches=1", "--data.init_args.source=portraits:60"],
+}
 PREDICT = ["--model.init_args.num_inference_steps=2", "--data.init_args.seeds=[3]"]
 
 
 @pytest.fixture(autouse=True)
-def _in_the_root(monkeypatch):
+def _in_the_root(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def editing(model, folder):
+    """Options of an edit of one picture, with any vectors for the tokens that the config names."""
+    pretrained = ROOT / model["backbone"]["init_args"]["pretrained"]
+    width = json.loads((pretrained / "text_encoder" / "config.json").read_text())["hidden_size"]
+    tokens = {token for edit in (*model["edits"], model["interpolations"]) for token in edit}
+    files = [
+        save_embedding(folder / embedding_file_name(token), token, [torch.ones(1, width)], {}) for token in tokens
+    ]
+    Image.new("RGB", (90, 70)).save(folder / "me.jpg")
+    return [
+        f"--model.images={folder / 'me.jpg'}",
+        f"--model.embeddings=[{', '.join(map(str, files))}]",
+        "--model.num_inference_steps=5",
+    ]
 
 
 @pytest.mark.parametrize("config", BUNDLED, ids=lambda path: path.stem)
 def test_bundled_configs_run(config, tmp_path, capsys):
     settings = yaml.safe_load(config.read_text())
-    common = ["--config", str(config), "--output_dir", str(tmp_path), "--trainer.enable_progress_bar=false"]
-    if settings["model"]["class_path"] == "Generate":
+    method, model, run = settings["model"]["class_path"], settings["model"]["init_args"], tmp_path / "run"
+    common = ["--config", str(config), "--output_dir", str(run), "--trainer.enable_progress_bar=false"]
+    if method == "Generate":
         main(["predict", *common, *PREDICT])
-        assert len(list((tmp_path / "images").glob("*.png"))) == len(settings["data"]["init_args"]["prompts"])
+        assert len(list((run / "images").glob("*.png"))) == len(settings["data"]["init_args"]["prompts"])
+    elif method == "Edit":
+        main(["predict", *common, *editing(model, tmp_path)])
+        assert len(list((run / "images").glob("*/me.png"))) == len(model["edits"])
+        assert (run / "strips" / "me.png").is_file()
     else:
-        main(["fit", *common, *FIT])
-        summary = json.loads((tmp_path / "summary.json").read_text())
-        assert len(summary["embeddings"]) == len(settings["model"]["init_args"]["classes"])
-        (best,) = (tmp_path / "checkpoints").glob("best-*.ckpt")
-        main(["validate", *common, *FIT, "--ckpt_path", str(best)])
-    assert capsys.readouterr().out.strip().splitlines()[-1] == str(tmp_path)
+        main(["fit", *common, *FIT_OF[method]])
+        summary = json.loads((run / "summary.json").read_text())
+        tokens = len(model["classes"]) if method == "ClassTokens" else 2 * len(model["attributes"])
+        assert len(summary["embeddings"]) == tokens
+        (best,) = (run / "checkpoints").glob("best-*.ckpt")
+        main(["validate", *common, *FIT_OF[method], "--ckpt_path", str(best)])
+    assert capsys.readouterr().out.strip().splitlines()[-1] == str(run)
 
 
 @pytest.mark.parametrize("config", OTHERS, ids=lambda path: f"{path.parent.name}/{path.stem}")

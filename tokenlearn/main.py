@@ -18,12 +18,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # Imported so that configs may name their classes without a path.
 import tokenlearn.data
 import tokenlearn.methods
 import tokenlearn.models  # noqa: F401
-from tokenlearn.callbacks import EmbeddingExport, ImageGrid, PredictionWriter, ReportWriter
+from tokenlearn.callbacks import EditWriter, EmbeddingExport, ImageGrid, PredictionWriter, ReportWriter
 from tokenlearn.errors import UserError
 from tokenlearn.export import export
 from tokenlearn.files import atomic_write
@@ -48,6 +49,7 @@ class TokenlearnCLI(LightningCLI):
         parser.add_lightning_class_args(ImageGrid, "image_grid")
         parser.add_lightning_class_args(EmbeddingExport, "embedding_export")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.add_lightning_class_args(EditWriter, "edit_writer")
         parser.add_lightning_class_args(ReportWriter, "report")
         parser.set_defaults(
             {
@@ -72,15 +74,21 @@ class TokenlearnCLI(LightningCLI):
                 "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
                 "init_args": {"save_dir": str(run_folder), "name": "", "version": ""},
             }
+        if self.subcommand == "predict" and config.return_predictions is None:
+            config.return_predictions = False  # callbacks write them, and memory stays flat
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(run_folder / "checkpoints")
 
     def after_fit(self) -> None:
-        """Have the tokens that were kept judged, and say where everything is."""
-        if getattr(self.model, "judge", None) is None or self.trainer.interrupted:
+        """Have the tokens that were kept tested, or validated where there is no test, and say where everything is."""
+        if self.trainer.interrupted:
+            return
+        tested = is_overridden("test_step", self.model)
+        if tested and getattr(self.model, "judge", None) is None:
             return
         best = any(getattr(callback, "best_model_path", "") for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path="best" if best else None, verbose=False)
+        run = self.trainer.test if tested else self.trainer.validate
+        run(self.model, datamodule=self.datamodule, ckpt_path="best" if best else None, verbose=False)
 
     def _run_subcommand(self, subcommand: str) -> None:
         super()._run_subcommand(subcommand)
@@ -160,6 +168,10 @@ def _quieten() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
     # Batches are prompts and seeds: there is nothing that workers could load ahead.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Only callbacks that ask for the places of samples in a data set need them.
+    warnings.filterwarnings("ignore", message=".*infer the batch indices.*")
+    # Lightning's own code, which users cannot change.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     # The frozen stack is in eval mode on purpose.
     warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode.*")
 

@@ -43,13 +43,15 @@ class EmbeddingExport(L.Callback):
         self._fitted = False
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note that a test after this is of tokens that were learned here."""
+        """Note that a test or validation after this is of tokens that were learned here."""
         self._fitted = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export if the metric improved on the best so far."""
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        if trainer.sanity_checking or not fitting or not isinstance(pl_module, TokenTask):
+        """Export if the metric improved on the best so far; or after a fit, the tokens that were kept."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._export_after_fit(trainer, pl_module)
+            return
+        if trainer.sanity_checking or not isinstance(pl_module, TokenTask):
             return
         if self.monitor not in trainer.callback_metrics:
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
@@ -75,10 +77,11 @@ class EmbeddingExport(L.Callback):
         ]
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After a fit, write the files of the tokens that were kept, with what the judge said of them.
+        """After a fit, write the files of the tokens that were kept, with what the judge said of them."""
+        self._export_after_fit(trainer, pl_module)
 
-        A resumed fit that never improved on the best of its first part has its files from here.
-        """
+    def _export_after_fit(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the files of the tokens that were kept; a resumed fit that never improved has them from here alone."""
         if self._fitted and isinstance(pl_module, TokenTask):
             self.export(trainer, pl_module, {})
 

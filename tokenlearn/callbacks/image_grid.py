@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from tokenlearn.callbacks.pictures import save_picture, sheet, to_image
@@ -51,11 +52,14 @@ class ImageGrid(L.Callback):
         rows, self._rows = self._rows, {}
         if not rows or trainer.sanity_checking:
             return
-        self._validations += 1
-        if (self._validations - 1) % self.every_n_validations:
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        self._validations += fitting
+        if fitting and (self._validations - 1) % self.every_n_validations:
             return
         picture = sheet([(name, [to_image(image) for image in images]) for name, images in rows.items()])
-        save_picture(picture, Path(trainer.default_root_dir) / "pictures" / f"step-{trainer.global_step:06d}.png")
+        # A validation apart from training is of tokens that were kept, whatever step the training ended at.
+        stem = f"step-{trainer.global_step:06d}" if fitting else "validation"
+        save_picture(picture, Path(trainer.default_root_dir) / "pictures" / f"{stem}.png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 pixels = np.asarray(picture)

@@ -45,6 +45,8 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write a batch of images."""
+        if not isinstance(prediction, dict):  # of a task whose predictions another callback writes
+            return
         folder = self._run_folder / "images"
         columns = (prediction[name] for name in ("images", "prompts", "seeds", "indices"))
         for image, prompt, seed, index in zip(*columns, strict=True):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
@@ -16,6 +18,8 @@ from tokenlearn.callbacks.embedding_export import EmbeddingExport
 from tokenlearn.callbacks.pictures import save_picture, sheet, to_image
 from tokenlearn.files import atomic_write
 from tokenlearn.metrics import Report
+
+_PICTURE = "pictures/validation.png"
 
 
 class ReportWriter(L.Callback):
@@ -52,11 +56,29 @@ class ReportWriter(L.Callback):
         print(_as_text(report))
         summary: dict[str, Any] = dict(report.summary)
         if self._minutes is not None:
-            summary |= report.fit_summary | {"minutes": round(self._minutes, 2)}
-            summary |= self._say_what_fit_left(trainer, folder, report)
+            pictures = [("before/after picture", f"{name}.png") for name, rows in report.pictures.items() if rows]
+            summary |= self._what_fit_left(trainer, report.fit_summary, report.title, pictures)
         write_summary(folder, summary)
 
-    def _say_what_fit_left(self, trainer: L.Trainer, folder: Path, report: Report) -> dict[str, Any]:
+    @rank_zero_only
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """After a fit, write ``summary.json`` with the validation figures of the tokens that were kept."""
+        if self._minutes is None or trainer.state.fn != TrainerFn.VALIDATING:
+            return
+        figures = {
+            name.removeprefix("val/"): float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("val/")
+        }
+        folder = Path(trainer.default_root_dir)
+        pictures = [("validation picture", _PICTURE)] if (folder / _PICTURE).is_file() else []
+        write_summary(folder, self._what_fit_left(trainer, figures, "validation", pictures))
+
+    def _what_fit_left(
+        self, trainer: L.Trainer, figures: Mapping[str, float], source: str, pictures: Sequence[tuple[str, str]]
+    ) -> dict[str, Any]:
+        """Print figures, pictures and embedding files of a fit, and give what the summary has of them."""
+        folder, minutes = Path(trainer.default_root_dir), self._minutes or 0.0
         paths = [
             str(path)
             for callback in trainer.callbacks  # type: ignore[attr-defined]
@@ -65,12 +87,12 @@ class ReportWriter(L.Callback):
         ]
         for path in paths:
             print(f"embedding file        {path}")
-        for name in (name for name, rows in report.pictures.items() if rows):
-            print(f"before/after picture  {folder / f'{name}.png'}")
+        for caption, name in pictures:
+            print(f"{caption:<21} {folder / name}")
         print(f"TensorBoard log       tensorboard --logdir {folder}")
-        for name, value in report.fit_summary.items():
-            print(f"{name:<21} {value:.1%}  ({report.title})")
-        return {"embeddings": paths}
+        for name, value in figures.items():
+            print(f"{name:<21} {value:.1%}  ({source})")
+        return {**figures, "minutes": round(minutes, 2), "embeddings": paths}
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:

@@ -132,7 +132,7 @@ class LatentCache:
     def _open_shard(self, number: int) -> tuple[Any, Tensor]:
         path = self._path(number)
         try:
-            shard = safe_open(path, framework="pt")
+            shard: Any = safe_open(path, framework="pt")
             return shard, shard.get_tensor("rows")
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())

@@ -1,7 +1,9 @@
 """LightningModules, one per published method: thin wiring of the other packages."""
 
 from tokenlearn.methods.base import TokenTask
+from tokenlearn.methods.caso import Caso
 from tokenlearn.methods.class_tokens import ClassTokens
+from tokenlearn.methods.edit import Edit
 from tokenlearn.methods.generate import Generate
 
-__all__ = ["ClassTokens", "Generate", "TokenTask"]
+__all__ = ["Caso", "ClassTokens", "Edit", "Generate", "TokenTask"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from diffusers import DDIMInverseScheduler
 from torch import Tensor
 
 from tokenlearn.diffusion import sample
@@ -16,6 +17,12 @@ from tokenlearn.models import Conditioning, DiffusionBackbone
 from tokenlearn.tokens import TokenBank, vocabulary_hash
 
 CHECKPOINT_KEY = "tokenlearn"
+
+
+def inverse_of(scheduler: Any) -> Any:  # noqa: ANN401 - diffusers' schedulers share no base class
+    """DDIM's steps backwards, from the configuration of the scheduler that will denoise again."""
+    inverse_class: Any = DDIMInverseScheduler
+    return inverse_class.from_config(scheduler.config)
 
 
 class TokenTask(L.LightningModule):

@@ -51,7 +51,8 @@ def equiangularity(class_means: Tensor) -> Tensor:
     """
     directions = functional.normalize(_centred(class_means), dim=1)
     rows, columns = torch.triu_indices(len(directions), len(directions), offset=1, device=directions.device)
-    return (directions @ directions.T)[rows, columns].std(correction=0)
+    deviation: Tensor = (directions @ directions.T)[rows, columns].std(correction=0)
+    return deviation
 
 
 def equinorm(class_means: Tensor) -> Tensor:
@@ -66,7 +67,8 @@ def equinorm(class_means: Tensor) -> Tensor:
         () from 0.
     """
     norms = _centred(class_means).norm(dim=1)
-    return norms.std(correction=0) / norms.mean()
+    ratio: Tensor = norms.std(correction=0) / norms.mean()
+    return ratio
 
 
 def self_duality(class_means: Tensor, head_rows: Tensor) -> Tensor:
@@ -82,7 +84,8 @@ def self_duality(class_means: Tensor, head_rows: Tensor) -> Tensor:
         () in [0, 2]; sqrt(2) where they have nothing to do with each other.
     """
     means, rows = _centred(class_means), _centred(head_rows.to(class_means))
-    return (rows / rows.norm() - means / means.norm()).norm()
+    distance: Tensor = (rows / rows.norm() - means / means.norm()).norm()
+    return distance
 
 
 class CollapseStatistics(NamedTuple):

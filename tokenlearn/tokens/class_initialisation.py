@@ -128,7 +128,7 @@ def whole_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
     Units that only ever end a longer word, such as the second of "steth-oscope", are not among them.
     """
-    words = sorted(tokenizer.decode([index]).strip() for index in word_ids(tokenizer))
+    words = sorted(str(tokenizer.decode([index])).strip() for index in word_ids(tokenizer))
     units = tokenizer(words, add_special_tokens=False).input_ids
     return [word for word, ids in zip(words, units, strict=True) if len(ids) == 1 and len(word) > 1]
 

@@ -1,0 +1,573 @@
+"""CASO: dataset-level semantic embeddings of attributes (Chang et al., IJCAI 2025, https://arxiv.org/abs/2505.14254)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from tokenlearn.data.images import ImageBatch
+from tokenlearn.data.labels import UNKNOWN
+from tokenlearn.diffusion import invert
+from tokenlearn.diffusion.schedule import add_noise, x0_from_noise
+from tokenlearn.errors import UserError
+from tokenlearn.guidance import classifier_free_guidance
+from tokenlearn.losses import (
+    AttributeClass,
+    attribute_directions,
+    attribute_logits,
+    class_cross_entropy,
+    class_mean_cosine,
+    latent_reconstruction,
+    probability_error,
+)
+from tokenlearn.methods.base import inverse_of
+from tokenlearn.methods.learning import TokenLearning, adamw, guide_and_judge
+from tokenlearn.metrics import ClassAccuracy, NeuralCollapse
+from tokenlearn.models import DiffusionBackbone, TimmClassifier
+from tokenlearn.tokens import ClassInitialiser, class_vectors, input_embedding, with_vectors, word_ids
+
+EditingLoss = Literal["cross_entropy", "probability_error", "class_mean"]
+Noising = Literal["forward", "inversion"]
+
+_STRIP_PICTURES = 4
+_COLLAPSE_MEASURES = ("within_class_variability", "equiangularity", "self_duality")
+
+
+@dataclass(frozen=True, eq=False)
+class Attribute:
+    """An attribute as a classifier knows it.
+
+    Attributes:
+        name: the user's name for it.
+        class_names: K class names; the classifier's labels, or absent and present.
+        classes: the K classes as outputs of the classifier.
+        multi_label: whether these outputs are independent sigmoids.
+        directions: (K, F) what the classifier's head takes for the classes.
+        placeholders: K placeholder tokens.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    classes: tuple[AttributeClass, ...]
+    multi_label: bool
+    directions: Tensor
+    placeholders: tuple[str, ...]
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """Logits (B, K) of the classes from the classifier's outputs (B, num_outputs)."""
+        return attribute_logits(outputs, self.classes, self.multi_label)
+
+    def class_index(self, outputs: Tensor) -> Tensor:
+        """Class (B,) that the classifier takes each image for, from its outputs (B, num_outputs)."""
+        return self.logits(outputs).argmax(dim=1)
+
+
+def resolve_attributes(
+    attributes: Mapping[str, Sequence[str] | None], classifier: TimmClassifier, placeholder: str = "<{}>"
+) -> list[Attribute]:
+    """Look the user's attributes up among a classifier's labels.
+
+    Args:
+        attributes: name of each attribute, to the labels that are its classes; None is the label of that name, absent
+            (class 0, token ``<no-smile>``) or present (class 1, token ``<smile>``), as in a column of booleans.
+        classifier: whose labels are meant.
+        placeholder: how a class gives its token's name.
+
+    Raises:
+        UserError: for an attribute that the classifier does not have, one of fewer than two classes or of the same
+            class twice, or classes that give the same token.
+    """
+    resolved: list[Attribute] = []
+    owners: dict[str, str] = {}
+    for name, labels in attributes.items():
+        classes: tuple[AttributeClass, ...]
+        if labels is None:
+            names: tuple[str, ...] = (f"no {name}", name)
+            output = classifier.label_index(name)
+            classes = ((output, False), (output, True))
+        else:
+            if len(labels) < 2 or len(set(labels)) < len(labels):
+                raise UserError(f"attribute '{name}' has classes {list(labels)}; name two or more, each once, or null")
+            names = tuple(labels)
+            classes = tuple((classifier.label_index(label), True) for label in labels)
+        tokens = tuple(placeholder.format(item.lower().replace(" ", "-")) for item in names)
+        for token in tokens:
+            if token in owners:
+                raise UserError(
+                    f"attributes '{owners[token]}' and '{name}' both have the token '{token}'; let model.placeholder "
+                    "have a '{}' for the class, and name each class in one attribute only"
+                )
+            owners[token] = name
+        directions = attribute_directions(classifier.head_weight, classes, classifier.multi_label)
+        resolved.append(Attribute(name, names, classes, classifier.multi_label, directions, tokens))
+    return resolved
+
+
+class _Draw(NamedTuple):
+    """What is random about a training sample: attribute, class, timestep and noise (C, h, w)."""
+
+    attribute: int
+    target: int
+    timestep: int
+    noise: Tensor
+
+
+class Caso(TokenLearning):
+    """Learn one token per class of each attribute, such that one step of denoising with it shows the class.
+
+    A picture is noised to a timestep, denoised in one step under classifier-free guidance by the token of a class that
+    is drawn for it, decoded and classified by a frozen classifier. The editing loss asks for the class, the
+    reconstruction loss for everything else to stay. One evaluation of the network with gradient and one without is all
+    that a step takes: the released code inverts each picture in 50 steps to read off a timestep that is always the
+    same. What is drawn for a picture depends on its place in the training alone, not on the number of processes.
+
+    Args:
+        backbone: frozen diffusion model.
+        classifier: timm name or folder of the classifier that guides.
+        attributes: attributes to learn: a name, to the classifier's labels that are its classes, or to null for the
+            presence or absence of the label of that name (tokens ``<smile>`` and ``<no-smile>``).
+        judge: timm name or folder of another classifier, which reports; null reports nothing as a result.
+        placeholder: how a class gives its token's name; ``{}`` is the class in lower case, with dashes for spaces.
+        num_vectors: vectors per token.
+        template: prompt around a token; the published prompt is the token alone.
+        initial_words: word or words whose embedding tokens start from.
+        initialiser: where tokens go from there before training, see :mod:`tokenlearn.tokens.class_initialisation`:
+            ``words`` stays.
+        initialiser_batches: training batches whose pictures the other initialisers look at.
+        initialiser_step: step of ``pull_back``, in units of the vocabulary's median norm.
+        initialiser_words: words whose edits are evaluated, per class by ``vocabulary``, in all by ``ridge``.
+        collapse_batches: training batches whose labelled pictures tell, before training, the class means of the
+            guide's features and how far these have collapsed; without them the guide's head stands in for the means.
+        timesteps: timestep to noise pictures to, or the first and last of those of which one is drawn for each
+            picture. The published method always takes 401 of 1000.
+        noising: fresh noise, or DDIM inversion in ``num_inference_steps`` steps, to those of their timesteps that are
+            in range.
+        editing_loss: cross-entropy on logits, the released squared error of the probability, or the cosine to the
+            direction of the class mean.
+        reconstruction_weight: weight of the squared error in latent space; 0 in the released code.
+        reconstruct_present_only: reconstruct only pictures that show the class already, by their label or, where that
+            is not known, by the word of the guide.
+        skip_present: leave those pictures out of the editing loss.
+        training_guidance_scale: classifier-free guidance scale of the one step.
+        hold_norms: after each step, scale token vectors into the range of norms in the vocabulary.
+        seed: names what is drawn for the pictures.
+        num_inference_steps: sampling steps of generated pictures, and of inversion.
+        guidance_scale: classifier-free guidance scale of generated pictures.
+        scheduler: diffusers scheduler of generated pictures by class name; null for the pipeline's own.
+        negative_prompt: prompt of the unconditional branch.
+        optimizer: over the token vectors only.
+        lr_scheduler: stepped after every optimizer step; null keeps the learning rate.
+
+    Raises:
+        UserError: if classifier or judge lacks a class or is missing, both are the same, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        backbone: DiffusionBackbone,
+        classifier: str,
+        attributes: dict[str, list[str] | None],
+        judge: str | None = None,
+        placeholder: str = "<{}>",
+        num_vectors: int = 1,
+        template: str = "{}",
+        initial_words: str = "a",
+        initialiser: ClassInitialiser = "words",
+        initialiser_batches: int = 1,
+        initialiser_step: float = 1.0,
+        initialiser_words: int = 32,
+        collapse_batches: int = 8,
+        timesteps: int | tuple[int, int] = 401,
+        noising: Noising = "forward",
+        editing_loss: EditingLoss = "cross_entropy",
+        reconstruction_weight: float = 0.1,
+        reconstruct_present_only: bool = False,
+        skip_present: bool = False,
+        training_guidance_scale: float = 10.0,
+        hold_norms: bool = False,
+        seed: int = 0,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 4.0,
+        scheduler: str | None = None,
+        negative_prompt: str = "",
+        optimizer: OptimizerCallable = adamw,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(
+            backbone,
+            num_inference_steps,
+            guidance_scale,
+            scheduler,
+            negative_prompt,
+            hold_norms,
+            optimizer,
+            lr_scheduler,
+        )
+        if not attributes:
+            raise UserError("model.attributes is empty; name at least one attribute of the classifier")
+        if template.count("{}") != 1:
+            raise UserError(f"model.template '{template}' must have exactly one '{{}}', where the token goes")
+        for setting, number, least in (
+            ("initialiser_batches", initialiser_batches, 1),
+            ("initialiser_words", initialiser_words, 1),
+            ("collapse_batches", collapse_batches, 0),
+            ("reconstruction_weight", reconstruction_weight, 0),
+            ("seed", seed, 0),
+        ):
+            if not number >= least:
+                raise UserError(f"model.{setting} must be at least {least}, got {number}")
+        self.classifier, self.judge = guide_and_judge(classifier, judge)
+        self.attributes = resolve_attributes(attributes, self.classifier, placeholder)
+        self.judge_attributes = [] if self.judge is None else resolve_attributes(attributes, self.judge, placeholder)
+        self.template, self.seed, self.noising = template, seed, noising
+        self.initial_words, self.initialiser, self.initialiser_step = initial_words, initialiser, initialiser_step
+        self.initialiser_batches, self.initialiser_words = initialiser_batches, initialiser_words
+        self.collapse_batches = collapse_batches
+        self.training_guidance_scale = training_guidance_scale
+        self.editing_loss: EditingLoss = editing_loss
+        self.reconstruction_weight, self.reconstruct_present_only = reconstruction_weight, reconstruct_present_only
+        self.skip_present = skip_present
+        self._inverse = inverse_of(self.scheduler)
+        self._inverse.set_timesteps(num_inference_steps)
+        self.timesteps = self._checked_timesteps(timesteps)
+
+        self._classes = [(index, k) for index, item in enumerate(self.attributes) for k in range(len(item.classes))]
+        self.tokens = [token for attribute in self.attributes for token in attribute.placeholders]
+        self.use_bank(self.make_bank(dict.fromkeys(self.tokens, initial_words), num_vectors))
+        self.directions = [attribute.directions for attribute in self.attributes]
+        self.centres = [torch.zeros(self.classifier.head_weight.shape[1])] * len(self.attributes)
+        self.guided_accuracy = ClassAccuracy(len(self.tokens))
+        self.judged_accuracy = ClassAccuracy(len(self.tokens))
+        self._resumed = False
+
+    def _checked_timesteps(self, wanted: int | tuple[int, int]) -> list[int]:
+        """The timesteps of which one is drawn for each picture."""
+        first, last = (wanted, wanted) if isinstance(wanted, int) else wanted
+        most = len(self.backbone.alphas) - 1
+        if not 0 < first <= last <= most:
+            raise UserError(f"model.timesteps must be from 1 to {most}, the first not above the last, got {wanted}")
+        if self.noising == "forward":
+            return list(range(first, last + 1))
+        reached: list[int] = self._inverse.timesteps.tolist()
+        if not (within := [timestep for timestep in reached if first <= timestep <= last]):
+            near = sorted(sorted(reached, key=lambda timestep: abs(timestep - first))[:2])
+            raise UserError(
+                f"model.timesteps {wanted} has none that inversion in {self.num_inference_steps} steps passes; "
+                f"take {' or '.join(map(str, near))}, or another number of steps"
+            )
+        return within
+
+    def on_fit_start(self) -> None:
+        """See how far the guide has collapsed, and start the tokens; a resumed run has them from its checkpoint.
+
+        Raises:
+            UserError: if classes of the data are others than the model's, or an initialiser has nothing to go by.
+        """
+        self._check_class_names()
+        # As in training, so that pictures and features are those that the tokens will meet.
+        with torch.no_grad(), self.trainer.precision_plugin.train_step_context():
+            self._measure_collapse()
+            if self.initialiser != "words" and not self._resumed:
+                self._start_tokens(self.initialiser)
+
+    def training_step(self, batch: ImageBatch) -> Tensor:
+        """Edit every picture in one step towards a class drawn for it, and return the mean of the weighted losses.
+
+        Raises:
+            UserError: if the loss is not finite on any device.
+        """
+        latents = self.clean_latents(batch)
+        draws = [self._draw(position, latents.shape[1:]) for position in self._positions(len(latents))]
+        timesteps = torch.tensor([draw.timestep for draw in draws], device=self.device)
+        targets = torch.tensor([draw.target for draw in draws], device=self.device)
+        tokens = [self.attributes[draw.attribute].placeholders[draw.target] for draw in draws]
+        rows = {index: [row for row, draw in enumerate(draws) if draw.attribute == index] for index, *_ in draws}
+
+        noisy = self.noisy_latents(latents, torch.stack([draw.noise for draw in draws]).to(self.device), timesteps)
+        predicted = self.one_step_edit(noisy, timesteps, tokens, self.unconditional_noise(noisy, timesteps))
+        features = self.classifier.features(self.backbone.decode_latents(predicted))
+        outputs = self.classifier.classify(features).float()
+        editing = latents.new_zeros(len(latents), dtype=torch.float32)
+        for index, own in rows.items():
+            editing[own] = self._editing_loss(index, features[own], outputs[own], targets[own])
+        kept = None
+        if self.skip_present or self.reconstruct_present_only:
+            present = self._present(batch, latents, rows, targets)
+            editing = editing * ~present if self.skip_present else editing
+            kept = present if self.reconstruct_present_only else None
+        reconstruction = latent_reconstruction(predicted, latents, kept)
+        loss = self.require_finite((editing + self.reconstruction_weight * reconstruction).mean())
+        parts = {"loss": loss, "editing": editing.mean(), "reconstruction": reconstruction.mean()}
+        for name, value in parts.items():
+            self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", batch_size=len(latents), sync_dist=True)
+        return loss
+
+    @torch.no_grad()
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Any] | None:
+        """Edit each picture by every token in one step, always with the same noise.
+
+        An edit counts where the picture does not show the class without it.
+
+        Returns:
+            For callbacks, a few pictures of the first batch and all their edits.
+        """
+        latents = self.clean_latents(batch)
+        before = self.backbone.decode_latents(latents).clamp(0, 1)
+        noisy, timesteps = self._always_the_same_noise(batch.names, latents)
+        unconditional = self.unconditional_noise(noisy, timesteps)
+        observers = [(self.classifier, self.attributes, self.guided_accuracy)]
+        if self.judge is not None:
+            observers.append((self.judge, self.judge_attributes, self.judged_accuracy))
+        outputs_before = [classifier(before) for classifier, *_ in observers]
+        images, rows = [before[:_STRIP_PICTURES]], ["picture"]
+        for group, (token, (index, target)) in enumerate(zip(self.tokens, self._classes, strict=True)):
+            predicted = self.one_step_edit(noisy, timesteps, [token] * len(noisy), unconditional)
+            after = self.backbone.decode_latents(predicted).clamp(0, 1)
+            for (classifier, attributes, accuracy), outputs in zip(observers, outputs_before, strict=True):
+                needed = attributes[index].class_index(outputs) != target
+                shown = attributes[index].class_index(classifier(after)) == target
+                accuracy.update(shown[needed], torch.full_like(timesteps, group)[needed])
+            images.append(after[:_STRIP_PICTURES])
+            rows.append(token)
+        if batch_idx > 0:
+            return None
+        return {"images": torch.cat(images), "rows": [row for row in rows for _ in images[0]]}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log accuracies of one-step edits: the guide's chooses what to keep, the judge's is only shown."""
+        self.log_accuracy("val/guided_accuracy", self.guided_accuracy)
+        if self.judge is not None:
+            self.log_accuracy("val/judged_accuracy", self.judged_accuracy)
+
+    @torch.no_grad()
+    def clean_latents(self, batch: ImageBatch) -> Tensor:
+        """Latents (B, C, h, w) of a batch: cached, encoded, or generated."""
+        if batch.latents is not None:
+            return batch.latents
+        if batch.images is not None:
+            return self.backbone.encode_images(batch.images)
+        return self.generate_latents(batch.prompts, batch.seeds)
+
+    @torch.no_grad()
+    def noisy_latents(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Clean latents (B, C, h, w) with noise (B, C, h, w), or inverted instead, to B timesteps."""
+        if self.noising == "forward":
+            return add_noise(latents, noise, self.backbone.alphas[timesteps], self.backbone.sigmas[timesteps])
+        reached: list[Tensor] = []
+        invert(
+            self.backbone,
+            self._inverse,
+            latents,
+            [self.unconditional()],
+            self.num_inference_steps,
+            int(timesteps.max()),
+            callback=lambda step, inverted: reached.append(inverted),
+        )
+        steps = [self._inverse.timesteps.tolist().index(timestep) for timestep in timesteps.tolist()]
+        return torch.stack([reached[step][row] for row, step in enumerate(steps)])
+
+    @torch.no_grad()
+    def unconditional_noise(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """Noise (B, C, h, w) as predicted without any token."""
+        return self.backbone.predict_noise(noisy, timesteps, self.unconditional().expand(len(noisy)))
+
+    def one_step_edit(self, noisy: Tensor, timesteps: Tensor, tokens: Sequence[str], unconditional: Tensor) -> Tensor:
+        """Clean latents as predicted in one step from noisy ones, under guidance by tokens; differentiable by these.
+
+        Args:
+            noisy: (B, C, h, w) latents with noise.
+            timesteps: (B,) its levels.
+            tokens: B placeholders.
+            unconditional: (B, C, h, w), see :meth:`unconditional_noise`.
+
+        Returns:
+            (B, C, h, w).
+        """
+        prompts = [self.template.format(token) for token in tokens]
+        conditional = self.backbone.predict_noise(noisy, timesteps, self.backbone.encode_prompts(prompts))
+        guided = classifier_free_guidance(unconditional, conditional, self.training_guidance_scale)
+        return x0_from_noise(noisy, guided, self.backbone.alphas[timesteps], self.backbone.sigmas[timesteps])
+
+    def token_metadata(self) -> dict[str, dict[str, str]]:
+        """Method, attribute, class and training settings of each token."""
+        metadata = super().token_metadata()
+        settings = {
+            "timesteps": [self.timesteps[0], self.timesteps[-1]],
+            "noising": self.noising,
+            "editing_loss": self.editing_loss,
+            "reconstruction_weight": self.reconstruction_weight,
+            "training_guidance_scale": self.training_guidance_scale,
+            "initial_words": self.initial_words,
+            "initialiser": self.initialiser,
+            "negative_prompt": self.negative_prompt,
+        }
+        for attribute in self.attributes:
+            for name, token in zip(attribute.class_names, attribute.placeholders, strict=True):
+                metadata[token] |= {
+                    "method": "caso",
+                    "attribute": attribute.name,
+                    "class": name,
+                    "classifier": self.classifier.pretrained,
+                    "prompt": self.template.format(token),
+                    "config": json.dumps(settings),
+                }
+        return metadata
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check the checkpoint, and note that the tokens have started."""
+        super().on_load_checkpoint(checkpoint)
+        self._resumed = True
+
+    def _editing_loss(self, index: int, features: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
+        if self.editing_loss == "class_mean":
+            return class_mean_cosine(features, targets, self.directions[index], self.centres[index])
+        loss: Callable[[Tensor, Tensor], Tensor] = (
+            probability_error if self.editing_loss == "probability_error" else class_cross_entropy
+        )
+        return loss(self.attributes[index].logits(outputs), targets)
+
+    @torch.no_grad()
+    def _present(self, batch: ImageBatch, latents: Tensor, rows: Mapping[int, list[int]], targets: Tensor) -> Tensor:
+        """Whether pictures (B,) show their target already: by their label, else by the guide's word.
+
+        ``rows`` are those that an attribute was drawn for.
+        """
+        labels = torch.full_like(targets, UNKNOWN)
+        for index, own in rows.items():
+            if (name := self.attributes[index].name) in batch.labels:
+                labels[own] = batch.labels[name][own]
+        if (labels == UNKNOWN).any():
+            outputs = self.classifier(self._clean_images(batch, latents))
+            for index, own in rows.items():
+                said = self.attributes[index].class_index(outputs[own])
+                labels[own] = torch.where(labels[own] == UNKNOWN, said, labels[own])
+        return labels == targets
+
+    def _clean_images(self, batch: ImageBatch, latents: Tensor | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] of a batch, decoded where there are only latents."""
+        if batch.images is not None:
+            return batch.images
+        return self.backbone.decode_latents(self.clean_latents(batch) if latents is None else latents).clamp(0, 1)
+
+    def _positions(self, batch_size: int) -> range:
+        """Places of this batch's samples in the stream of all ranks, which name their random numbers."""
+        batches = self.trainer.fit_loop.total_batch_idx
+        start = (batches * self.trainer.world_size + self.trainer.global_rank) * batch_size
+        return range(start, start + batch_size)
+
+    def _draw(self, position: int, shape: torch.Size) -> _Draw:
+        rng = np.random.default_rng([self.seed, position])
+        attribute = int(rng.integers(len(self.attributes)))
+        target = int(rng.integers(len(self.attributes[attribute].classes)))
+        timestep = self.timesteps[int(rng.integers(len(self.timesteps)))]
+        return _Draw(attribute, target, timestep, torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)))
+
+    def _always_the_same_noise(self, names: Sequence[str], latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents with noise that a picture's name decides, at the middle timestep; and the timesteps (B,)."""
+        rngs = [np.random.default_rng(zlib.crc32(name.encode())) for name in names]
+        noise = [torch.from_numpy(rng.standard_normal(latents.shape[1:], dtype=np.float32)) for rng in rngs]
+        timesteps = torch.full((len(latents),), self.timesteps[len(self.timesteps) // 2], device=self.device)
+        return self.noisy_latents(latents, torch.stack(noise).to(self.device), timesteps), timesteps
+
+    def _first_batches(self, count: int) -> Iterator[ImageBatch]:
+        """This rank's part of the first training batches, from a loader of their own."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if count and datamodule is not None:
+            for batch in itertools.islice(datamodule.train_dataloader(), count):
+                yield move_data_to_device(batch, self.device)
+
+    def _check_class_names(self) -> None:
+        """Refuse data whose class indices are known to mean something else."""
+        known = getattr(getattr(self.trainer, "datamodule", None), "class_names", {})
+        for attribute in self.attributes:
+            ours, found = attribute.class_names, tuple(known.get(attribute.name, ()))
+            # The same classes may be called otherwise, but not come in another order.
+            if found and (len(found) != len(ours) or (set(found) == set(ours) and found != ours)):
+                raise UserError(
+                    f"the classes of '{attribute.name}' are {', '.join(found)} in the data and {', '.join(ours)} in "
+                    f"the model; list those of the model, in its order, in data.label_classes.{attribute.name}"
+                )
+
+    def _measure_collapse(self) -> None:
+        """Take class means of the guide's features over labelled pictures for directions, and log how collapsed."""
+        # float64 sums, which Apple's GPUs do not have.
+        device = torch.device("cpu") if self.device.type == "mps" else self.device
+        metrics = {
+            attribute.name: NeuralCollapse(
+                len(attribute.classes), attribute.directions.shape[1], attribute.directions
+            ).to(device)
+            for attribute in self.attributes
+        }
+        for batch in self._first_batches(self.collapse_batches):
+            labelled = batch.labels.keys() & metrics.keys()
+            if not labelled:
+                return
+            features = self.classifier.features(self._clean_images(batch)).to(device)
+            for name in labelled:
+                labels, metric = batch.labels[name].to(device), metrics[name]
+                if (largest := int(labels.max())) >= len(metric.counts):
+                    raise UserError(
+                        f"the data have class {largest} of '{name}', whose {len(metric.counts)} classes in the model "
+                        f"are numbered from 0; name all of them in model.attributes.{name}"
+                    )
+                metric.update(features, labels)
+        logged: dict[str, float] = {}
+        for index, (name, metric) in enumerate(metrics.items()):
+            if not metric.update_called:
+                continue
+            try:
+                found = metric.compute()
+            except UserError as error:
+                rank_zero_warn(f"the guide's head stands in for the class means of '{name}': {error}")
+                continue
+            self.directions[index] = found.class_directions.float()
+            self.centres[index] = found.global_mean.float()
+            logged |= {f"collapse/{measure}/{name}": float(getattr(found, measure)) for measure in _COLLAPSE_MEASURES}
+        if logged:
+            for logger in self.loggers:
+                logger.log_metrics(logged, step=self.global_step)
+            for measure in _COLLAPSE_MEASURES:
+                values = [value for key, value in logged.items() if key.startswith(f"collapse/{measure}/")]
+                rank_zero_info(f"guide's {measure.replace('_', ' ')}: {np.mean(values):.3f} (0 if collapsed)")
+
+    def _start_tokens(self, initialiser: ClassInitialiser) -> None:
+        """Move the tokens from their word to where the directions of their classes point to."""
+        assert self.bank is not None
+        batches: list[tuple[Tensor, Tensor, Tensor]] = []
+        for batch in self._first_batches(self.initialiser_batches):
+            noisy, timesteps = self._always_the_same_noise(batch.names, self.clean_latents(batch))
+            # All ranks look at the pictures of all, as one process would.
+            gathered = cast(Tensor, self.all_gather(noisy)).reshape(-1, *noisy.shape[1:])
+            parts = torch.split(gathered, len(noisy))
+            batches += [(part, timesteps, self.unconditional_noise(part, timesteps)) for part in parts]
+        token = self.tokens[0]  # all start from the same vectors
+
+        def features(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+            noisy, timesteps, unconditional = batch
+            predicted = self.one_step_edit(noisy, timesteps, [token] * len(noisy), unconditional)
+            return self.classifier.features(self.backbone.decode_latents(predicted))
+
+        vectors = class_vectors(
+            initialiser,
+            torch.cat(self.bank.get(token), dim=1),
+            torch.cat([direction.to(self.device) for direction in self.directions]),
+            with_vectors(self.bank, token, features),
+            batches,
+            torch.cat([input_embedding(encoder).weight for encoder in self.backbone.text_encoders], dim=1),
+            word_ids(self.backbone.tokenizers[0]),
+            self.initialiser_step,
+            self.initialiser_words,
+        )
+        for name, own in zip(self.tokens, self.trainer.strategy.broadcast(vectors.cpu()), strict=True):
+            self.bank.set(name, own.split(list(self.bank.embedding_widths), dim=1))

@@ -1,0 +1,226 @@
+"""Edit pictures with learned tokens."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokenlearn.data.pictures import FolderPictures, GeneratedPictures, Picture, Pictures
+from tokenlearn.data.sharding import EvaluationBatches, Item
+from tokenlearn.diffusion import invert, sample
+from tokenlearn.errors import UserError
+from tokenlearn.guidance import SummedGuidance
+from tokenlearn.methods.base import inverse_of
+from tokenlearn.methods.generate import Generate
+from tokenlearn.models import DiffusionBackbone
+
+_READ_AHEAD = 2
+
+
+class Edited(NamedTuple):
+    """A picture and its edits.
+
+    Attributes:
+        picture: the picture as it was read, or what it was generated from.
+        before: (3, H, W) the picture in [0, 1] at the model's size.
+        edits: (E, 3, H, W) in [0, 1], one per edit.
+        strips: token to (S, 3, H, W) in [0, 1], one per scale.
+    """
+
+    picture: Picture
+    before: Tensor
+    edits: Tensor
+    strips: dict[str, Tensor]
+
+
+def edit_name(edit: Mapping[str, float]) -> str:
+    """What an edit is called in file names and captions: ``{"<smile>": 3, "<hat>": -2}`` gives ``smile+3_hat-2``."""
+    words = {token: re.sub(r"[^\w.-]+", "-", token).strip("-") for token in edit}
+    return "_".join(f"{words[token]}{scale:+g}" for token, scale in edit.items())
+
+
+class Edit(Generate):
+    """Edit pictures with tokens, from embedding files or from a checkpoint (``--ckpt_path``).
+
+    A picture is inverted to a noise level once (DDIM inversion of the unconditional model), and denoised again for
+    each edit with ``e_0 + sum_a s_a (e_a - e_0)`` over the edit's tokens: the editing of CASO
+    (https://arxiv.org/abs/2505.14254). Positive scales add what the token stands for, negative ones remove it. The
+    pictures are settings of this task, so a config of it has no data section.
+
+    Args:
+        backbone: frozen diffusion model.
+        images: folder of pictures of any size, in any depth, or one picture.
+        prompts: pictures to generate and to edit, instead of a folder: each prompt with each seed.
+        seeds: seeds of generated pictures.
+        edits: the edits to make of each picture: token to signed scale, several at once if wanted.
+        interpolations: token to the scales of a strip of edits by it alone.
+        embeddings: embedding files. A checkpoint's tokens take their place.
+        template: prompt around a token, as in training.
+        timestep: noise level to invert to; more changes more. It must be one of the sampling steps'.
+        num_inference_steps: steps of DDIM between clean pictures and pure noise, in either direction, of which those
+            up to the timestep are made.
+        guidance_scale: classifier-free guidance scale of generated pictures.
+        negative_prompt: prompt of the unconditional branch.
+        batch_size: edits of a picture to make at once.
+
+    Attributes:
+        pictures: the pictures.
+        is_done: tells by its name whether a picture's edits are there already, so that it is left out.
+
+    Raises:
+        UserError: if there are no pictures or edits, an edit is there twice, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        backbone: DiffusionBackbone,
+        images: str | None = None,
+        prompts: list[str] = [],  # noqa: B006 - read only; a list is what YAML shows
+        seeds: list[int] = [0],  # noqa: B006 - as above
+        edits: list[dict[str, float]] = [],  # noqa: B006 - as above
+        interpolations: dict[str, list[float]] = {},  # noqa: B006 - as above
+        embeddings: list[str] = [],  # noqa: B006 - as above
+        template: str = "{}",
+        timestep: int = 601,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        negative_prompt: str = "",
+        batch_size: int = 8,
+    ) -> None:
+        super().__init__(backbone, embeddings, num_inference_steps, guidance_scale, "DDIM", negative_prompt)
+        if not any(edits) and not interpolations:
+            raise UserError("model.edits and model.interpolations are empty; give an edit, such as {<smile>: 3}")
+        if template.count("{}") != 1:
+            raise UserError(f"model.template '{template}' must have exactly one '{{}}', where the token goes")
+        if batch_size < 1:
+            raise UserError(f"model.batch_size must be at least 1, got {batch_size}")
+        for token, scales in interpolations.items():
+            if not scales:
+                raise UserError(f"model.interpolations has no scale for '{token}'; give some, such as [-4, 0, 4]")
+        for token, scale in _scales(edits, interpolations):
+            if not math.isfinite(scale):
+                raise UserError(f"the scale of '{token}' must be a finite number, got {scale}")
+        names = [edit_name(edit) for edit in edits]
+        if (twice := next((name for name in names if names.count(name) > 1 or not name), None)) is not None:
+            raise UserError(f"model.edits has '{twice}' twice or an edit without a token; remove it")
+        self.edits, self.interpolations, self.template, self.batch_size = edits, interpolations, template, batch_size
+        self.timestep, self._inverse = timestep, inverse_of(self.scheduler)
+        self._check_timestep()
+        side, factor = backbone.latent_size * backbone.vae_scale_factor, backbone.vae_scale_factor
+        if (images is None) != bool(prompts):
+            raise UserError("set either model.images, to a folder of pictures, or model.prompts, to generate some")
+        self.pictures: Pictures = (
+            GeneratedPictures(prompts, seeds, side) if images is None else FolderPictures(images, side, factor)
+        )
+        self.is_done: Callable[[str], bool] = _never
+
+    def _check_timestep(self) -> None:
+        self.scheduler.set_timesteps(self.num_inference_steps)
+        known: list[int] = self.scheduler.timesteps.tolist()
+        if self.timestep not in known:
+            near = sorted(sorted(known, key=lambda timestep: abs(timestep - self.timestep))[:2])
+            raise UserError(
+                f"model.timestep {self.timestep} is not among the {self.num_inference_steps} steps; take "
+                f"{' or '.join(map(str, near))}, or another model.num_inference_steps"
+            )
+
+    def predict_dataloader(self) -> EvaluationBatches[Picture | str, Picture | str]:
+        """This rank's pictures, one by one; of those that are done the name alone."""
+
+        # Those that are done count too: a process that had none left would not meet the others at the end.
+        def load(item: Item) -> Picture | str:
+            name = self.pictures.names[item.index]
+            return name if self.is_done(name) else self.pictures[item.index]
+
+        count = len(self.pictures.names)
+        return EvaluationBatches(
+            lambda: (Item(0, index) for index in range(count)),
+            count,
+            load,
+            lambda samples: samples[0],
+            batch_size=1,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            num_workers=_READ_AHEAD,
+        )
+
+    def on_predict_start(self) -> None:
+        """Check that every token of an edit is known.
+
+        Raises:
+            UserError: if one is not.
+        """
+        known = () if self.bank is None else self.bank.placeholders
+        for token, _ in _scales(self.edits, self.interpolations):
+            if token not in known:
+                raise UserError(
+                    f"no token '{token}' to edit with, only {', '.join(known) or 'none at all'}; give its file in "
+                    "model.embeddings, or --ckpt_path"
+                )
+
+    def predict_step(self, batch: Picture | str) -> Edited | str:  # type: ignore[override]
+        """Invert a picture once and make all its edits."""
+        if isinstance(batch, str):
+            return batch
+        if batch.image is None:
+            latents = self.generate_latents([batch.prompt], [batch.seed])
+            before = self.backbone.decode_latents(latents).clamp(0, 1)
+        else:
+            latents, before = self.backbone.encode_images(batch.image), batch.image
+        of_strips = [{token: scale} for token, scales in self.interpolations.items() for scale in scales]
+        edited = self.denoise(self.invert(latents), [*self.edits, *of_strips])
+        edits, *strips = torch.split(edited, [len(self.edits), *map(len, self.interpolations.values())])
+        return Edited(batch, before[0], edits, dict(zip(self.interpolations, strips, strict=True)))
+
+    def invert(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) at the noise level of the edits' timestep, from clean ones."""
+        return invert(
+            self.backbone, self._inverse, latents, [self.unconditional()], self.num_inference_steps, self.timestep
+        )
+
+    def denoise(self, noisy: Tensor, edits: Sequence[Mapping[str, float]]) -> Tensor:
+        """Images (E, 3, H, W) in [0, 1] from one picture's inverted latents (1, C, h, w), one for each edit."""
+        of_tokens: dict[tuple[str, ...], list[int]] = {}
+        for index, edit in enumerate(edits):
+            of_tokens.setdefault(tuple(sorted(edit)), []).append(index)
+        images: dict[int, Tensor] = {}
+        for tokens, indices in of_tokens.items():
+            for start in range(0, len(indices), self.batch_size):
+                part = indices[start : start + self.batch_size]
+                images |= zip(part, self._denoise(noisy, tokens, [edits[index] for index in part]), strict=True)
+        return torch.stack([images[index] for index in range(len(edits))])
+
+    def _denoise(self, noisy: Tensor, tokens: Sequence[str], edits: Sequence[Mapping[str, float]]) -> Tensor:
+        """The same for edits that all have the same tokens."""
+        guidance = SummedGuidance([torch.tensor([edit[token] for edit in edits]) for token in tokens])
+        conditionals = [self.backbone.encode_prompts([self.template.format(token)]) for token in tokens]
+        edited = sample(
+            self.backbone,
+            self.scheduler,
+            noisy.expand(len(edits), -1, -1, -1),
+            guidance.conditionings(self.unconditional(), *conditionals),
+            guidance,
+            self.num_inference_steps,
+            gradient_steps=0,
+            from_timestep=self.timestep,
+        )
+        return self.backbone.decode_latents(edited).clamp(0, 1)
+
+
+def _scales(
+    edits: Sequence[Mapping[str, float]], interpolations: Mapping[str, Sequence[float]]
+) -> Iterator[tuple[str, float]]:
+    """Every token with every scale that it has somewhere."""
+    for edit in edits:
+        yield from edit.items()
+    for token, scales in interpolations.items():
+        yield from ((token, scale) for scale in scales)
+
+
+def _never(name: str) -> bool:
+    return False
