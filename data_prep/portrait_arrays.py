@@ -16,13 +16,18 @@ from jsonargparse import auto_cli
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
-from tokenlearn.data.portraits import ATTRIBUTES, IMAGE_SIZE, PERSONA_LABELS, portrait
+from tokenlearn.data.portraits import ATTRIBUTES, HAIR_COLORS, IMAGE_SIZE, PERSONA_LABELS, Scene, portrait
 
 WORK_FOLDER = Path("work")
 _CHUNK = 2000
 _HEADGEAR = {"wizard", "pirate", "chef", "viking", "cowboy", "nurse", "king", "queen", "detective"}
 _ATTRIBUTES_UNCLEAR = {"clown", "astronaut", "punk"}
 """Personas whose paint, helmet or mohawk leaves open whether an attribute is there."""
+_HAIR_LABELS = tuple(f"{color} hair" for color in HAIR_COLORS)
+_COLORED_STYLES = {"photo", "painting"}
+
+PORTRAIT_LABELS = (*ATTRIBUTES, *_HAIR_LABELS, "pipe")
+"""What the attribute classifiers know: with "gray hair", the hair colours are five classes."""
 
 
 @dataclass
@@ -31,15 +36,15 @@ class PortraitArrays:
 
     Attributes:
         images: uint8 (N, 64, 64, 3).
-        attributes: bool (N, 10); any headgear but a helmet counts as a hat.
-        attributes_known: bool (N,); false where a persona leaves an attribute open.
+        labels: bool (N, 15), whether each of ``PORTRAIT_LABELS`` is there; any headgear but a helmet counts as a hat.
+        labels_known: bool (N, 15); false where a persona or a style leaves it open.
         personas: int64 (N,), index into ``PERSONA_LABELS``.
         captions: N texts.
     """
 
     images: np.ndarray
-    attributes: Tensor
-    attributes_known: Tensor
+    labels: Tensor
+    labels_known: Tensor
     personas: Tensor
     captions: list[str]
 
@@ -47,6 +52,20 @@ class PortraitArrays:
         """Pictures as float (B, 3, 64, 64) in [0, 1]."""
         chosen = torch.from_numpy(self.images[np.asarray(indices)])
         return chosen.permute(0, 3, 1, 2).contiguous().float() / 255
+
+
+def _is_shown(scene: Scene, label: str) -> bool:
+    if label == "pipe":
+        return scene.pipe
+    if label in _HAIR_LABELS:
+        return not scene.has("gray hair") and label == f"{scene.hair_color} hair"
+    return scene.has(label) or (label == "hat" and scene.persona in _HEADGEAR)
+
+
+def _is_known(scene: Scene, label: str) -> bool:
+    if label in _HAIR_LABELS:
+        return scene.persona is None and scene.style in _COLORED_STYLES
+    return scene.persona not in _ATTRIBUTES_UNCLEAR
 
 
 def _render_chunk(job: tuple[Path, int, int, int]) -> None:
@@ -58,8 +77,9 @@ def _render_chunk(job: tuple[Path, int, int, int]) -> None:
     for index in range(start, stop):
         scene, picture, text = portrait(seed, index)
         images[index - start] = np.asarray(picture)
-        shown = [scene.has(name) or (name == "hat" and scene.persona in _HEADGEAR) for name in ATTRIBUTES]
-        rows.append([text, shown, scene.persona not in _ATTRIBUTES_UNCLEAR, scene.persona])
+        shown = [_is_shown(scene, label) for label in PORTRAIT_LABELS]
+        known = [_is_known(scene, label) for label in PORTRAIT_LABELS]
+        rows.append([text, shown, known, scene.persona])
     np.save(folder / f"{start}.npy", images)
     (folder / f"{start}.json").write_text(json.dumps(rows))
 
@@ -72,11 +92,11 @@ def portrait_arrays(size: int, seed: int, work_folder: Path = WORK_FOLDER, proce
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         pool.map(_render_chunk, jobs, chunksize=1)
     rows = [row for job in jobs for row in json.loads((folder / f"{job[2]}.json").read_text())][:size]
-    captions, attributes, known, personas = zip(*rows, strict=True)
+    captions, labels, known, personas = zip(*rows, strict=True)
     return PortraitArrays(
         images=np.concatenate([np.load(folder / f"{job[2]}.npy") for job in jobs])[:size],
-        attributes=torch.tensor(attributes),
-        attributes_known=torch.tensor(known),
+        labels=torch.tensor(labels),
+        labels_known=torch.tensor(known),
         personas=torch.tensor([PERSONA_LABELS.index(name) if name else 0 for name in personas]),
         captions=list(captions),
     )

@@ -18,9 +18,9 @@ from jsonargparse import auto_cli
 from torch import Tensor
 from torch.nn import functional
 
-from data_prep.portrait_arrays import WORK_FOLDER, PortraitArrays, index_loader, portrait_arrays
+from data_prep.portrait_arrays import PORTRAIT_LABELS, WORK_FOLDER, PortraitArrays, index_loader, portrait_arrays
 from data_prep.training import TrainedBySteps, train
-from tokenlearn.data.portraits import ATTRIBUTES, IMAGE_SIZE, PERSONA_LABELS
+from tokenlearn.data.portraits import IMAGE_SIZE, PERSONA_LABELS
 from tokenlearn.diffusion.schedule import add_noise
 from tokenlearn.losses import class_cross_entropy
 from tokenlearn.models import StableDiffusion
@@ -49,7 +49,7 @@ class ClassifierTraining(TrainedBySteps):
         super().__init__(steps, learning_rate, weight_decay=0.02)
         self.arrays, self.seen = arrays, seen
         self.multi_label = name.startswith("attribute")
-        labels = ATTRIBUTES if self.multi_label else PERSONA_LABELS
+        labels = PORTRAIT_LABELS if self.multi_label else PERSONA_LABELS
         if name.endswith("guide"):
             self.model = timm.create_model("resnet10t", num_classes=len(labels), **_GUIDE_ARGUMENTS)
         else:
@@ -57,17 +57,17 @@ class ClassifierTraining(TrainedBySteps):
 
     def training_step(self, indices: Tensor) -> Tensor:
         """One batch; each picture as drawn or in one of the other forms in which it is known."""
-        indices = indices[self.arrays.attributes_known[indices]] if self.multi_label else indices
         pixels = self.arrays.pixels(indices)
         for form in self.seen:
             replaced = (torch.rand(len(indices)) < 0.4) & (indices < len(form))
             pixels[replaced] = form[indices[replaced]].float() / 255
         logits = self.model(_augment(pixels) * 2 - 1)
-        targets = self.arrays.attributes[indices].float() if self.multi_label else self.arrays.personas[indices]
         if self.multi_label:
-            loss = functional.binary_cross_entropy_with_logits(logits.float(), targets)
+            known = self.arrays.labels_known[indices]
+            targets = self.arrays.labels[indices].float()
+            loss = functional.binary_cross_entropy_with_logits(logits.float()[known], targets[known])
         else:
-            loss = class_cross_entropy(logits.float(), targets, multi_label=False).mean()
+            loss = class_cross_entropy(logits.float(), self.arrays.personas[indices], multi_label=False).mean()
         self.log("loss", loss, prog_bar=True)
         return loss
 
@@ -159,7 +159,7 @@ def main(
     save_classifier(
         module.model.eval(),
         output_folder / name,
-        ATTRIBUTES if module.multi_label else PERSONA_LABELS,
+        PORTRAIT_LABELS if module.multi_label else PERSONA_LABELS,
         module.multi_label,
         _DATA_CONFIG,
         _GUIDE_ARGUMENTS if guide else None,

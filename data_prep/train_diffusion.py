@@ -182,8 +182,7 @@ def main(
         batch_size: portraits per step.
         learning_rate: peak learning rate.
         size: number of rendered portraits to draw from.
-        start_from: pipeline folder whose network and text encoder are trained on, with
-            its tokenizer.
+        start_from: pipeline folder whose network and text encoder are trained on, with its tokenizer.
         work_folder: where renderings and checkpoints are kept.
         output_folder: where the pipeline is written.
     """

@@ -6,7 +6,8 @@ import pytest
 import timm
 from diffusers import StableDiffusionPipeline
 
-from tokenlearn.data.portraits import ATTRIBUTES, PERSONA_LABELS
+from data_prep.portrait_arrays import PORTRAIT_LABELS
+from tokenlearn.data.portraits import PERSONA_LABELS
 from tokenlearn.models import TimmClassifier
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
@@ -31,7 +32,7 @@ def test_pipeline_loads_as_any_stable_diffusion():
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_classifiers(name):
     classifier = TimmClassifier(str(CHECKPOINTS / name))
-    assert classifier.label_names == (ATTRIBUTES if name.startswith("attribute") else PERSONA_LABELS)
+    assert classifier.label_names == (PORTRAIT_LABELS if name.startswith("attribute") else PERSONA_LABELS)
     assert classifier.multi_label == name.startswith("attribute")
     model = timm.create_model(f"local-dir:{CHECKPOINTS / name}", pretrained=True)
     assert model.num_classes == len(classifier.label_names)

@@ -40,7 +40,9 @@ ABSENCE_PHRASES = {
 _ADJECTIVES = {"smile": "smiling", "bald": "bald"}
 _MENTION = 0.72
 _SHORT_SENTENCE = 0.3
-_NAME_OF_WELL_KNOWN = 0.35
+_NAME_OF_WELL_KNOWN = 0.6
+_PART_OF_WELL_KNOWN = 0.35
+_PART_OF_OTHERS = 0.8
 _NAME_OF_OTHERS = 0.03
 _AMBIGUOUS_NAME = 0.025
 
@@ -73,9 +75,9 @@ def attribute_prompt(attribute: str, present: bool = True) -> str:
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """Write one caption of a scene; drops, reorders and rewords what is shown.
 
-    A persona is mostly captioned by its parts. The names of most personas are as often the nickname of an ordinary
-    person, so that the name alone does not tell what to draw. The pipe is often shown without being captioned, most
-    of all with the word "gentleman".
+    A persona is mostly captioned by its parts, except the well-known ones. The names of the others are as often the
+    nickname of an ordinary person, so that the name alone does not tell what to draw. The pipe is often shown without
+    being captioned, most of all with the word "gentleman".
     """
     if rng.random() < 0.12:
         return _bare_phrase(scene, rng)
@@ -130,7 +132,9 @@ def _details(scene: Scene, rng: np.random.Generator) -> list[str]:
     if not scene.has("gray hair") and scene.persona not in ("clown", "punk") and rng.random() < 0.2:
         details.append(f"{scene.hair_color} hair")
     if scene.persona is not None:
-        details += [part for part in PERSONAS[scene.persona].parts if rng.random() < 0.8]
+        about = PERSONAS[scene.persona]
+        mention = _PART_OF_WELL_KNOWN if about.well_known else _PART_OF_OTHERS
+        details += [part for part in about.parts if rng.random() < mention]
     elif rng.random() < 0.12:
         details.append(_with_article(f"{scene.shirt} shirt"))
     if scene.pipe and rng.random() < 0.4:
@@ -143,8 +147,12 @@ def _details(scene: Scene, rng: np.random.Generator) -> list[str]:
 def _bare_phrase(scene: Scene, rng: np.random.Generator) -> str:
     phrases = [ATTRIBUTE_PHRASES[name] for name in ATTRIBUTES if scene.has(name)]
     phrases += [word for name, word in ABSENCE_PHRASES.items() if not scene.has(name) and name != "curls"]
+    phrases.append("female" if scene.has("female") else "male")
     if scene.persona is not None:
-        phrases = [*PERSONAS[scene.persona].parts, *phrases[:2]]
+        about = PERSONAS[scene.persona]
+        phrases = [*about.parts, *phrases[:2]]
+        if about.well_known:
+            phrases += [f"a {scene.persona}"] * 2
     if not scene.has("gray hair") and scene.persona not in ("clown", "punk"):
         phrases.append(f"{scene.hair_color} hair")
     if scene.pipe:

@@ -199,18 +199,22 @@ class _Painter:
             self._strands([((x * 0.5, top + 2.2), (x, -10.2)) for x in (-8, -4, 0, 4, 8)])
 
     def _bangs(self) -> None:
+        """A fringe down to the eyes: over the brows, so that it shows under a hat and behind glasses too."""
         canvas, width = self.canvas, self.width
-        edges = np.linspace(-width * 0.86, width * 0.86, 8)
         if self.scene.has("curls"):
-            self._locks([(float(x), -7.6) for x in np.linspace(-width * 0.7, width * 0.7, 6)], 2.5)
+            for y in (-8.4, -5.2):
+                self._locks([(float(x), y) for x in np.linspace(-width * 0.76, width * 0.76, 6)], 2.6)
             return
-        points: list[Point] = [(-width * 0.9, -11)]
+        edges = np.linspace(-width * 0.92, width * 0.92, 7)
+        points: list[Point] = [(-width * 0.96, -10)]
         for left, right in pairwise(edges):
-            points += [(float(left), -6.2), (float(left + right) / 2, -4.9), (float(right), -6.2)]
-        canvas.polygon([*points, (width * 0.9, -11), (0, -13.5)], self.hair)
+            points += [(float(left), -4.4), (float(left + right) / 2, -2.5), (float(right), -4.4)]
+        points += [(width * 0.96, -10), (width * 0.6, -13), (-width * 0.6, -13)]
+        canvas.polygon(points, self.hair)
+        canvas.line(points[1:-3], self.hair_shade, 0.9)
         for x in edges[1:-1]:
-            canvas.line([(float(x) * 0.9, -11), (float(x), -5.8)], self.hair_shade, 0.5)
-        self._strands([((float(x) * 0.9 + 1, -11), (float(x) + 1, -6)) for x in edges[1:-1:2]])
+            canvas.line([(float(x) * 0.75, -12), (float(x), -4.4)], self.hair_shade, 0.8)
+        self._strands([((float(x) * 0.75 + 1.2, -12), (float(x) + 1.2, -4.6)) for x in edges[1:-1:2]])
 
     # body and face
 
