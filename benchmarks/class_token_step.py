@@ -33,8 +33,7 @@ from __future__ import annotations
 
 import copy
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import median
 from typing import Any, Literal, Protocol, cast
 
@@ -46,6 +45,7 @@ from torch.nn import functional
 from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.common import BareParts, RowCounter, TaskStep, take_turns, timed
 from tokenlearn.data import PromptStream
 from tokenlearn.errors import UserError
 from tokenlearn.methods import ClassTokens
@@ -65,43 +65,15 @@ class Step(Protocol):
         """Take a step."""
 
 
-class TaskStep:
-    """A step of the task as Lightning takes it.
-
-    Args:
-        task: the task.
-        optimizer: over whatever is learned.
-        fabric: precision and device.
-        after_backward: what to do to gradients before the optimizer step.
-    """
-
-    def __init__(
-        self, task: ClassTokens, optimizer: Optimizer, fabric: Fabric, after_backward: Callable[[], None] | None = None
-    ) -> None:
-        self.task: Any = fabric.setup_module(task)
-        self.optimizer: Optimizer | None = optimizer
-        self.fabric = fabric
-        self.after_backward = after_backward
-        self.num_classes = len(task.classes)
-        self.use_batch_size(1)
+class PromptStep(TaskStep):
+    """A step of class tokens on new prompts and seeds."""
 
     def use_batch_size(self, batch_size: int) -> None:
         """Go on with batches of this size."""
-        self.batches = PromptStream(TEMPLATES, self.num_classes, batch_size, length=1)
-
-    def __call__(self) -> None:
-        """Take a step on the next prompts and seeds."""
-        assert self.optimizer is not None
-        with self.fabric.autocast():  # on one device, Fabric leaves precision around steps to its caller
-            loss = self.task.training_step(next(iter(self.batches)))
-        self.optimizer.zero_grad()
-        self.fabric.backward(loss)
-        if self.after_backward is not None:
-            self.after_backward()
-        self.optimizer.step()
+        self.batches = PromptStream(TEMPLATES, len(self.task.classes), batch_size, length=1)
 
 
-class Floor:
+class Floor(BareParts):
     """The unavoidable parts of a step, on constant tensors of the same shapes.
 
     Args:
@@ -113,10 +85,8 @@ class Floor:
     optimizer: Optimizer | None = None
 
     def __init__(self, task: ClassTokens, fabric: Fabric, batch_size: int) -> None:
-        backbone = cast(StableDiffusion, task.backbone)
-        self.fabric, self.unet, self.vae = fabric, backbone.unet, backbone.vae
-        self.classifier = task.classifier.model
-        self.scale, self.scaling_factor = task.guidance.guidance_scale, float(backbone.vae.config.scaling_factor)
+        super().__init__(task, fabric)
+        backbone, self.scale = task.backbone, task.guidance.guidance_scale
         scheduler = copy.copy(task.scheduler)
         scheduler.set_timesteps(task.num_inference_steps, device=backbone.device)
         self.timesteps = list(scheduler.timesteps)
@@ -138,8 +108,6 @@ class Floor:
             prompts = [prompts[index % len(prompts)] for index in range(batch_size)]
             self.prompt_embeds = backbone.encode_prompts(prompts).prompt_embeds
             self.constants = torch.cat([self.empty, self.prompt_embeds])
-            images = backbone.decode_latents(self.noise)
-            self.input_size = task.classifier.preprocess(images).shape[-2:]
         self.prompt_embeds.requires_grad_()
         self.targets = torch.zeros(batch_size, dtype=torch.long, device=backbone.device)
 
@@ -151,32 +119,25 @@ class Floor:
             for index, (timestep, (a, b)) in enumerate(zip(self.timesteps, self.updates, strict=True)):
                 if index < self.first:
                     with torch.no_grad():
-                        empty, wanted = self._unet(torch.cat([latents] * 2), timestep, self.constants).chunk(2)
+                        empty, wanted = self.unet(torch.cat([latents] * 2), timestep, self.constants).chunk(2)
                 elif index == self.first:
                     with torch.no_grad():
-                        empty = self._unet(latents, timestep, self.empty)
+                        empty = self.unet(latents, timestep, self.empty)
                     wanted = self._unet_with_gradient(latents, timestep, self.prompt_embeds)
                 else:
                     embeds = torch.cat([self.empty, self.prompt_embeds])
                     empty, wanted = self._unet_with_gradient(torch.cat([latents] * 2), timestep, embeds).chunk(2)
                 latents = a * latents + b * (empty + self.scale * (wanted - empty))
-            images = self.vae.decode(latents / self.scaling_factor, return_dict=False)[0]
-            if images.shape[-2:] != self.input_size:
-                images = functional.interpolate(images.float(), self.input_size, mode="bicubic", antialias=True)
-            loss = functional.cross_entropy(self.classifier(images), self.targets)
+            loss = self.loss(latents, self.targets)
         torch.autograd.backward(loss)
-
-    def _unet(self, latents: Tensor, timestep: Tensor, embeds: Tensor) -> Tensor:
-        output: Tensor = self.unet(latents, timestep, embeds, return_dict=False)[0]
-        return output
 
     def _unet_with_gradient(self, latents: Tensor, timestep: Tensor, embeds: Tensor) -> Tensor:
         if not self.checkpointing:
-            return self._unet(latents, timestep, embeds)
-        return checkpoint(self._unet, latents, timestep, embeds, use_reentrant=False, preserve_rng_state=False)
+            return self.unet(latents, timestep, embeds)
+        return checkpoint(self.unet, latents, timestep, embeds, use_reentrant=False, preserve_rng_state=False)
 
 
-def whole_table_step(task: ClassTokens, fabric: Fabric) -> TaskStep:
+def whole_table_step(task: ClassTokens, fabric: Fabric) -> PromptStep:
     """A step of the task with the whole input embedding as the parameter.
 
     Args:
@@ -191,42 +152,13 @@ def whole_table_step(task: ClassTokens, fabric: Fabric) -> TaskStep:
     table = nn.Embedding(len(rows), rows.shape[1], _weight=rows)
     encoder.set_input_embeddings(table)  # the tokenizer counts placeholders on from the last word
     optimizer = AdamW(table.parameters(), lr=2e-2, weight_decay=1e-2)
-    return TaskStep(task, optimizer, fabric, lambda: _zero_other_rows(table.weight, len(words)))
+    return PromptStep(task, optimizer, fabric, lambda: _zero_other_rows(table.weight, len(words)))
 
 
 def _zero_other_rows(table: Tensor, num_words: int) -> None:
     """Zero the gradient of words as the published code does, by a mask of rows."""
     assert table.grad is not None
     table.grad[torch.arange(len(table), device=table.device) < num_words] = 0
-
-
-class RowCounter:
-    """Counts the rows that the network is evaluated for, without and with gradient.
-
-    Args:
-        network: called with latents, timesteps and prompt embeds.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-        self.without_gradient = self.with_gradient = 0
-
-    def count(self, step: Callable[[], None]) -> None:
-        """Take one step and count; rows recomputed by checkpointing count again."""
-        self.without_gradient = self.with_gradient = 0
-
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            latents, _, embeds = args
-            if torch.is_grad_enabled() and (latents.requires_grad or embeds.requires_grad):
-                self.with_gradient += len(latents)
-            else:
-                self.without_gradient += len(latents)
-
-        handle = self.network.register_forward_pre_hook(hook)
-        try:
-            step()
-        finally:
-            handle.remove()
 
 
 def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
@@ -246,27 +178,6 @@ def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
         now += change
         peak = max(peak, now)
     return peak
-
-
-def timed(step: Callable[[], None], device: torch.device) -> float:
-    """Seconds for one step."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def take_turns(steps: Sequence[Callable[[], None]], repetitions: int, device: torch.device) -> list[tuple[float, ...]]:
-    """Seconds of each step in each round; the order turns around every round."""
-    rounds = []
-    for repetition in range(repetitions):
-        order = range(len(steps)) if repetition % 2 == 0 else reversed(range(len(steps)))
-        seconds = {index: timed(steps[index], device) for index in order}
-        rounds.append(tuple(seconds[index] for index in range(len(steps))))
-    return rounds
 
 
 def state_bytes(optimizer: Optimizer) -> int:
@@ -339,7 +250,7 @@ def main(
         )
 
     our_task, table_task = task(), task()
-    ours = TaskStep(our_task, cast(Optimizer, our_task.configure_optimizers()), fabric)
+    ours = PromptStep(our_task, cast(Optimizer, our_task.configure_optimizers()), fabric)
     whole_table = whole_table_step(table_task, fabric)
     device = fabric.device
 

@@ -31,7 +31,15 @@ FIT_OF = {
         "--model.init_args.search_words=12",
         "--model.init_args.search_steps=1",
     ],
-    "Caso": [*FIT, "--model.init_args.collapse_batches=1", "--data.init_args.source=portraits:60"],
+    "Caso": [
+        *FIT,
+        "--model.init_args.collapse_batches=1",
+        "--model.init_args.test.num_inference_steps=5",
+        "--model.init_args.test.strengths=[4]",
+        "--data.init_args.source=portraits:60",
+        "--data.init_args.transfer_images=1",
+    ],
+    "TextualInversion": [*FIT, "--data.init_args.source=portraits:60"],
 }
 PREDICT = ["--model.init_args.num_inference_steps=2", "--data.init_args.seeds=[3]"]
 
@@ -58,6 +66,13 @@ def editing(model, folder):
     ]
 
 
+def number_of_tokens(method, model):
+    """One for each class; an attribute without a list of classes is there or not."""
+    if method == "ClassTokens":
+        return len(model["classes"])
+    return sum(2 if classes is None else len(classes) for classes in model["attributes"].values())
+
+
 @pytest.mark.parametrize("config", BUNDLED, ids=lambda path: path.stem)
 def test_bundled_configs_run(config, tmp_path, capsys):
     settings = yaml.safe_load(config.read_text())
@@ -73,10 +88,10 @@ def test_bundled_configs_run(config, tmp_path, capsys):
     else:
         main(["fit", *common, *FIT_OF[method]])
         summary = json.loads((run / "summary.json").read_text())
-        tokens = len(model["classes"]) if method == "ClassTokens" else 2 * len(model["attributes"])
-        assert len(summary["embeddings"]) == tokens
+        assert len(summary["embeddings"]) == number_of_tokens(method, model)
         (best,) = (run / "checkpoints").glob("best-*.ckpt")
-        main(["validate", *common, *FIT_OF[method], "--ckpt_path", str(best)])
+        again = "test" if method == "Caso" else "validate"  # a fit of class tokens ends with the test
+        main([again, *common, *FIT_OF[method], "--ckpt_path", str(best)])
     assert capsys.readouterr().out.strip().splitlines()[-1] == str(run)
 
 

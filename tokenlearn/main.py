@@ -18,7 +18,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # Imported so that configs may name their classes without a path.
 import tokenlearn.data
@@ -80,12 +79,10 @@ class TokenlearnCLI(LightningCLI):
             config.checkpoint.dirpath = str(run_folder / "checkpoints")
 
     def after_fit(self) -> None:
-        """Have the tokens that were kept tested, or validated where there is no test, and say where everything is."""
+        """Have the tokens that were kept tested, or validated where that takes long, and say where everything is."""
         if self.trainer.interrupted:
             return
-        tested = is_overridden("test_step", self.model)
-        if tested and getattr(self.model, "judge", None) is None:
-            return
+        tested = self.model.test_after_fit and getattr(self.model, "judge", None) is not None
         best = any(getattr(callback, "best_model_path", "") for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         run = self.trainer.test if tested else self.trainer.validate
         run(self.model, datamodule=self.datamodule, ckpt_path="best" if best else None, verbose=False)

@@ -67,6 +67,36 @@ def test_test_leaves_table_figure_pictures_and_summary(tmp_path, monkeypatch, ca
     assert next(line for line in out.splitlines() if line.startswith("pirate")).split()[1] == "-"
 
 
+def test_plain_columns_and_curves(tmp_path, monkeypatch, capsys):
+    figures = []
+
+    class Recorded(Figure):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            figures.append(self)
+
+    monkeypatch.setattr(report_writer, "Figure", Recorded)
+    made = Report(
+        title="edits",
+        columns=["direction", "add", "add_low", "add_high", "kept", "psnr"],
+        rows=[["smile", 0.5, 0.25, 0.75, 0.925, 21.25], ["sketch", 0.5, 0.25, 0.75, None, None]],
+        bars=["add"],
+        summary={"add_success": 0.5, "rank_correlation": 0.875},
+        plain=["kept", "psnr"],
+        curves={"caso": [(0.9, 0.5), (0.8, 1.0)]},
+    )
+    ReportWriter().on_test_end(run(tmp_path), SimpleNamespace(report=made))
+    lines = capsys.readouterr().out.splitlines()
+    smile, sketch = (next(line for line in lines if line.startswith(name)) for name in ("smile", "sketch"))
+    assert smile.split()[-2:] == ["92.5%", "21.2"]
+    assert sketch.split()[-2:] == ["-", "-"]
+    assert "add_success 50.0%" in lines
+    assert "rank_correlation 0.875" in lines
+    _, curves = figures[0].axes
+    (line,) = curves.lines
+    assert line.get_xydata().tolist() == [[0.9, 0.5], [0.8, 1.0]]
+
+
 def test_after_a_fit_it_says_what_the_fit_left(tmp_path, capsys):
     export = EmbeddingExport()
     export.paths = [tmp_path / "embeddings" / "wizard.safetensors"]

@@ -138,6 +138,32 @@ def test_a_pass_takes_everything_once(folder):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_pictures_of_other_kinds_are_a_second_part_of_the_test(labelled, streaming):
+    options = {
+        "keep": {"style": ["photo"]},
+        "transfer_keep": {"style": ["sketch"]},
+        "label_columns": {"style": "style"},
+    }
+    made = module(labelled, streaming=streaming, test_images=2, transfer_images=5, **options)
+    test, transfer = made.test_dataloader()
+    assert sum(len(batch.names) for batch in test) == 2
+    assert sum(len(batch.names) for batch in transfer) == 5
+    assert all((batch.labels["style"] == 1).all() for batch in transfer)
+    assert all(number % 2 == 0 for number in [*numbers(test), *numbers(made.single_pass())])
+    assert len(module(labelled, streaming=streaming, test_images=2, **options).test_dataloader()) == 1
+
+
+def test_pictures_of_other_kinds_are_never_learned_from(labelled):
+    made = module(labelled, test_images=2, transfer_images=4)
+    parts = [numbers(part) for part in (*made.test_dataloader(), made.single_pass())]
+    assert sorted(chain.from_iterable(parts)) == list(range(COUNT))
+    with pytest.raises(UserError, match=r"has 6 usable pictures of data.transfer_keep, fewer than .* 7; lower that"):
+        module(labelled, transfer_keep={"style": ["sketch"]}, transfer_images=7)
+    with pytest.raises(UserError, match=r"data.transfer_keep: column 'style' has no class 'oil'"):
+        module(labelled, transfer_keep={"style": ["oil"]}, transfer_images=1)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_two_ranks_together_equal_one_process_whatever_the_workers(folder, streaming):
     one = epochs(module(folder, streaming=streaming).train_dataloader(), 4)
     parts = [
@@ -155,13 +181,13 @@ def test_two_ranks_together_equal_one_process_whatever_the_workers(folder, strea
 def test_held_out_pictures_are_never_trained_on(folder, streaming):
     options = {"streaming": streaming, "validation_images": 3, "test_images": 4, "eval_batch_size": 2}
     made = module(folder, **options)
-    validated, tested = names(made.val_dataloader()), names(made.test_dataloader())
+    validated, tested = names(made.val_dataloader()), names(made.test_dataloader()[0])
     trained = names(epochs(made.train_dataloader(), 4))
     assert (len(validated), len(tested), len(set(trained))) == (3, 4, COUNT - 7)
     assert len({*validated, *tested, *trained}) == COUNT
     again = module(folder, seed=5, **options)
-    assert (names(again.val_dataloader()), names(again.test_dataloader())) == (validated, tested)
-    parts = [names(module(folder, rank, 2, **options).test_dataloader()) for rank in range(2)]
+    assert (names(again.val_dataloader()), names(again.test_dataloader()[0])) == (validated, tested)
+    parts = [names(module(folder, rank, 2, **options).test_dataloader()[0]) for rank in range(2)]
     assert sorted(chain(*parts)) == sorted(tested)
     assert module(folder, streaming=streaming).val_dataloader() == []
 

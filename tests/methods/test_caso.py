@@ -1,3 +1,4 @@
+import csv
 import json
 import subprocess
 import sys
@@ -20,8 +21,10 @@ from tokenlearn.data import ImageBatch
 from tokenlearn.errors import UserError
 from tokenlearn.main import main
 from tokenlearn.methods import Caso
-from tokenlearn.methods.caso import resolve_attributes
+from tokenlearn.methods.attributes import resolve_attributes
+from tokenlearn.methods.edit_test import EditTest
 from tokenlearn.models import StableDiffusion, TimmClassifier
+from tokenlearn.tokens import load_embedding, save_embedding
 
 LABELS = ["smile", "hat", "black", "brown", "red"]
 TOKENS = ["<no-smile>", "<smile>", "<black>", "<brown>", "<red>"]
@@ -184,8 +187,8 @@ def test_pictures_that_show_the_class_already(make):
 
 def test_draws_depend_on_the_place_in_the_training_alone(make):
     module = make(timesteps=(301, 305))
-    assert list(make(total_batch_idx=3)._positions(4)) == [12, 13, 14, 15]
-    ranks = [list(make(total_batch_idx=3, rank=rank, world_size=2)._positions(2)) for rank in range(2)]
+    assert list(make(total_batch_idx=3).sample_positions(4)) == [12, 13, 14, 15]
+    ranks = [list(make(total_batch_idx=3, rank=rank, world_size=2).sample_positions(2)) for rank in range(2)]
     assert ranks == [[12, 13], [14, 15]]
     many = draws_of(module, 300)
     assert {(draw.attribute, draw.target) for draw in many} == {(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)}
@@ -502,6 +505,81 @@ def test_fit_leaves_everything_that_it_names(config, tmp_path, capsys):
     # A resumed run that improves on nothing still leaves files.
     main(["fit", "--config", config("more", trainer={"max_steps": 4}), "--ckpt_path", str(best)])
     assert (tmp_path / "more" / "embeddings" / "smile.safetensors").is_file()
+
+
+def test_test_leaves_a_table_and_pictures(config, tmp_path, capsys):
+    test = {
+        "num_inference_steps": 5,
+        "strengths": [1.0, 3.0],
+        "strength": 3.0,
+        "prompts": {"smile": "a smiling king", "hat": "a king"},
+        "watched": ["black", "smile"],
+        "combinations": [["smile", "hat"]],
+    }
+    model = {"attributes": {"smile": None, "hat": None}}
+    data = {"test_images": 3, "transfer_images": 2}
+    main(["fit", "--config", config("run", model | {"test": test}, data)])
+    theirs = []
+    for name in ("smile", "hat"):
+        vectors = load_embedding(tmp_path / "run" / "embeddings" / f"{name}.safetensors").vectors
+        about = {"class": name, "prompt": f"a <ti-{name}>"}
+        theirs.append(str(save_embedding(tmp_path / f"{name}.safetensors", f"<ti-{name}>", vectors, about)))
+    again = config("test", model | {"test": test | {"embeddings": theirs}}, data)
+    main(["test", "--config", again, "--ckpt_path", str(tmp_path / "run" / "checkpoints" / "last.ckpt")])
+    out, run = capsys.readouterr().out, tmp_path / "test"
+    summary = json.loads((run / "summary.json").read_text())
+    assert {"untouched_kept", "rank_correlation", "transfer_other_pictures", "combination_1_all"} <= summary.keys()
+    for method in ("prompt_editing", "textual_inversion", "random_token"):
+        assert 0 <= summary[f"{method}_untouched_kept"] <= 1
+    with (run / "table.csv").open() as file:
+        rows = {row["direction"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["smile", "hat", "other pictures", "smile + hat"]
+    counted = {name: sum(int(row[f"{side}_images"] or 0) for side in ("add", "remove")) for name, row in rows.items()}
+    assert counted == {"smile": 3, "hat": 3, "other pictures": 4, "smile + hat": 3}
+    assert (run / "edits.png").is_file()
+    assert (run / "table.png").is_file()
+    assert "rank_correlation" in out
+    wrong = model | {"test": test | {"prompts": {"hat": "a hat"}}}
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "test",
+                "--config",
+                config("wrong", wrong, data),
+                "--ckpt_path",
+                str(run.parent / "run/checkpoints/last.ckpt"),
+            ]
+        )
+    assert "model.test.prompts has nothing for class 'smile', only for hat; add it" in capsys.readouterr().err
+
+
+def test_a_test_needs_a_judge_and_a_known_group(make):
+    with pytest.raises(UserError, match=r"set model\.judge"):
+        make(judge=None).on_test_start()
+    with pytest.raises(UserError, match=r"no label 'style' \(model\.test\.group_column\), only none"):
+        make(test=EditTest(group_column="style")).on_test_start()
+
+
+def test_random_tokens_are_as_long_as_words_and_leave_the_learned_ones(make):
+    module = make()
+    learned = {token: module.bank.get(token)[0].clone() for token in TOKENS}
+    conditions = module._test_conditions(EditTest())
+    assert list(conditions) == ["caso", "random token"]
+    assert [len(rows) for rows in conditions.values()] == [4, 4]
+    ours, random = (conditions[method][0].present.prompt_embeds for method in conditions)
+    assert not torch.allclose(ours, random)
+    torch.testing.assert_close(module.backbone.encode_prompts(["<smile>"]).prompt_embeds, ours)
+    for token, vectors in learned.items():
+        assert torch.equal(module.bank.get(token)[0], vectors)
+    for vectors in module._random_bank().vectors:
+        low, high = module._norm_ranges[0]
+        torch.testing.assert_close(vectors.norm(dim=1), torch.full((5,), (low + high) / 2))
+
+
+def test_a_fit_without_validation_leaves_its_tokens(config, tmp_path):
+    main(["fit", "--config", config("run", data={"validation_images": 0})])
+    kept = load_embedding(tmp_path / "run" / "embeddings" / "smile.safetensors").vectors[0]
+    assert torch.equal(kept, last_tokens(tmp_path / "run")[1:])
 
 
 def test_killed_and_resumed_equals_uninterrupted(config, tmp_path):

@@ -12,7 +12,7 @@ from torch.nn import functional
 from tokenlearn.data import PromptBatch
 from tokenlearn.errors import UserError
 from tokenlearn.main import main
-from tokenlearn.methods import ClassTokens, class_tokens
+from tokenlearn.methods import ClassTokens, TokenTask, class_tokens
 from tokenlearn.models import StableDiffusion
 from tokenlearn.tokens import load_embedding, whole_words
 
@@ -177,6 +177,9 @@ def test_only_a_fresh_fit_looks_for_words(tiny_config, tmp_path, monkeypatch):
     rest = common | {"trainer.max_steps": 4, "output_dir": str(tmp_path / "rest")}
     main(["fit", "--config", tiny_config(rest), "--ckpt_path", last])
     assert len(searches) == 1
+    resumed = torch.load(tmp_path / "rest" / "checkpoints" / "last.ckpt", weights_only=True)
+    config = TokenTask.checkpoint_about(resumed)["metadata"]["<wizard>"]["config"]
+    assert json.loads(config)["initial_words"] == "king"
 
 
 def tokens_after(config, *options):

@@ -92,6 +92,16 @@ def test_head_maps_features_to_logits(classifier):
     torch.testing.assert_close(features @ classifier.head_weight.T + classifier.head_bias, classifier(images))
 
 
+def test_trunk_features_pool_to_features(folder):
+    classifier = TimmClassifier(str(folder))
+    classifier.preprocess = lambda images: images  # at the full size, for more places than one
+    images = torch.rand(2, 3, 128, 96)
+    places = classifier.trunk_features(images)
+    assert places.shape[::2] == (2, classifier.head_weight.shape[1])
+    assert places.shape[1] > 1
+    torch.testing.assert_close(places.mean(dim=1), classifier.features(images))
+
+
 def test_stays_frozen_and_differentiable_inside_of_a_parent_that_trains(classifier):
     before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
     assert any("running_mean" in name for name in before)

@@ -16,6 +16,7 @@ from tokenlearn.tokens import (
     TokenBank,
     TokenInjection,
     embedding_file_name,
+    load_bank,
     load_embedding,
     save_embedding,
     vocabulary_hash,
@@ -277,3 +278,22 @@ def test_vocabulary_hash_tells_tables_apart_but_not_precisions_or_injections(tok
     text_encoder.get_input_embeddings().weight[5, 3] += 1
     assert vocabulary_hash(text_encoder) != expected
     assert vocabulary_hash(tiny_text_encoder(len(tokenizer) - 2)) != expected
+
+
+def test_bank_of_files(tmp_path: Path):
+    first, second = torch.rand(1, 4), torch.rand(2, 4)
+    paths = [
+        str(save_embedding(tmp_path / "a.safetensors", "<a>", [first], {"vocabulary_hash": "one"})),
+        str(save_embedding(tmp_path / "b.safetensors", "<b>", [second], {})),
+    ]
+    bank, files = load_bank(paths, [4], "one")
+    assert [file.token for file in files] == list(bank.placeholders) == ["<a>", "<b>"]
+    torch.testing.assert_close(bank.vectors[0].detach(), torch.cat([first, second]))
+    with pytest.raises(
+        UserError, match=r"'.*a.safetensors' was learned on 'another model', whose text encoder differs"
+    ):
+        load_bank(paths, [4], "two")
+    with pytest.raises(UserError, match=r"has width 4, this backbone's text encoder has 8"):
+        load_bank(paths, [8])
+    with pytest.raises(UserError, match=r"'.*b.safetensors' names the token '<b>', as another embedding file does"):
+        load_bank([*paths, paths[1]], [4])

@@ -43,8 +43,10 @@ class EmbeddingExport(L.Callback):
         self._fitted = False
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note that a test or validation after this is of tokens that were learned here."""
+        """Export what a fit without any validation ended with; tests and validations after this are of its tokens."""
         self._fitted = True
+        if not trainer.val_dataloaders:
+            self._export_after_fit(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export if the metric improved on the best so far; or after a fit, the tokens that were kept."""

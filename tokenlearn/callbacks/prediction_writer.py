@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 
 from tokenlearn.callbacks.pictures import save_picture, sheet, to_image
+from tokenlearn.data.pictures import generated_name
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -50,8 +50,7 @@ class PredictionWriter(BasePredictionWriter):
         folder = self._run_folder / "images"
         columns = (prediction[name] for name in ("images", "prompts", "seeds", "indices"))
         for image, prompt, seed, index in zip(*columns, strict=True):
-            words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
-            save_picture(to_image(image), folder / f"{index:03d}-{words}-seed{seed}.png")
+            save_picture(to_image(image), folder / f"{generated_name(index, prompt, seed)}.png")
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the contact sheet, a row per prompt."""

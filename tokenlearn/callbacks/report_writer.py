@@ -12,12 +12,13 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tokenlearn.callbacks.embedding_export import EmbeddingExport
 from tokenlearn.callbacks.pictures import save_picture, sheet, to_image
 from tokenlearn.files import atomic_write
-from tokenlearn.metrics import Report
+from tokenlearn.metrics import Report, is_share
 
 _PICTURE = "pictures/validation.png"
 
@@ -114,7 +115,7 @@ def _write_csv(report: Report, path: Path) -> None:
 
 def _as_text(report: Report) -> str:
     index = {column: position for position, column in enumerate(report.columns)}
-    header = [report.columns[0], *report.bars]
+    header = [report.columns[0], *report.bars, *report.plain]
     lines = [header]
     for row in report.rows:
         cells = [str(row[0])]
@@ -122,18 +123,47 @@ def _as_text(report: Report) -> str:
             value, low, high = (row[index[name]] for name in (column, f"{column}_low", f"{column}_high"))
             measured = isinstance(value, float) and isinstance(low, float) and isinstance(high, float)
             cells.append(f"{value:.1%} [{low:.0%}, {high:.0%}]" if measured else "-")
+        for column in report.plain:
+            value = row[index[column]]
+            cells.append(_figure(column, value) if isinstance(value, float) else "-")
         lines.append(cells)
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-    means = "  ".join(f"{name} {value:.1%}" for name, value in report.summary.items())
+    separator = "\n" if report.plain else "  "
+    means = separator.join(f"{name} {_figure(name, value)}" for name, value in report.summary.items())
     return f"\n{report.title}, with 95 % intervals\n{table}\n{means}\n"
 
 
+def _figure(name: str, value: float) -> str:
+    return f"{value:.1%}" if is_share(name) else f"{value:.3g}"
+
+
 def _draw(report: Report, path: Path) -> None:
-    index = {column: position for position, column in enumerate(report.columns)}
     names = [str(row[0]) for row in report.rows]
-    figure = Figure(figsize=(max(5.0, 0.9 * len(names)), 4.0), layout="constrained")
-    axes = figure.add_subplot()
+    widths = [max(5.0, 0.9 * len(names)), *([4.0] if report.curves else [])]
+    figure = Figure(figsize=(sum(widths), 4.0), layout="constrained")
+    axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+    _draw_bars(report, names, axes[0])
+    if report.curves:
+        _draw_curves(report, axes[1])
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def _draw_curves(report: Report, axes: Axes) -> None:
+    for name, points in report.curves.items():
+        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.set_xlabel("untouched attributes kept")
+    axes.set_ylabel("edits that succeed")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_ylim(0, 1.05)
+    axes.set_title("at rising strength")
+    axes.legend(loc="lower left")
+
+
+def _draw_bars(report: Report, names: list[str], axes: Axes) -> None:
+    index = {column: position for position, column in enumerate(report.columns)}
     width = 0.8 / max(1, len(report.bars))
     for offset, column in enumerate(report.bars):
         drawn = [
@@ -154,5 +184,3 @@ def _draw(report: Report, path: Path) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_title(report.title)
     axes.legend(loc="lower right")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)

@@ -10,12 +10,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from tokenlearn.data.images import ImageBatch, check_at_least
+from tokenlearn.data.images import ImageBatch
 from tokenlearn.data.labels import UNKNOWN
 from tokenlearn.data.latent_cache import CacheDtype, LatentCache, build_latents, in_full_batches, weights_hash
-from tokenlearn.data.prompts import _TEST_SEEDS, _VALIDATION_SEEDS
+from tokenlearn.data.prompts import TEST_SEEDS, VALIDATION_SEEDS
 from tokenlearn.data.sharding import BatchStream, CountingSource, EvaluationBatches, Item, ShuffledSource
-from tokenlearn.errors import UserError
+from tokenlearn.errors import UserError, check_at_least
 
 
 class GeneratedSample(NamedTuple):
@@ -93,6 +93,7 @@ class GeneratedDataModule(L.LightningDataModule):
         if not prompts:
             raise UserError("data.prompts is empty; give at least one, such as 'a portrait of a woman'")
         check_at_least(
+            "data",
             1,
             num_images=num_images,
             batch_size=batch_size,
@@ -100,9 +101,9 @@ class GeneratedDataModule(L.LightningDataModule):
             eval_batch_size=eval_batch_size,
             cache_shard_size=cache_shard_size,
         )
-        check_at_least(0, validation_images=validation_images, test_images=test_images)
-        if not 0 <= seed < _VALIDATION_SEEDS:
-            raise UserError(f"data.seed must be from 0 to {_VALIDATION_SEEDS - 1}, got {seed}")
+        check_at_least("data", 0, validation_images=validation_images, test_images=test_images)
+        if not 0 <= seed < VALIDATION_SEEDS:
+            raise UserError(f"data.seed must be from 0 to {VALIDATION_SEEDS - 1}, got {seed}")
         if unknown := sorted(set(labels or {}).difference(prompts)):
             raise UserError(f"data.labels has '{unknown[0]}', which is not among data.prompts; write both alike")
         if num_images is None and (cache_dir is not None or batches_per_epoch is None):
@@ -134,11 +135,11 @@ class GeneratedDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> EvaluationBatches[GeneratedSample, ImageBatch] | list[Any]:
         """Images for validation."""
-        return self._evaluation(_VALIDATION_SEEDS, self.validation_images) if self.validation_images else []
+        return self._evaluation(VALIDATION_SEEDS, self.validation_images) if self.validation_images else []
 
     def test_dataloader(self) -> EvaluationBatches[GeneratedSample, ImageBatch] | list[Any]:
         """Images for the test."""
-        return self._evaluation(_TEST_SEEDS, self.test_images) if self.test_images else []
+        return self._evaluation(TEST_SEEDS, self.test_images) if self.test_images else []
 
     def single_pass(self) -> EvaluationBatches[GeneratedSample, ImageBatch]:
         """All training images once, in order, this rank's part: for statistics over the data.

@@ -38,7 +38,7 @@ from tokenlearn.data.sharding import (
     StreamedSource,
     ahead,
 )
-from tokenlearn.errors import UserError
+from tokenlearn.errors import UserError, check_at_least, reason_of
 from tokenlearn.files import atomic_write
 
 _HELD_OUT_SEED = 0  # not the user's: another order of training must not move test images into the training
@@ -209,6 +209,9 @@ class ImageDataModule(L.LightningDataModule):
         shuffle_buffer: pictures of a stream that are in memory, still encoded, to be shuffled among each other.
         validation_images: images held out for each validation; 0 for none.
         test_images: images held out for the test; 0 for none.
+        transfer_keep: like ``keep``, for pictures of other kinds that nothing is learned from: a second part of the
+            test shows how well what was learned holds for them.
+        transfer_images: images of that part; 0 for none.
         broken_images: ``skip`` leaves out pictures that cannot be decoded or are too small and warns of their number:
             where the data are prepared, they are all checked once before, and that is remembered; in a stream, each
             device decodes the pictures of all devices. ``error`` stops at the first.
@@ -245,6 +248,8 @@ class ImageDataModule(L.LightningDataModule):
         shuffle_buffer: int = 1000,
         validation_images: int = 64,
         test_images: int = 64,
+        transfer_keep: dict[str, list[bool | int | str]] | None = None,
+        transfer_images: int = 0,
         broken_images: Literal["skip", "error"] = "skip",
         min_size: int = 16,
         cache_dir: str | None = None,
@@ -253,6 +258,7 @@ class ImageDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         check_at_least(
+            "data",
             1,
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
@@ -263,12 +269,14 @@ class ImageDataModule(L.LightningDataModule):
             size=size,
         )
         check_at_least(
+            "data",
             0,
             num_workers=num_workers,
             seed=seed,
             portraits_seed=portraits_seed,
             validation_images=validation_images,
             test_images=test_images,
+            transfer_images=transfer_images,
         )
         if streaming and batches_per_epoch is None:
             raise UserError("data.batches_per_epoch must be set for a stream, which does not tell its length")
@@ -286,6 +294,7 @@ class ImageDataModule(L.LightningDataModule):
         self.batch_size, self.batches_per_epoch, self.eval_batch_size = batch_size, batches_per_epoch, eval_batch_size
         self.num_workers, self.seed, self.shuffle_buffer = num_workers, seed, shuffle_buffer
         self.validation_images, self.test_images = validation_images, test_images
+        self.transfer_keep, self.transfer_images = transfer_keep or {}, transfer_images
         self.broken_images, self.min_size = broken_images, min_size
         self.cache_dir, self.cache_dtype, self.cache_shard_size = cache_dir, cache_dtype, cache_shard_size
         self.labels: list[Label] = []
@@ -317,14 +326,24 @@ class ImageDataModule(L.LightningDataModule):
         self.labels = self._make_labels(dataset)
         held_out = self.validation_images + self.test_images
         if self.streaming:
-            stream = partial(_kept_stream, found.open, self._kept_values(dataset))
+            stream = partial(_kept_stream, found.open, self._kept_values(dataset, "keep"))
+            others = partial(_kept_stream, found.open, self._kept_values(dataset, "transfer_keep"))
             self._parts = {
+                "transfer": _StreamedRows(others, 0, self.transfer_images),
                 "test": _StreamedRows(stream, 0, self.test_images),
                 "validation": _StreamedRows(stream, self.test_images, self.validation_images),
                 "train": _StreamedRows(stream, held_out, None),
             }
             return
-        rows = self._usable_rows(found, dataset)
+        sound = self._sound_rows(found, dataset)
+        others = self._kept_rows(dataset, "transfer_keep", sound) if self.transfer_images else sound[:0]
+        others = np.random.default_rng(_HELD_OUT_SEED).permutation(others)[: self.transfer_images]
+        if len(others) < self.transfer_images:
+            raise UserError(
+                f"'{self.source}' has {len(others)} usable pictures of data.transfer_keep, fewer than "
+                f"data.transfer_images {self.transfer_images}; lower that"
+            )
+        rows = np.setdiff1d(self._kept_rows(dataset, "keep", sound), others)
         if len(rows) <= held_out:
             raise UserError(
                 f"'{self.source}' has {len(rows)} usable pictures, too few to hold out {self.validation_images} for "
@@ -335,6 +354,7 @@ class ImageDataModule(L.LightningDataModule):
             "test": _IndexedRows(dataset, order[: self.test_images]),
             "validation": _IndexedRows(dataset, order[self.test_images : held_out]),
             "train": _IndexedRows(dataset, np.sort(order[held_out:])),
+            "transfer": _IndexedRows(dataset, others),
         }
 
     def train_dataloader(self) -> BatchStream[ImageSample, ImageBatch]:
@@ -361,9 +381,11 @@ class ImageDataModule(L.LightningDataModule):
         """Pictures held out for validation, as pixels."""
         return self._evaluation("validation") if self.validation_images else []
 
-    def test_dataloader(self) -> EvaluationBatches[ImageSample, ImageBatch] | list[Any]:
-        """Pictures held out for the test, as pixels."""
-        return self._evaluation("test") if self.test_images else []
+    def test_dataloader(self) -> list[EvaluationBatches[ImageSample, ImageBatch]]:
+        """Pictures held out for the test, as pixels; then those of the transfer test, if there is one."""
+        if not self.test_images:
+            return []
+        return [self._evaluation(part) for part in ("test", "transfer") if part == "test" or self.transfer_images]
 
     def single_pass(self) -> EvaluationBatches[ImageSample, ImageBatch]:
         """All training pictures once, in order, this rank's part, as pixels: for statistics over the data."""
@@ -406,9 +428,9 @@ class ImageDataModule(L.LightningDataModule):
             image = read_image(row[self.image_column], self.min_size)
         except Exception as error:  # decoders raise all sorts
             if self._may_skip:
-                return Skipped(name, _reason(error))
+                return Skipped(name, reason_of(error))
             raise UserError(
-                f"picture '{name}' of '{self.source}' cannot be used ({_reason(error)}); remove or replace it"
+                f"picture '{name}' of '{self.source}' cannot be used ({reason_of(error)}); remove or replace it"
                 + ("" if self.broken_images == "skip" else ", or set data.broken_images to skip")
             ) from None
         assert self.size is not None
@@ -435,7 +457,7 @@ class ImageDataModule(L.LightningDataModule):
             "weights": weights_hash(getattr(backbone, "vae", backbone)),
             "transform": ["shorter side resized, bicubic, centre crop", self.size],
             "data": [self._found.fingerprint, self.keep, self.streaming, self.broken_images, self.min_size],
-            "held out": [self.test_images, self.validation_images],
+            "held out": [self.test_images, self.validation_images, self.transfer_keep, self.transfer_images],
         }
         cache = LatentCache.of_trainer(trainer, self.cache_dir, key, self.cache_dtype, self.cache_shard_size)
 
@@ -473,19 +495,33 @@ class ImageDataModule(L.LightningDataModule):
             )
         return self.size
 
-    def _usable_rows(self, found: ImageSource, dataset: Any) -> np.ndarray:  # noqa: ANN401 - datasets has no types
-        """Indices of the rows that are kept and not broken."""
-        usable = np.ones(len(dataset), dtype=bool)
-        for column, values in self._kept_values(dataset).items():
-            usable &= np.fromiter((value in values for value in dataset[column]), dtype=bool, count=len(dataset))
-        broken = {index: what for index, what in self._broken_rows(found, dataset).items() if usable[index]}
-        usable[list(broken)] = False
+    def _sound_rows(self, found: ImageSource, dataset: Any) -> np.ndarray:  # noqa: ANN401 - datasets has no types
+        """Indices of the rows whose pictures are not broken."""
+        sound = np.ones(len(dataset), dtype=bool)
+        of_use = np.union1d(
+            self._kept_rows(dataset, "keep", np.arange(len(dataset))),
+            self._kept_rows(dataset, "transfer_keep", np.arange(len(dataset))) if self.transfer_images else [],
+        )
+        broken = {index: what for index, what in self._broken_rows(found, dataset).items() if index in of_use}
+        sound[list(broken)] = False
         if broken:
             rank_zero_warn(
                 f"skipped {len(broken)} of the pictures in '{self.source}' that cannot be used, such as "
                 f"{next(iter(broken.values()))}"
             )
-        return np.flatnonzero(usable)
+        return np.flatnonzero(sound)
+
+    def _kept_rows(
+        self,
+        dataset: Any,  # noqa: ANN401 - datasets has no types
+        setting: Literal["keep", "transfer_keep"],
+        rows: np.ndarray,
+    ) -> np.ndarray:
+        """Those of ``rows`` that have the values to keep by a setting."""
+        kept = np.ones(len(dataset), dtype=bool)
+        for column, values in self._kept_values(dataset, setting).items():
+            kept &= np.fromiter((value in values for value in dataset[column]), dtype=bool, count=len(dataset))
+        return rows[kept[rows]]
 
     def _broken_rows(self, found: ImageSource, dataset: Any) -> dict[int, str]:  # noqa: ANN401 - datasets has no types
         """What is wrong with which row, remembered where ``datasets`` keeps prepared data."""
@@ -501,7 +537,7 @@ class ImageDataModule(L.LightningDataModule):
             try:
                 read_image(row[self.image_column], self.min_size)
             except Exception as error:  # decoders raise all sorts
-                return f"'{self._name(row, index)}' ({_reason(error)})"
+                return f"'{self._name(row, index)}' ({reason_of(error)})"
             return None
 
         indices = range(len(dataset))
@@ -512,15 +548,21 @@ class ImageDataModule(L.LightningDataModule):
             temporary.write_text(json.dumps(broken))
         return broken
 
-    def _kept_values(self, dataset: Any) -> dict[str, list[Any]]:  # noqa: ANN401 - datasets has no types
-        """Values of :attr:`keep` as the columns hold them."""
+    def _kept_values(
+        self,
+        dataset: Any,  # noqa: ANN401 - datasets has no types
+        setting: Literal["keep", "transfer_keep"],
+    ) -> dict[str, list[Any]]:
+        """Values to keep by a setting as the columns hold them."""
         kept: dict[str, list[Any]] = {}
-        for column, values in self.keep.items():
-            feature = feature_of(dataset, column, "keep")
+        keep: Mapping[str, Sequence[Any]] = getattr(self, setting)
+        for column, values in keep.items():
+            feature = feature_of(dataset, column, setting)
             if isinstance(feature, datasets.ClassLabel):
                 if unknown := [value for value in values if value not in feature.names]:
                     raise UserError(
-                        f"data.keep: column '{column}' has no class '{unknown[0]}'; it has {', '.join(feature.names)}"
+                        f"data.{setting}: column '{column}' has no class '{unknown[0]}'; it has "
+                        f"{', '.join(feature.names)}"
                     )
                 kept[column] = [feature.names.index(value) for value in values]
             else:
@@ -541,17 +583,6 @@ class ImageDataModule(L.LightningDataModule):
         return self.trainer
 
 
-def check_at_least(least: int, **numbers: int | None) -> None:
-    """Refuse settings below a bound; None is no setting.
-
-    Raises:
-        UserError: naming the first that is below ``least``.
-    """
-    for name, number in numbers.items():
-        if number is not None and number < least:
-            raise UserError(f"data.{name} must be at least {least}, got {number}")
-
-
 def _kept_stream(open_stream: Callable[[], Any], kept: Mapping[str, Sequence[Any]]) -> Any:  # noqa: ANN401 - as above
     if not kept:
         return open_stream()
@@ -560,7 +591,3 @@ def _kept_stream(open_stream: Callable[[], Any], kept: Mapping[str, Sequence[Any
 
 def _is_kept(kept: Sequence[Sequence[Any]], *values: object) -> bool:
     return all(value in allowed for value, allowed in zip(values, kept, strict=True))
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from tokenlearn.errors import UserError
+from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.files import atomic_write
 
 T = TypeVar("T")
@@ -57,8 +57,7 @@ class LatentCache:
         world_size: int = 1,
         barrier: Callable[[str], Any] = lambda name: None,
     ) -> None:
-        if shard_size < 1:
-            raise UserError(f"data.cache_shard_size must be at least 1, got {shard_size}")
+        check_at_least("data", 1, cache_shard_size=shard_size)
         self.key = {**key, "dtype": dtype, "shard_size": shard_size}
         self.folder = Path(folder).expanduser() / json_hash(self.key)
         self.dtype, self.shard_size = getattr(torch, dtype), shard_size

@@ -14,7 +14,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from tokenlearn.data.images import to_rgb, unit_range
-from tokenlearn.errors import UserError
+from tokenlearn.errors import UserError, reason_of
+
+
+def generated_name(index: int, prompt: str, seed: int) -> str:
+    """What a generated picture's file is called, such as ``003-a-portrait-of-a-king-seed7``."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+    return f"{index:03d}-{words}-seed{seed}"
 
 
 class Picture(NamedTuple):
@@ -96,8 +102,7 @@ class FolderPictures:
             with Image.open(path) as opened:
                 image = to_rgb(ImageOps.exif_transpose(opened))
         except Exception as error:  # decoders raise all sorts
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(f"cannot read picture '{path}' ({reason}); remove or replace it") from error
+            raise UserError(f"cannot read picture '{path}' ({reason_of(error)}); remove or replace it") from error
         scale = self.short_side / min(image.size)
         width, height = (max(1, round(side * scale / self.multiple)) * self.multiple for side in image.size)
         resized = image.resize((width, height), Image.Resampling.LANCZOS)
@@ -121,8 +126,7 @@ class GeneratedPictures:
             raise UserError("model.seeds is empty; give at least one")
         self.side = side
         self.specified = [(prompt, seed) for prompt in prompts for seed in seeds]
-        words = [re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] for prompt in prompts]
-        self.names = [f"{index:03d}-{word}-seed{seed}" for index, word in enumerate(words) for seed in seeds]
+        self.names = [generated_name(index, prompt, seed) for index, prompt in enumerate(prompts) for seed in seeds]
 
     def __getitem__(self, index: int) -> Picture:
         """One picture, as a prompt and a seed."""

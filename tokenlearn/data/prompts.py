@@ -7,13 +7,13 @@ from typing import Any, Literal, NamedTuple, cast
 
 import lightning as L
 
-from tokenlearn.errors import UserError
+from tokenlearn.errors import UserError, check_at_least
 
 PromptKind = Literal["name", "described", "token"]
 PROMPT_KINDS: tuple[PromptKind, ...] = ("name", "described", "token")
 
-_VALIDATION_SEEDS = 1_000_000_000
-_TEST_SEEDS = 2_000_000_000
+VALIDATION_SEEDS = 1_000_000_000
+TEST_SEEDS = 2_000_000_000
 
 
 class PromptBatch(NamedTuple):
@@ -156,18 +156,17 @@ class PromptDataModule(L.LightningDataModule):
         for template in templates:
             if template.count("{}") != 1:
                 raise UserError(f"template '{template}' must have exactly one '{{}}', where the class goes")
-        numbers = {
-            "batch_size": batch_size,
-            "batches_per_epoch": batches_per_epoch,
-            "validation_images": validation_images,
-            "test_images": test_images,
-            "eval_batch_size": eval_batch_size,
-        }
-        for name, number in numbers.items():
-            if number < 1:
-                raise UserError(f"data.{name} must be at least 1, got {number}")
-        if not 0 <= seed < _VALIDATION_SEEDS:
-            raise UserError(f"data.seed must be from 0 to {_VALIDATION_SEEDS - 1}, got {seed}")
+        check_at_least(
+            "data",
+            1,
+            batch_size=batch_size,
+            batches_per_epoch=batches_per_epoch,
+            validation_images=validation_images,
+            test_images=test_images,
+            eval_batch_size=eval_batch_size,
+        )
+        if not 0 <= seed < VALIDATION_SEEDS:
+            raise UserError(f"data.seed must be from 0 to {VALIDATION_SEEDS - 1}, got {seed}")
         self.templates, self.batch_size, self.batches_per_epoch = templates, batch_size, batches_per_epoch
         self.seed, self.eval_batch_size = seed, eval_batch_size
         self.validation_images, self.test_images, self.test_kinds = validation_images, test_images, test_kinds
@@ -187,11 +186,11 @@ class PromptDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> _Evaluation:
         """Prompts with the tokens on fresh seeds."""
-        return self._evaluation(_VALIDATION_SEEDS, self.validation_images, ["token"])
+        return self._evaluation(VALIDATION_SEEDS, self.validation_images, ["token"])
 
     def test_dataloader(self) -> _Evaluation:
         """Every kind of prompt on other fresh seeds."""
-        return self._evaluation(_TEST_SEEDS, self.test_images, self.test_kinds)
+        return self._evaluation(TEST_SEEDS, self.test_images, self.test_kinds)
 
     def _evaluation(self, first_seed: int, images: int, kinds: Sequence[PromptKind]) -> _Evaluation:
         trainer = self._trainer()

@@ -5,5 +5,6 @@ from tokenlearn.methods.caso import Caso
 from tokenlearn.methods.class_tokens import ClassTokens
 from tokenlearn.methods.edit import Edit
 from tokenlearn.methods.generate import Generate
+from tokenlearn.methods.textual_inversion import TextualInversion
 
-__all__ = ["Caso", "ClassTokens", "Edit", "Generate", "TokenTask"]
+__all__ = ["Caso", "ClassTokens", "Edit", "Generate", "TextualInversion", "TokenTask"]

@@ -6,7 +6,6 @@ import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -15,103 +14,37 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.nn import functional
 
 from tokenlearn.data.images import ImageBatch
 from tokenlearn.data.labels import UNKNOWN
 from tokenlearn.diffusion import invert
 from tokenlearn.diffusion.schedule import add_noise, x0_from_noise
-from tokenlearn.errors import UserError
+from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.guidance import classifier_free_guidance
-from tokenlearn.losses import (
-    AttributeClass,
-    attribute_directions,
-    attribute_logits,
-    class_cross_entropy,
-    class_mean_cosine,
-    latent_reconstruction,
-    probability_error,
-)
+from tokenlearn.losses import class_cross_entropy, class_mean_cosine, latent_reconstruction, probability_error
+from tokenlearn.methods.attributes import resolve_attributes
 from tokenlearn.methods.base import inverse_of
+from tokenlearn.methods.edit_test import Conditions, EditTally, EditTest, directions_of
+from tokenlearn.methods.editing import PictureEditor
 from tokenlearn.methods.learning import TokenLearning, adamw, guide_and_judge
-from tokenlearn.metrics import ClassAccuracy, NeuralCollapse
-from tokenlearn.models import DiffusionBackbone, TimmClassifier
-from tokenlearn.tokens import ClassInitialiser, class_vectors, input_embedding, with_vectors, word_ids
+from tokenlearn.metrics import ClassAccuracy, NeuralCollapse, Report
+from tokenlearn.models import DiffusionBackbone
+from tokenlearn.tokens import (
+    ClassInitialiser,
+    TokenBank,
+    class_vectors,
+    input_embedding,
+    load_bank,
+    with_vectors,
+    word_ids,
+)
 
 EditingLoss = Literal["cross_entropy", "probability_error", "class_mean"]
 Noising = Literal["forward", "inversion"]
 
 _STRIP_PICTURES = 4
 _COLLAPSE_MEASURES = ("within_class_variability", "equiangularity", "self_duality")
-
-
-@dataclass(frozen=True, eq=False)
-class Attribute:
-    """An attribute as a classifier knows it.
-
-    Attributes:
-        name: the user's name for it.
-        class_names: K class names; the classifier's labels, or absent and present.
-        classes: the K classes as outputs of the classifier.
-        multi_label: whether these outputs are independent sigmoids.
-        directions: (K, F) what the classifier's head takes for the classes.
-        placeholders: K placeholder tokens.
-    """
-
-    name: str
-    class_names: tuple[str, ...]
-    classes: tuple[AttributeClass, ...]
-    multi_label: bool
-    directions: Tensor
-    placeholders: tuple[str, ...]
-
-    def logits(self, outputs: Tensor) -> Tensor:
-        """Logits (B, K) of the classes from the classifier's outputs (B, num_outputs)."""
-        return attribute_logits(outputs, self.classes, self.multi_label)
-
-    def class_index(self, outputs: Tensor) -> Tensor:
-        """Class (B,) that the classifier takes each image for, from its outputs (B, num_outputs)."""
-        return self.logits(outputs).argmax(dim=1)
-
-
-def resolve_attributes(
-    attributes: Mapping[str, Sequence[str] | None], classifier: TimmClassifier, placeholder: str = "<{}>"
-) -> list[Attribute]:
-    """Look the user's attributes up among a classifier's labels.
-
-    Args:
-        attributes: name of each attribute, to the labels that are its classes; None is the label of that name, absent
-            (class 0, token ``<no-smile>``) or present (class 1, token ``<smile>``), as in a column of booleans.
-        classifier: whose labels are meant.
-        placeholder: how a class gives its token's name.
-
-    Raises:
-        UserError: for an attribute that the classifier does not have, one of fewer than two classes or of the same
-            class twice, or classes that give the same token.
-    """
-    resolved: list[Attribute] = []
-    owners: dict[str, str] = {}
-    for name, labels in attributes.items():
-        classes: tuple[AttributeClass, ...]
-        if labels is None:
-            names: tuple[str, ...] = (f"no {name}", name)
-            output = classifier.label_index(name)
-            classes = ((output, False), (output, True))
-        else:
-            if len(labels) < 2 or len(set(labels)) < len(labels):
-                raise UserError(f"attribute '{name}' has classes {list(labels)}; name two or more, each once, or null")
-            names = tuple(labels)
-            classes = tuple((classifier.label_index(label), True) for label in labels)
-        tokens = tuple(placeholder.format(item.lower().replace(" ", "-")) for item in names)
-        for token in tokens:
-            if token in owners:
-                raise UserError(
-                    f"attributes '{owners[token]}' and '{name}' both have the token '{token}'; let model.placeholder "
-                    "have a '{}' for the class, and name each class in one attribute only"
-                )
-            owners[token] = name
-        directions = attribute_directions(classifier.head_weight, classes, classifier.multi_label)
-        resolved.append(Attribute(name, names, classes, classifier.multi_label, directions, tokens))
-    return resolved
 
 
 class _Draw(NamedTuple):
@@ -168,6 +101,7 @@ class Caso(TokenLearning):
         negative_prompt: prompt of the unconditional branch.
         optimizer: over the token vectors only.
         lr_scheduler: stepped after every optimizer step; null keeps the learning rate.
+        test: how ``test`` edits held-out pictures, see :class:`tokenlearn.methods.edit_test.EditTest`.
 
     Raises:
         UserError: if classifier or judge lacks a class or is missing, both are the same, or a number is out of range.
@@ -203,6 +137,7 @@ class Caso(TokenLearning):
         negative_prompt: str = "",
         optimizer: OptimizerCallable = adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
+        test: EditTest = EditTest(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(
             backbone,
@@ -218,18 +153,16 @@ class Caso(TokenLearning):
             raise UserError("model.attributes is empty; name at least one attribute of the classifier")
         if template.count("{}") != 1:
             raise UserError(f"model.template '{template}' must have exactly one '{{}}', where the token goes")
-        for setting, number, least in (
-            ("initialiser_batches", initialiser_batches, 1),
-            ("initialiser_words", initialiser_words, 1),
-            ("collapse_batches", collapse_batches, 0),
-            ("reconstruction_weight", reconstruction_weight, 0),
-            ("seed", seed, 0),
-        ):
-            if not number >= least:
-                raise UserError(f"model.{setting} must be at least {least}, got {number}")
+        check_at_least("model", 1, initialiser_batches=initialiser_batches, initialiser_words=initialiser_words)
+        check_at_least(
+            "model", 0, collapse_batches=collapse_batches, reconstruction_weight=reconstruction_weight, seed=seed
+        )
         self.classifier, self.judge = guide_and_judge(classifier, judge)
         self.attributes = resolve_attributes(attributes, self.classifier, placeholder)
         self.judge_attributes = [] if self.judge is None else resolve_attributes(attributes, self.judge, placeholder)
+        self.test_settings = test
+        self.report: Report | None = None
+        self._tally: EditTally | None = None
         self.template, self.seed, self.noising = template, seed, noising
         self.initial_words, self.initialiser, self.initialiser_step = initial_words, initialiser, initialiser_step
         self.initialiser_batches, self.initialiser_words = initialiser_batches, initialiser_words
@@ -249,7 +182,6 @@ class Caso(TokenLearning):
         self.centres = [torch.zeros(self.classifier.head_weight.shape[1])] * len(self.attributes)
         self.guided_accuracy = ClassAccuracy(len(self.tokens))
         self.judged_accuracy = ClassAccuracy(len(self.tokens))
-        self._resumed = False
 
     def _checked_timesteps(self, wanted: int | tuple[int, int]) -> list[int]:
         """The timesteps of which one is drawn for each picture."""
@@ -278,7 +210,7 @@ class Caso(TokenLearning):
         # As in training, so that pictures and features are those that the tokens will meet.
         with torch.no_grad(), self.trainer.precision_plugin.train_step_context():
             self._measure_collapse()
-            if self.initialiser != "words" and not self._resumed:
+            if self.initialiser != "words" and not self.resumed:
                 self._start_tokens(self.initialiser)
 
     def training_step(self, batch: ImageBatch) -> Tensor:
@@ -288,7 +220,7 @@ class Caso(TokenLearning):
             UserError: if the loss is not finite on any device.
         """
         latents = self.clean_latents(batch)
-        draws = [self._draw(position, latents.shape[1:]) for position in self._positions(len(latents))]
+        draws = [self._draw(position, latents.shape[1:]) for position in self.sample_positions(len(latents))]
         timesteps = torch.tensor([draw.timestep for draw in draws], device=self.device)
         targets = torch.tensor([draw.target for draw in draws], device=self.device)
         tokens = [self.attributes[draw.attribute].placeholders[draw.target] for draw in draws]
@@ -350,14 +282,115 @@ class Caso(TokenLearning):
         if self.judge is not None:
             self.log_accuracy("val/judged_accuracy", self.judged_accuracy)
 
+    def on_test_start(self) -> None:
+        """Encode what pictures are edited by; see :class:`tokenlearn.methods.edit_test.EditTally`.
+
+        Raises:
+            UserError: without a judge, or if the settings of the test do not fit the attributes or the backbone.
+        """
+        if self.judge is None:
+            raise UserError("test needs a classifier that did not train the tokens; set model.judge")
+        settings = self.test_settings
+        self._tally = EditTally(
+            settings,
+            PictureEditor(self.backbone, settings.num_inference_steps, settings.timestep, "model.test.timestep"),
+            self.unconditional(),
+            self._test_conditions(settings),
+            self.judge_attributes,
+            resolve_attributes({name: None for name in settings.watched if name not in self._class_names}, self.judge),
+            self.judge,
+            self._test_groups(settings),
+        ).to(self.device)
+
+    def test_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Edit held-out pictures, or with the second dataloader those of other kinds, and have them judged."""
+        assert self._tally is not None
+        latents = self.clean_latents(batch)
+        if dataloader_idx == 0:
+            self._tally.update(self._clean_images(batch, latents), latents)
+        else:
+            groups = batch.labels.get(self.test_settings.group_column or "", torch.zeros_like(latents[:, 0, 0, 0]))
+            self._tally.update_transfer(self._clean_images(batch, latents), latents, groups.long())
+
+    def on_test_epoch_end(self) -> None:
+        """Make the report."""
+        assert self._tally is not None
+        self.report = self._tally.report()
+        for name, value in self.report.summary.items():
+            self.log(f"test/{name}", value, rank_zero_only=True)
+        self._tally = None
+
+    @property
+    def _class_names(self) -> list[str]:
+        return [name for attribute in self.attributes for name in attribute.class_names]
+
     @torch.no_grad()
-    def clean_latents(self, batch: ImageBatch) -> Tensor:
-        """Latents (B, C, h, w) of a batch: cached, encoded, or generated."""
-        if batch.latents is not None:
-            return batch.latents
-        if batch.images is not None:
-            return self.backbone.encode_images(batch.images)
-        return self.generate_latents(batch.prompts, batch.seeds)
+    def _test_conditions(self, settings: EditTest) -> dict[str, list[Conditions]]:
+        """Prompts of each method of the test, encoded; afterwards prompts understand this task's tokens again."""
+        assert self.bank is not None
+        prompts = dict(zip(self._class_names, map(self.template.format, self.tokens), strict=True))
+        conditions = {"caso": self._encoded("this run", prompts)}
+        if settings.prompts:
+            conditions["prompt editing"] = self._encoded("model.test.prompts", settings.prompts)
+        banks: dict[str, tuple[TokenBank, dict[str, str]]] = {}
+        if settings.embeddings:
+            bank, files = load_bank(settings.embeddings, self.backbone.embedding_widths, self.vocabulary_hash)
+            own = {file.metadata.get("class", file.token): file.metadata.get("prompt", file.token) for file in files}
+            banks["textual inversion"] = (bank, own)
+        if settings.random_tokens:
+            banks["random token"] = (self._random_bank(), prompts)
+        for method, (bank, own) in banks.items():
+            self.backbone.inject(bank.to(self.device))
+            try:
+                conditions[method] = self._encoded("model.test.embeddings", own)
+            finally:
+                self.backbone.inject(self.bank)
+        return conditions
+
+    def _random_bank(self) -> TokenBank:
+        """Tokens of this task's names that nobody learned: Gaussian vectors as long as words are."""
+        assert self.bank is not None
+        generator = torch.Generator().manual_seed(self.seed)
+        bank = TokenBank(self.bank.num_vectors, self.bank.embedding_widths)
+        lengths = [sum(norms) / 2 for norms in self._norm_ranges]
+        for token, count in bank.num_vectors.items():
+            drawn = [torch.randn(count, width, generator=generator) for width in bank.embedding_widths]
+            scaled = [length * functional.normalize(part) for length, part in zip(lengths, drawn, strict=True)]
+            bank.set(token, scaled)
+        return bank
+
+    def _encoded(self, source: str, prompts: Mapping[str, str]) -> list[Conditions]:
+        """Conditions for each direction, from prompts by class.
+
+        Raises:
+            UserError: if ``source`` has no prompt for a class.
+        """
+        encoded: list[Conditions] = []
+        for direction in directions_of(self.attributes):
+            if direction.name not in prompts:
+                raise UserError(
+                    f"{source} has nothing for class '{direction.name}', only for {', '.join(prompts)}; add it"
+                )
+            names = self.attributes[direction.attribute].class_names
+            opposite = prompts.get(names[0]) if len(names) == 2 else None
+            encoded.append(
+                Conditions(
+                    self.backbone.encode_prompts([prompts[direction.name]]),
+                    None if opposite is None else self.backbone.encode_prompts([opposite]),
+                )
+            )
+        return encoded
+
+    def _test_groups(self, settings: EditTest) -> tuple[str, ...]:
+        if settings.group_column is None:
+            return ("other pictures",)
+        known: Mapping[str, tuple[str, ...]] = getattr(getattr(self.trainer, "datamodule", None), "class_names", {})
+        if settings.group_column not in known:
+            raise UserError(
+                f"the data have no label '{settings.group_column}' (model.test.group_column), only "
+                f"{', '.join(known) or 'none'}; name its column in data.label_columns"
+            )
+        return known[settings.group_column]
 
     @torch.no_grad()
     def noisy_latents(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -424,11 +457,6 @@ class Caso(TokenLearning):
                 }
         return metadata
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check the checkpoint, and note that the tokens have started."""
-        super().on_load_checkpoint(checkpoint)
-        self._resumed = True
-
     def _editing_loss(self, index: int, features: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
         if self.editing_loss == "class_mean":
             return class_mean_cosine(features, targets, self.directions[index], self.centres[index])
@@ -459,12 +487,6 @@ class Caso(TokenLearning):
         if batch.images is not None:
             return batch.images
         return self.backbone.decode_latents(self.clean_latents(batch) if latents is None else latents).clamp(0, 1)
-
-    def _positions(self, batch_size: int) -> range:
-        """Places of this batch's samples in the stream of all ranks, which name their random numbers."""
-        batches = self.trainer.fit_loop.total_batch_idx
-        start = (batches * self.trainer.world_size + self.trainer.global_rank) * batch_size
-        return range(start, start + batch_size)
 
     def _draw(self, position: int, shape: torch.Size) -> _Draw:
         rng = np.random.default_rng([self.seed, position])

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import trange  # type: ignore[import-untyped]
 
 from tokenlearn.data.prompts import PROMPT_KINDS, PromptBatch, PromptDataModule, PromptKind
-from tokenlearn.errors import UserError
+from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.losses import class_cross_entropy
 from tokenlearn.methods.learning import TokenLearning, adamw, guide_and_judge
 from tokenlearn.metrics import ClassAccuracy, Report, is_classified_as, wilson_interval
@@ -65,6 +65,8 @@ class ClassTokens(TokenLearning):
         UserError: if the classifier or judge lacks a class, is missing, or judge and classifier are the same.
     """
 
+    test_after_fit = True
+
     def __init__(
         self,
         backbone: DiffusionBackbone,
@@ -100,8 +102,7 @@ class ClassTokens(TokenLearning):
         )
         if not classes:
             raise UserError("model.classes is empty; name at least one class of the classifier")
-        if gradient_steps < 1:
-            raise UserError(f"model.gradient_steps must be at least 1, got {gradient_steps}")
+        check_at_least("model", 1, gradient_steps=gradient_steps)
         self.classes = classes
         self.class_names = list(classes)
         self.placeholders = {name: placeholder.format(name.lower().replace(" ", "-")) for name in classes}
@@ -147,15 +148,16 @@ class ClassTokens(TokenLearning):
 
     def on_fit_start(self) -> None:
         """Find the words to start from, unless they are given or a checkpoint is gone on with."""
-        if self.initial_words is not None or self.trainer.ckpt_path is not None:
+        if self.initial_words is not None or self.resumed:
             return
         assert self.bank is not None
         template = cast(PromptDataModule, self.trainer.datamodule).templates[0]  # type: ignore[attr-defined]
-        self.started_from = self.trainer.strategy.broadcast(self.find_words(template))
+        found = self.trainer.strategy.broadcast(self.find_words(template))
         for name, token in self.placeholders.items():
             if token not in self._given:
-                self.bank.set(token, self.vectors_of(self.started_from[name], self.bank.num_vectors[token]))
-        rank_zero_info(", ".join(f"{name} starts from '{word}'" for name, word in self.started_from.items()))
+                self.started_from[name] = found[name]
+                self.bank.set(token, self.vectors_of(found[name], self.bank.num_vectors[token]))
+                rank_zero_info(f"{name} starts from '{found[name]}'")
 
     @torch.no_grad()
     def find_words(self, template: str) -> dict[str, str]:
@@ -349,6 +351,14 @@ class ClassTokens(TokenLearning):
                     "judged_accuracy": f"{self.judged_accuracies[token]:.4f}",
                 }
         return metadata
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check the checkpoint, and restore the words that its tokens started from."""
+        super().on_load_checkpoint(checkpoint)
+        metadata = self.checkpoint_about(checkpoint)["metadata"]
+        for name, token in self.placeholders.items():
+            if token in metadata:
+                self.started_from[name] = json.loads(metadata[token]["config"])["initial_words"]
 
     def _count(
         self, metric: ClassAccuracy, classifier: TimmClassifier, targets: list[int], images: Tensor, groups: list[int]

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from tokenlearn.data.pictures import FolderPictures, GeneratedPictures, Picture, Pictures
 from tokenlearn.data.sharding import EvaluationBatches, Item
-from tokenlearn.diffusion import invert, sample
-from tokenlearn.errors import UserError
-from tokenlearn.guidance import SummedGuidance
-from tokenlearn.methods.base import inverse_of
+from tokenlearn.errors import UserError, check_at_least
+from tokenlearn.methods.editing import PictureEditor
 from tokenlearn.methods.generate import Generate
 from tokenlearn.models import DiffusionBackbone
 
@@ -97,8 +95,7 @@ class Edit(Generate):
             raise UserError("model.edits and model.interpolations are empty; give an edit, such as {<smile>: 3}")
         if template.count("{}") != 1:
             raise UserError(f"model.template '{template}' must have exactly one '{{}}', where the token goes")
-        if batch_size < 1:
-            raise UserError(f"model.batch_size must be at least 1, got {batch_size}")
+        check_at_least("model", 1, batch_size=batch_size)
         for token, scales in interpolations.items():
             if not scales:
                 raise UserError(f"model.interpolations has no scale for '{token}'; give some, such as [-4, 0, 4]")
@@ -109,8 +106,7 @@ class Edit(Generate):
         if (twice := next((name for name in names if names.count(name) > 1 or not name), None)) is not None:
             raise UserError(f"model.edits has '{twice}' twice or an edit without a token; remove it")
         self.edits, self.interpolations, self.template, self.batch_size = edits, interpolations, template, batch_size
-        self.timestep, self._inverse = timestep, inverse_of(self.scheduler)
-        self._check_timestep()
+        self.editor = PictureEditor(backbone, num_inference_steps, timestep, "model.timestep")
         side, factor = backbone.latent_size * backbone.vae_scale_factor, backbone.vae_scale_factor
         if (images is None) != bool(prompts):
             raise UserError("set either model.images, to a folder of pictures, or model.prompts, to generate some")
@@ -118,16 +114,6 @@ class Edit(Generate):
             GeneratedPictures(prompts, seeds, side) if images is None else FolderPictures(images, side, factor)
         )
         self.is_done: Callable[[str], bool] = _never
-
-    def _check_timestep(self) -> None:
-        self.scheduler.set_timesteps(self.num_inference_steps)
-        known: list[int] = self.scheduler.timesteps.tolist()
-        if self.timestep not in known:
-            near = sorted(sorted(known, key=lambda timestep: abs(timestep - self.timestep))[:2])
-            raise UserError(
-                f"model.timestep {self.timestep} is not among the {self.num_inference_steps} steps; take "
-                f"{' or '.join(map(str, near))}, or another model.num_inference_steps"
-            )
 
     def predict_dataloader(self) -> EvaluationBatches[Picture | str, Picture | str]:
         """This rank's pictures, one by one; of those that are done the name alone."""
@@ -179,9 +165,7 @@ class Edit(Generate):
 
     def invert(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) at the noise level of the edits' timestep, from clean ones."""
-        return invert(
-            self.backbone, self._inverse, latents, [self.unconditional()], self.num_inference_steps, self.timestep
-        )
+        return self.editor.invert(latents, self.unconditional())
 
     def denoise(self, noisy: Tensor, edits: Sequence[Mapping[str, float]]) -> Tensor:
         """Images (E, 3, H, W) in [0, 1] from one picture's inverted latents (1, C, h, w), one for each edit."""
@@ -197,19 +181,12 @@ class Edit(Generate):
 
     def _denoise(self, noisy: Tensor, tokens: Sequence[str], edits: Sequence[Mapping[str, float]]) -> Tensor:
         """The same for edits that all have the same tokens."""
-        guidance = SummedGuidance([torch.tensor([edit[token] for edit in edits]) for token in tokens])
-        conditionals = [self.backbone.encode_prompts([self.template.format(token)]) for token in tokens]
-        edited = sample(
-            self.backbone,
-            self.scheduler,
+        return self.editor.denoise(
             noisy.expand(len(edits), -1, -1, -1),
-            guidance.conditionings(self.unconditional(), *conditionals),
-            guidance,
-            self.num_inference_steps,
-            gradient_steps=0,
-            from_timestep=self.timestep,
+            self.unconditional(),
+            [self.backbone.encode_prompts([self.template.format(token)]) for token in tokens],
+            [torch.tensor([edit[token] for edit in edits]) for token in tokens],
         )
-        return self.backbone.decode_latents(edited).clamp(0, 1)
 
 
 def _scales(

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from tokenlearn.data.prompts import PromptBatch
-from tokenlearn.errors import UserError
 from tokenlearn.methods.base import TokenTask
 from tokenlearn.models import DiffusionBackbone
-from tokenlearn.tokens import TokenBank, load_embedding
+from tokenlearn.tokens import TokenBank, load_bank
 
 
 class Generate(TokenTask):
@@ -24,7 +23,8 @@ class Generate(TokenTask):
         negative_prompt: prompt of the unconditional branch.
 
     Raises:
-        UserError: if a file cannot be read, has vectors of another width, or names a token twice.
+        UserError: if a file cannot be read, has vectors of another width, is for another model, or names a
+            token twice.
     """
 
     def __init__(
@@ -37,17 +37,8 @@ class Generate(TokenTask):
         negative_prompt: str = "",
     ) -> None:
         super().__init__(backbone, num_inference_steps, guidance_scale, scheduler, negative_prompt)
-        files = [load_embedding(path) for path in embeddings]
-        counts: dict[str, int] = {}
-        for path, file in zip(embeddings, files, strict=True):
-            if file.token in counts:
-                raise UserError(f"'{path}' names the token '{file.token}', as another embedding file does; rename one")
-            counts[file.token] = len(file.vectors[0])
-        if files:
-            bank = TokenBank(counts, backbone.embedding_widths)
-            for file in files:
-                bank.set(file.token, file.vectors)
-            self.use_bank(bank)
+        if embeddings:
+            self.use_bank(load_bank(embeddings, backbone.embedding_widths, self.vocabulary_hash)[0])
 
     def predict_step(self, batch: PromptBatch) -> dict[str, Any]:
         """Images in [0, 1] with their prompts and seeds."""

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from tokenlearn.data.images import ImageBatch
 from tokenlearn.errors import UserError
 from tokenlearn.methods.base import TokenTask
 from tokenlearn.metrics import ClassAccuracy
@@ -47,7 +48,13 @@ class TokenLearning(TokenTask):
         hold_norms: after each step, scale token vectors into the range of norms in the vocabulary.
         optimizer: over the token vectors only.
         lr_scheduler: stepped after every optimizer step; null keeps the learning rate.
+
+    Attributes:
+        test_after_fit: whether the test is a quick one, which a fit may end with.
+        resumed: whether the tokens are those of a checkpoint, so that they have started already.
     """
+
+    test_after_fit = False
 
     def __init__(
         self,
@@ -62,6 +69,7 @@ class TokenLearning(TokenTask):
     ) -> None:
         super().__init__(backbone, num_inference_steps, guidance_scale, scheduler, negative_prompt)
         self.hold_norms, self.optimizer, self.lr_scheduler = hold_norms, optimizer, lr_scheduler
+        self.resumed = False
         self._norm_ranges = [vocabulary_norm_range(encoder) for encoder in backbone.text_encoders]
 
     def make_bank(self, initial_words: dict[str, str], num_vectors: int) -> TokenBank:
@@ -83,6 +91,11 @@ class TokenLearning(TokenTask):
         """Vectors (num_vectors, width) of words for each text encoder, see ``vectors_from_words``."""
         encoders = zip(self.backbone.tokenizers, self.backbone.text_encoders, strict=True)
         return [vectors_from_words(words, *encoder, num_vectors) for encoder in encoders]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check the checkpoint, and note that the tokens have started."""
+        super().on_load_checkpoint(checkpoint)
+        self.resumed = True
 
     def require_finite(self, loss: Tensor) -> Tensor:
         """The loss, if it is finite on all devices.
@@ -128,6 +141,21 @@ class TokenLearning(TokenTask):
             return optimizer
         scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def sample_positions(self, batch_size: int) -> range:
+        """Places of this batch's samples in the stream of all ranks, which name their random numbers."""
+        batches = self.trainer.fit_loop.total_batch_idx
+        start = (batches * self.trainer.world_size + self.trainer.global_rank) * batch_size
+        return range(start, start + batch_size)
+
+    @torch.no_grad()
+    def clean_latents(self, batch: ImageBatch) -> Tensor:
+        """Latents (B, C, h, w) of a batch: cached, encoded, or generated."""
+        if batch.latents is not None:
+            return batch.latents
+        if batch.images is not None:
+            return self.backbone.encode_images(batch.images)
+        return self.generate_latents(batch.prompts, batch.seeds)
 
     def log_accuracy(self, name: str, metric: ClassAccuracy) -> None:
         """Log the mean over groups of a metric's accuracies, and start it anew."""

@@ -1,6 +1,7 @@
 """Metrics as torchmetrics modules, with their intervals."""
 
 from tokenlearn.metrics.class_accuracy import ClassAccuracy, is_classified_as, wilson_interval
+from tokenlearn.metrics.group_means import GroupMeans
 from tokenlearn.metrics.neural_collapse import (
     CollapseStatistics,
     NeuralCollapse,
@@ -9,16 +10,20 @@ from tokenlearn.metrics.neural_collapse import (
     self_duality,
     within_class_variability,
 )
-from tokenlearn.metrics.report import Report
+from tokenlearn.metrics.perceptual_distance import perceptual_distance
+from tokenlearn.metrics.report import Report, is_share
 
 __all__ = [
     "ClassAccuracy",
     "CollapseStatistics",
+    "GroupMeans",
     "NeuralCollapse",
     "Report",
     "equiangularity",
     "equinorm",
     "is_classified_as",
+    "is_share",
+    "perceptual_distance",
     "self_duality",
     "wilson_interval",
     "within_class_variability",

@@ -38,7 +38,8 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
     share = successes / total
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Rounding must not put the share itself outside.
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
 
 
 class ClassAccuracy(Metric):

@@ -16,7 +16,9 @@ class Report:
         columns: names of the columns, the first for the rows' names.
         rows: one per class, attribute or guidance; shares in [0, 1], None where nothing was measured.
         bars: columns that the picture of the table shows; ``<column>_low`` and ``<column>_high`` are its interval.
-        summary: flat figures for ``summary.json`` after a test.
+        plain: further columns for the text.
+        curves: name to (kept, success) points, shares in [0, 1]: what each method changes at what cost.
+        summary: flat figures for ``summary.json`` after a test; shares, but for names that :func:`is_share` tells.
         fit_summary: the same after a fit.
         pictures: file stem to rows of pictures, each row a caption and (n, 3, H, W) images in [0, 1].
     """
@@ -27,4 +29,11 @@ class Report:
     bars: list[str]
     summary: dict[str, float]
     fit_summary: dict[str, float] = field(default_factory=dict)
+    plain: list[str] = field(default_factory=list)
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     pictures: dict[str, list[tuple[str, Tensor]]] = field(default_factory=dict)
+
+
+def is_share(name: str) -> bool:
+    """Whether a figure or column of this name is a share in [0, 1], and not a distance, dB or a correlation."""
+    return not name.endswith(("psnr", "perceptual_distance", "rank_correlation"))

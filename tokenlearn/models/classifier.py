@@ -117,6 +117,20 @@ class TimmClassifier(FrozenModule):
         )
         return features.float()
 
+    def trunk_features(self, images: Tensor) -> Tensor:
+        """Features at every place of the trunk's last map, before they are pooled.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+
+        Returns:
+            (B, P, F) float32 features at P places.
+        """
+        maps: Tensor = self.model.forward_features(self.preprocess(images))
+        if maps.ndim == 4 and getattr(self.model, "output_fmt", "NCHW") == "NCHW":
+            maps = maps.movedim(1, -1)
+        return maps.flatten(1, -2).float()
+
     def classify(self, features: Tensor) -> Tensor:
         """Logits (B, num_classes) of penultimate features (B, F): ``classify(features(x))`` is ``forward(x)``."""
         return functional.linear(features, self.head_weight.to(features), self.head_bias.to(features))

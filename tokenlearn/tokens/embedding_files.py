@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from tokenlearn.errors import UserError
 from tokenlearn.files import atomic_write
+from tokenlearn.tokens.bank import TokenBank
 from tokenlearn.tokens.injection import input_embedding
 
 EmbeddingFormat = Literal["a1111", "comfyui", "invokeai", "kohya", "diffusers", "onetrainer"]
@@ -187,6 +188,40 @@ def load_embedding(path: str | os.PathLike[str], token: str | None = None) -> Em
 
 
 @torch.no_grad()
+def load_bank(
+    paths: Sequence[str], embedding_widths: Sequence[int], vocabulary: str | None = None
+) -> tuple[TokenBank, list[EmbeddingFile]]:
+    """A bank of the tokens of embedding files.
+
+    Args:
+        paths: at least one file of any form that :func:`load_embedding` reads.
+        embedding_widths: width of the input embedding of each text encoder of the backbone.
+        vocabulary: the backbone's :func:`vocabulary_hash`, to refuse files that say that they are for another one.
+
+    Returns:
+        The bank, and what the files hold.
+
+    Raises:
+        UserError: if a file cannot be read, has vectors of another width, is for another model of the same width, or
+            names a token that another one does.
+    """
+    files = [load_embedding(path) for path in paths]
+    counts: dict[str, int] = {}
+    for path, file in zip(paths, files, strict=True):
+        if file.token in counts:
+            raise UserError(f"'{path}' names the token '{file.token}', as another embedding file does; rename one")
+        counts[file.token] = len(file.vectors[0])
+    bank = TokenBank(counts, embedding_widths)
+    for path, file in zip(paths, files, strict=True):
+        bank.set(file.token, file.vectors)
+        if vocabulary is not None and file.metadata.get("vocabulary_hash", vocabulary) != vocabulary:
+            raise UserError(
+                f"'{path}' was learned on '{file.metadata.get('base_model', 'another model')}', whose text encoder "
+                "differs from this backbone's; set model.backbone to that model, or learn the token anew"
+            )
+    return bank, files
+
+
 def vocabulary_hash(text_encoder: nn.Module) -> str:
     """Short fingerprint of the table that an embedding was trained beside.
 
