@@ -165,7 +165,9 @@ def instantiate(settings: Namespace, changes: Mapping[str, Any]) -> Namespace:
     changed = settings.clone()
     for key, value in changes.items():
         changed[key] = value
-    return _parser().instantiate_classes(changed)
+    # Its new name came with jsonargparse 4.49, above our bound.
+    made: Namespace = _parser().instantiate_classes(changed)
+    return made
 
 
 def _parser() -> LightningArgumentParser:

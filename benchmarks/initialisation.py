@@ -125,6 +125,8 @@ def main(
             raise UserError(f"{name} must be at least 1, got {number}")
     # One line for each training says nothing.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # Lightning's own code, which users cannot change.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     # The frozen stack is in eval mode on purpose.
     warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode.*")
 
@@ -132,7 +134,7 @@ def main(
     known, default = settings["model.init_args.attributes"], settings["model.init_args.initialiser"]
     initialisers: tuple[ClassInitialiser, ...] = get_args(ClassInitialiser)
     runs = [(attribute, initialiser) for attribute in attributes for initialiser in initialisers]
-    steps: dict[tuple[str, str], list[int | None]] = {run: [] for run in runs}
+    steps: dict[tuple[str, ClassInitialiser], list[int | None]] = {run: [] for run in runs}
     with tqdm(total=len(runs) * len(seeds), desc="Trainings", unit="training") as bar:
         for attribute, initialiser in runs:
             changes = {
@@ -158,9 +160,9 @@ def main(
 
     medians: dict[str, float] = {}
     unreached: dict[str, int] = {}
-    for name in initialisers:
-        medians[name] = median(count for attribute in attributes for count in counted[attribute, name])
-        unreached[f"unreached_{name}"] = sum(steps[attribute, name].count(None) for attribute in attributes)
+    for start in initialisers:
+        medians[start] = median(count for attribute in attributes for count in counted[attribute, start])
+        unreached[f"unreached_{start}"] = sum(steps[attribute, start].count(None) for attribute in attributes)
     results: dict[str, Any] = {"default_over_word": ratio(medians[default], medians["words"]), "default": default}
     results |= {f"steps_{name}": count for name, count in medians.items()}
     print(json.dumps(results | unreached))

@@ -327,9 +327,9 @@ class ImageDataModule(L.LightningDataModule):
         held_out = self.validation_images + self.test_images
         if self.streaming:
             stream = partial(_kept_stream, found.open, self._kept_values(dataset, "keep"))
-            others = partial(_kept_stream, found.open, self._kept_values(dataset, "transfer_keep"))
+            others_stream = partial(_kept_stream, found.open, self._kept_values(dataset, "transfer_keep"))
             self._parts = {
-                "transfer": _StreamedRows(others, 0, self.transfer_images),
+                "transfer": _StreamedRows(others_stream, 0, self.transfer_images),
                 "test": _StreamedRows(stream, 0, self.test_images),
                 "validation": _StreamedRows(stream, self.test_images, self.validation_images),
                 "train": _StreamedRows(stream, held_out, None),
@@ -521,7 +521,8 @@ class ImageDataModule(L.LightningDataModule):
         kept = np.ones(len(dataset), dtype=bool)
         for column, values in self._kept_values(dataset, setting).items():
             kept &= np.fromiter((value in values for value in dataset[column]), dtype=bool, count=len(dataset))
-        return rows[kept[rows]]
+        of_use: np.ndarray = rows[kept[rows]]
+        return of_use
 
     def _broken_rows(self, found: ImageSource, dataset: Any) -> dict[int, str]:  # noqa: ANN401 - datasets has no types
         """What is wrong with which row, remembered where ``datasets`` keeps prepared data."""

@@ -364,7 +364,7 @@ class EditTally(nn.Module):
                 cells += [changed / total if total else None, *_interval(changed, total), total]
             summary[f"transfer_{group.replace(' ', '_')}"] = _mean_share(counts.flatten(0, 1))
             yield [group, *cells, *[None] * (width - 1 - len(cells))]
-        parts = self.combined_parts.compute().split(self._parts) if self._parts else ()
+        parts = torch.split(self.combined_parts.compute(), self._parts) if self._parts else ()
         for number, (names, counts) in enumerate(zip(self.settings.combinations, parts, strict=True)):
             changed, total = self.combined.compute()[number].tolist()
             summary[f"combination_{number + 1}_all"] = changed / total
