@@ -8,7 +8,8 @@ from diffusers import StableDiffusionPipeline
 
 from data_prep.portrait_arrays import PORTRAIT_LABELS
 from tokenlearn.data.portraits import PERSONA_LABELS
-from tokenlearn.models import TimmClassifier
+from tokenlearn.models import StableDiffusion, TimmClassifier
+from tokenlearn.tokens import load_bank, vocabulary_hash
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 CLASSIFIERS = ["attribute_guide", "attribute_judge", "persona_guide", "persona_judge"]
@@ -42,3 +43,14 @@ def test_classifiers(name):
 def test_guide_and_judge_differ(task):
     guide, judge = (TimmClassifier(str(CHECKPOINTS / f"{task}_{role}")) for role in ("guide", "judge"))
     assert type(guide.model) is not type(judge.model)
+
+
+@pytest.mark.parametrize("folder", ["class_tokens", "attribute_tokens"])
+def test_tokens_are_those_of_the_pipeline(folder):
+    backbone = StableDiffusion(str(CHECKPOINTS / "portraits"))
+    paths = sorted(map(str, (CHECKPOINTS / folder).glob("*.safetensors")))
+    bank, files = load_bank(paths, backbone.embedding_widths, vocabulary_hash(backbone.text_encoders[0]))
+    assert len(bank.placeholders) == len(paths) >= 3
+    for file in files:
+        assert file.metadata["vocabulary_hash"] == vocabulary_hash(backbone.text_encoders[0])
+        assert file.metadata["prompt"].startswith(file.token)

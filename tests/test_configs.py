@@ -34,7 +34,8 @@ FIT_OF = {
     "Caso": [
         *FIT,
         "--model.init_args.collapse_batches=1",
-        "--model.init_args.test.num_inference_steps=5",
+        "--model.init_args.initialiser_words=2",
+        "--model.init_args.test.num_inference_steps=4",
         "--model.init_args.test.strengths=[4]",
         "--data.init_args.source=portraits:60",
         "--data.init_args.transfer_images=1",
