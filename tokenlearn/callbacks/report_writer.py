@@ -92,7 +92,7 @@ class ReportWriter(L.Callback):
             print(f"{caption:<21} {folder / name}")
         print(f"TensorBoard log       tensorboard --logdir {folder}")
         for name, value in figures.items():
-            print(f"{name:<21} {value:.1%}  ({source})")
+            print(f"{name:<21} {_figure(name, value)}  ({source})")
         return {**figures, "minutes": round(minutes, 2), "embeddings": paths}
 
 

@@ -35,5 +35,5 @@ class Report:
 
 
 def is_share(name: str) -> bool:
-    """Whether a figure or column of this name is a share in [0, 1], and not a distance, dB or a correlation."""
-    return not name.endswith(("psnr", "perceptual_distance", "rank_correlation"))
+    """Whether a figure or column of this name is a share in [0, 1]; a loss, a distance or a correlation is not."""
+    return not name.endswith(("loss", "psnr", "perceptual_distance", "rank_correlation"))
