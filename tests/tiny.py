@@ -10,6 +10,7 @@ from pathlib import Path
 
 import timm
 import torch
+import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -114,3 +115,39 @@ def tiny_classifier(folder: Path, label_names: Sequence[str], multi_label: bool 
         model = timm.create_model("test_resnet", num_classes=len(label_names))
     data_config = {"input_size": (3, 32, 32), "crop_pct": 0.9, "interpolation": "bicubic"}
     return save_classifier(model, folder, label_names, multi_label, data_config)
+
+
+def write_image_config(
+    folder: Path, name: str, model: dict, data: dict | None = None, trainer: dict | None = None, **sections: dict
+) -> str:
+    """Write ``NAME.yaml``, the config of a short fit on the labelled pictures in ``folder / "faces"``."""
+    settings = {
+        "seed_everything": 0,
+        "model": model,
+        "data": {
+            "class_path": "ImageDataModule",
+            "init_args": {
+                "source": str(folder / "faces"),
+                "label_columns": {"smile": "smile"},
+                "batch_size": 4,
+                "batches_per_epoch": 2,
+                "validation_images": 3,
+                "test_images": 0,
+                "num_workers": 0,
+            }
+            | (data or {}),
+        },
+        "trainer": {
+            "max_steps": 4,
+            "accelerator": "cpu",
+            "num_sanity_val_steps": 0,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "log_every_n_steps": 1,
+        }
+        | (trainer or {}),
+        "output_dir": str(folder / name),
+    } | sections
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return str(path)

@@ -9,14 +9,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import yaml
 from diffusers import DDIMInverseScheduler, DDPMScheduler
 from lightning.pytorch.plugins.precision import Precision
 from PIL import Image
 from safetensors import safe_open
 from torch.nn import functional
 
-from tests.tiny import tiny_classifier
+from tests.tiny import tiny_classifier, write_image_config
 from tokenlearn.data import ImageBatch
 from tokenlearn.errors import UserError
 from tokenlearn.main import main
@@ -424,51 +423,17 @@ def config(tiny_models, faces, tmp_path, monkeypatch):
     ).save_to_disk(tmp_path / "faces")
 
     def write(name, model=None, data=None, trainer=None, **sections):
-        settings = {
-            "seed_everything": 0,
-            "model": {
-                "class_path": "Caso",
-                "init_args": {
-                    "backbone": {
-                        "class_path": "StableDiffusion",
-                        "init_args": {"pretrained": str(tiny_models / "pipeline")},
-                    },
-                    "classifier": str(faces / "guide"),
-                    "judge": str(faces / "judge"),
-                    "attributes": {"smile": None},
-                    "initialiser": "pull_back",
-                    "timesteps": [301, 501],
-                    "collapse_batches": 2,
-                }
-                | (model or {}),
-            },
-            "data": {
-                "class_path": "ImageDataModule",
-                "init_args": {
-                    "source": str(tmp_path / "faces"),
-                    "label_columns": {"smile": "smile"},
-                    "batch_size": 4,
-                    "batches_per_epoch": 2,
-                    "validation_images": 3,
-                    "test_images": 0,
-                    "num_workers": 0,
-                }
-                | (data or {}),
-            },
-            "trainer": {
-                "max_steps": 4,
-                "accelerator": "cpu",
-                "num_sanity_val_steps": 0,
-                "enable_progress_bar": False,
-                "enable_model_summary": False,
-                "log_every_n_steps": 1,
-            }
-            | (trainer or {}),
-            "output_dir": str(tmp_path / name),
-        } | sections
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(settings, sort_keys=False))
-        return str(path)
+        options = {
+            "backbone": {"class_path": "StableDiffusion", "init_args": {"pretrained": str(tiny_models / "pipeline")}},
+            "classifier": str(faces / "guide"),
+            "judge": str(faces / "judge"),
+            "attributes": {"smile": None},
+            "initialiser": "pull_back",
+            "timesteps": [301, 501],
+            "collapse_batches": 2,
+        }
+        settings = {"class_path": "Caso", "init_args": options | (model or {})}
+        return write_image_config(tmp_path, name, settings, data, trainer, **sections)
 
     return write
 

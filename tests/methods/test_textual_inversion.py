@@ -6,12 +6,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import yaml
 from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors import safe_open
 
-from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_pipeline, write_image_config
 from tokenlearn.data import ImageBatch
 from tokenlearn.errors import UserError
 from tokenlearn.main import main
@@ -295,49 +294,16 @@ def config(tiny_models, tmp_path, monkeypatch):
     ).save_to_disk(tmp_path / "faces")
 
     def write(name, data=None, trainer=None, **sections):
-        settings = {
-            "seed_everything": 0,
-            "model": {
-                "class_path": "TextualInversion",
-                "init_args": {
-                    "backbone": {
-                        "class_path": "StableDiffusion",
-                        "init_args": {"pretrained": str(tiny_models / "pipeline")},
-                    },
-                    "attributes": {"smile": None},
-                    "placeholder": "<ti-{}>",
-                    "num_inference_steps": 2,
-                },
-            },
-            "data": {
-                "class_path": "ImageDataModule",
-                "init_args": {
-                    "source": str(tmp_path / "faces"),
-                    "label_columns": {"smile": "smile"},
-                    "batch_size": 4,
-                    "batches_per_epoch": 2,
-                    "validation_images": 3,
-                    "test_images": 0,
-                    "num_workers": 0,
-                }
-                | (data or {}),
-            },
-            "trainer": {
-                "max_steps": 4,
-                "accelerator": "cpu",
-                "num_sanity_val_steps": 0,
-                "enable_progress_bar": False,
-                "enable_model_summary": False,
-                "log_every_n_steps": 1,
-            }
-            | (trainer or {}),
-            "checkpoint": {"monitor": "val/loss", "mode": "min"},
-            "embedding_export": {"monitor": "val/loss", "mode": "min"},
-            "output_dir": str(tmp_path / name),
-        } | sections
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(settings, sort_keys=False))
-        return str(path)
+        options = {
+            "backbone": {"class_path": "StableDiffusion", "init_args": {"pretrained": str(tiny_models / "pipeline")}},
+            "attributes": {"smile": None},
+            "placeholder": "<ti-{}>",
+            "num_inference_steps": 2,
+        }
+        model = {"class_path": "TextualInversion", "init_args": options}
+        best = {"monitor": "val/loss", "mode": "min"}
+        monitors = {"checkpoint": best, "embedding_export": dict(best)}
+        return write_image_config(tmp_path, name, model, data, trainer, **(monitors | sections))
 
     return write
 

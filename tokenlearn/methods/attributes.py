@@ -59,6 +59,27 @@ def labelled_attributes(
     return named
 
 
+def check_class_names(attribute: LabelledAttribute, found: Sequence[str], fix: str) -> None:
+    """Refuse class names of data whose indices mean something else than the attribute's.
+
+    The same classes may be called otherwise, but not come in another order.
+
+    Args:
+        attribute: what is learned.
+        found: class names in the data, in the order of class indices; empty where it is not known.
+        fix: what the user can do about it.
+
+    Raises:
+        UserError: naming both lists and ending with the fix.
+    """
+    ours, theirs = attribute.class_names, tuple(found)
+    if theirs and (len(theirs) != len(ours) or (set(theirs) == set(ours) and theirs != ours)):
+        raise UserError(
+            f"the classes of '{attribute.name}' are {', '.join(theirs)} in the data and {', '.join(ours)} in the "
+            f"model; {fix}"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Attribute(LabelledAttribute):
     """An attribute as a classifier knows it, whose labels are the class names, or absence and presence of one.

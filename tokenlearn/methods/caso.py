@@ -23,7 +23,7 @@ from tokenlearn.diffusion.schedule import add_noise, x0_from_noise
 from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.guidance import classifier_free_guidance
 from tokenlearn.losses import class_cross_entropy, class_mean_cosine, latent_reconstruction, probability_error
-from tokenlearn.methods.attributes import resolve_attributes
+from tokenlearn.methods.attributes import check_class_names, resolve_attributes
 from tokenlearn.methods.base import inverse_of
 from tokenlearn.methods.edit_test import Conditions, EditTally, EditTest, directions_of
 from tokenlearn.methods.editing import PictureEditor
@@ -513,13 +513,8 @@ class Caso(TokenLearning):
         """Refuse data whose class indices are known to mean something else."""
         known = getattr(getattr(self.trainer, "datamodule", None), "class_names", {})
         for attribute in self.attributes:
-            ours, found = attribute.class_names, tuple(known.get(attribute.name, ()))
-            # The same classes may be called otherwise, but not come in another order.
-            if found and (len(found) != len(ours) or (set(found) == set(ours) and found != ours)):
-                raise UserError(
-                    f"the classes of '{attribute.name}' are {', '.join(found)} in the data and {', '.join(ours)} in "
-                    f"the model; list those of the model, in its order, in data.label_classes.{attribute.name}"
-                )
+            fix = f"list those of the model, in its order, in data.label_classes.{attribute.name}"
+            check_class_names(attribute, known.get(attribute.name, ()), fix)
 
     def _measure_collapse(self) -> None:
         """Take class means of the guide's features over labelled pictures for directions, and log how collapsed."""

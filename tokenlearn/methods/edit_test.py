@@ -201,8 +201,7 @@ class EditTally(nn.Module):
         for method, conditions in enumerate(self.conditions.values()):
             for number, (direction, own) in enumerate(zip(self.directions, conditions, strict=True)):
                 present = shown[direction.attribute] == direction.target
-                signs = torch.where(present, -1.0, 1.0)
-                needed = self._strengths(noisy)[None] * signs[:, None]  # (B, S)
+                needed = _signs(present)[:, None] * torch.tensor(self.settings.strengths, device=noisy.device)
                 edited = self._edit_each(noisy, own, needed)
                 self._count(edited, images, before, trunk, direction, present, (method, number))
                 if method == 0:
@@ -214,7 +213,7 @@ class EditTally(nn.Module):
                     ranks = spearman_corrcoef(torch.stack(scores), scales.T)
                     self.rank_correlation.update(ranks.reshape(-1), torch.full_like(shown[0], number))
                     headline = edited[:, self.settings.strengths.index(self.settings.strength)]
-                    self._show(f"{direction.name}", headline)
+                    self._show(direction.name, headline)
         self._update_combinations(noisy, before)
 
     def update_transfer(self, images: Tensor, latents: Tensor, groups: Tensor) -> None:
@@ -223,7 +222,7 @@ class EditTally(nn.Module):
         before = self.classes(images)
         for number, direction in enumerate(self.directions):
             present = before[:, direction.attribute] == direction.target
-            scales = torch.where(present, -1.0, 1.0) * self.settings.strength
+            scales = _signs(present) * self.settings.strength
             edited = self.edit(noisy, [(self._own[number], scales)])
             changed = (self.classes(edited)[:, direction.attribute] == direction.target) != present
             cells = (groups * len(self.directions) + number) * len(_DIRECTIONS) + present.long()
@@ -232,9 +231,6 @@ class EditTally(nn.Module):
     @property
     def _own(self) -> Sequence[Conditions]:
         return next(iter(self.conditions.values()))
-
-    def _strengths(self, like: Tensor) -> Tensor:
-        return torch.tensor(self.settings.strengths, device=like.device)
 
     def _edit_each(self, noisy: Tensor, conditions: Conditions, scales: Tensor) -> Tensor:
         """Edits (B, S, 3, H, W) of inverted pictures (B, C, h, w) at scales (B, S)."""
@@ -268,7 +264,7 @@ class EditTally(nn.Module):
         for number, combination in enumerate(self.combinations):
             chosen = [self.directions[index] for index in combination]
             present = torch.stack([before[:, item.attribute] == item.target for item in chosen], dim=1)
-            scales = torch.where(present, -1.0, 1.0) * self.settings.strength
+            scales = _signs(present) * self.settings.strength
             own = [self._own[index] for index in combination]
             edited = self.edit(noisy, list(zip(own, scales.unbind(dim=1), strict=True)))
             after = self.classes(edited)
@@ -371,6 +367,11 @@ class EditTally(nn.Module):
             summary[f"combination_{number + 1}_each"] = _mean_share(counts)
             cells = [changed / total, *_interval(changed, total), total]
             yield [" + ".join(names), *cells, *[None] * (width - 1 - len(cells))]
+
+
+def _signs(present: Tensor) -> Tensor:
+    """Sign of the edit that pictures need: +1 to add what they do not show, -1 to remove what they do."""
+    return torch.where(present, -1.0, 1.0)
 
 
 def _psnr(images: Tensor, others: Tensor) -> Tensor:

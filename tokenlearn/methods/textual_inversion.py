@@ -17,7 +17,7 @@ from tokenlearn.data.images import ImageBatch
 from tokenlearn.data.labels import UNKNOWN
 from tokenlearn.diffusion.schedule import add_noise
 from tokenlearn.errors import UserError, check_at_least
-from tokenlearn.methods.attributes import labelled_attributes
+from tokenlearn.methods.attributes import check_class_names, labelled_attributes
 from tokenlearn.methods.learning import TokenLearning, adamw
 from tokenlearn.models import DiffusionBackbone
 
@@ -123,13 +123,8 @@ class TextualInversion(TokenLearning):
             return
         for attribute in self.attributes:
             _require_label(attribute.name, known)
-            ours, found = attribute.class_names, tuple(known[attribute.name])
-            # The same classes may be called otherwise, but not come in another order.
-            if found and (len(found) != len(ours) or (set(found) == set(ours) and found != ours)):
-                raise UserError(
-                    f"the classes of '{attribute.name}' are {', '.join(found)} in the data and {', '.join(ours)} in "
-                    f"the model; list those of the data, in their order, in model.attributes.{attribute.name}"
-                )
+            fix = f"list those of the data, in their order, in model.attributes.{attribute.name}"
+            check_class_names(attribute, known[attribute.name], fix)
 
     def training_step(self, batch: ImageBatch) -> Tensor:
         """Return the mean squared error of the predicted noise, over the pictures of which a class is known.
