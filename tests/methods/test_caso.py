@@ -73,8 +73,8 @@ def pictures(count=4, labels=None, seed=0):
     return ImageBatch(images, None, labels or {}, [f"{seed}-{index}.png" for index in range(count)])
 
 
-def draws_of(module, count):
-    return [module._draw(position, (4, 8, 8)) for position in range(count)]
+def draws_of(module, count, shown=(-1, -1)):
+    return [module._draw(position, shown, (4, 8, 8)) for position in range(count)]
 
 
 def one_step(module, batch, draws, scale=10.0):
@@ -194,9 +194,66 @@ def test_draws_depend_on_the_place_in_the_training_alone(make):
     assert {draw.timestep for draw in many} == set(range(301, 306))
     noise = torch.stack([draw.noise for draw in many])
     assert noise.std() == pytest.approx(1, abs=0.02)
-    again, other = module._draw(7, (4, 8, 8)), make(seed=1)._draw(7, (4, 8, 8))
+    again, other = draws_of(module, 8)[7], draws_of(make(seed=1), 8)[7]
     assert torch.equal(again.noise, many[7].noise)
     assert not torch.equal(other.noise, many[7].noise)
+
+
+def test_missing_targets_are_classes_that_the_picture_lacks_and_rare_classes_are_drawn_more(make):
+    smile, hair = [0] * 9 + [1], [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+    labels = {"smile": torch.tensor(smile), "hair": torch.tensor(hair)}
+    module = make(targets="missing", batches=[pictures(10, labels)])
+    module.on_fit_start()
+    smiling = draws_of(module, 400, (1, 2))
+    assert {(draw.attribute, draw.target) for draw in smiling} == {(0, 0), (1, 0), (1, 1)}
+    # One picture of ten smiles, which makes it five times as rare as one of two; three of ten have hair 2.
+    weights = 10 / (2 * 1), 10 / (3 * 3)
+    share = sum(draw.attribute == 0 for draw in smiling) / 400
+    assert share == pytest.approx(weights[0] / sum(weights), abs=0.06)
+    serious = draws_of(module, 400, (0, 2))
+    assert {(draw.attribute, draw.target) for draw in serious} == {(0, 1), (1, 0), (1, 1)}
+    assert sum(draw.attribute == 0 for draw in serious) / 400 == pytest.approx(1 / 3, abs=0.06)
+    unknown = draws_of(module, 400)
+    assert {(draw.attribute, draw.target) for draw in unknown} == {(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)}
+    assert sum(draw.attribute == 0 for draw in unknown) / 400 == pytest.approx(1 / 2, abs=0.07)
+
+
+def test_training_draws_what_the_labels_of_its_pictures_lack(make):
+    labels = {"smile": torch.tensor([1, 0, 1, 0]), "hair": torch.tensor([0, 1, 2, 0])}
+    module = make(targets="missing", editing_loss="cross_entropy")
+    seen = []
+    one_step_edit = module.one_step_edit
+    module.one_step_edit = lambda noisy, steps, tokens, rest: (
+        seen.extend(tokens) or one_step_edit(noisy, steps, tokens, rest)
+    )
+    module.training_step(pictures(4, labels))
+    for row, token in enumerate(seen):
+        shown = {TOKENS[int(labels["smile"][row])], TOKENS[2 + int(labels["hair"][row])]}
+        assert token not in shown
+
+
+def test_preservation_is_the_cross_entropy_of_the_attributes_that_were_not_drawn(make):
+    batch = pictures(6)
+    labels = {"smile": torch.tensor([1, 0, 1, 0, -1, -1]), "hair": torch.tensor([0, 1, 2, 0, -1, -1])}
+    module = make(preservation_weight=0.5, reconstruction_weight=0.0)
+    draws = draws_of(module, 6)
+    with torch.no_grad():
+        _, predicted = one_step(module, batch, draws)
+        images = module.backbone.decode_latents(predicted)
+        editing = -log_probabilities(module, images, draws).mean()
+        before, after = module.classifier(batch.images), module.classifier(images)
+    expected = []
+    for row, draw in enumerate(draws):
+        if draw.attribute == 1:  # the smile is to be kept; the guide is asked where there is no label
+            label = int(labels["smile"][row]) if row < 4 else int(before[row, 0] > 0)
+            expected.append(-functional.logsigmoid(after[row, 0] if label else -after[row, 0]))
+        else:
+            label = int(labels["hair"][row]) if row < 4 else int(before[row, 2:5].argmax())
+            expected.append(-after[row, 2:5].log_softmax(dim=0)[label])
+    loss = module.training_step(batch._replace(labels=labels))
+    preservation = float(torch.stack(expected).mean())
+    assert module.logged["train/preservation"] == pytest.approx(preservation, rel=1e-3)
+    assert float(loss) == pytest.approx(float(editing) + 0.5 * preservation, rel=1e-3)
 
 
 @torch.no_grad()

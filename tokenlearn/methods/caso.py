@@ -42,6 +42,7 @@ from tokenlearn.tokens import (
 
 EditingLoss = Literal["cross_entropy", "probability_error", "class_mean"]
 Noising = Literal["forward", "inversion"]
+Targets = Literal["any", "missing"]
 
 _STRIP_PICTURES = 4
 _COLLAPSE_MEASURES = ("within_class_variability", "equiangularity", "self_duality")
@@ -84,11 +85,17 @@ class Caso(TokenLearning):
             guide's features and how far these have collapsed; without them the guide's head stands in for the means.
         timesteps: timestep to noise pictures to, or the first and last of those of which one is drawn for each
             picture. The published method always takes 401 of 1000.
+        targets: which class is drawn for a picture: any of any attribute, each as likely; or one that the picture
+            lacks by its labels, the more likely the rarer it is that a picture lacks it. With ``any``, a rare class
+            teaches its opposite nothing: hardly a picture has a hat to take off.
         noising: fresh noise, or DDIM inversion in ``num_inference_steps`` steps, to those of their timesteps that are
             in range.
         editing_loss: cross-entropy on logits, the released squared error of the probability, or the cosine to the
             direction of the class mean.
         reconstruction_weight: weight of the squared error in latent space; 0 in the released code.
+        preservation_weight: weight of the guide's mean cross-entropy that a picture keeps its classes of all other
+            attributes, by their labels or, where these are not known, by the word of the guide. It tells tokens apart
+            that the reconstruction lets slip, such as a beard from a man; 0 in the paper.
         reconstruct_present_only: reconstruct only pictures that show the class already, by their label or, where that
             is not known, by the word of the guide.
         skip_present: leave those pictures out of the editing loss.
@@ -123,9 +130,11 @@ class Caso(TokenLearning):
         initialiser_words: int = 32,
         collapse_batches: int = 8,
         timesteps: int | tuple[int, int] = 401,
+        targets: Targets = "any",
         noising: Noising = "forward",
         editing_loss: EditingLoss = "cross_entropy",
         reconstruction_weight: float = 0.1,
+        preservation_weight: float = 0.0,
         reconstruct_present_only: bool = False,
         skip_present: bool = False,
         training_guidance_scale: float = 10.0,
@@ -155,7 +164,12 @@ class Caso(TokenLearning):
             raise UserError(f"model.template '{template}' must have exactly one '{{}}', where the token goes")
         check_at_least("model", 1, initialiser_batches=initialiser_batches, initialiser_words=initialiser_words)
         check_at_least(
-            "model", 0, collapse_batches=collapse_batches, reconstruction_weight=reconstruction_weight, seed=seed
+            "model",
+            0,
+            collapse_batches=collapse_batches,
+            reconstruction_weight=reconstruction_weight,
+            preservation_weight=preservation_weight,
+            seed=seed,
         )
         self.classifier, self.judge = guide_and_judge(classifier, judge)
         self.attributes = resolve_attributes(attributes, self.classifier, placeholder)
@@ -164,13 +178,14 @@ class Caso(TokenLearning):
         self.report: Report | None = None
         self._tally: EditTally | None = None
         self.template, self.seed, self.noising = template, seed, noising
+        self.targets: Targets = targets
         self.initial_words, self.initialiser, self.initialiser_step = initial_words, initialiser, initialiser_step
         self.initialiser_batches, self.initialiser_words = initialiser_batches, initialiser_words
         self.collapse_batches = collapse_batches
         self.training_guidance_scale = training_guidance_scale
         self.editing_loss: EditingLoss = editing_loss
         self.reconstruction_weight, self.reconstruct_present_only = reconstruction_weight, reconstruct_present_only
-        self.skip_present = skip_present
+        self.preservation_weight, self.skip_present = preservation_weight, skip_present
         self._inverse = inverse_of(self.scheduler)
         self._inverse.set_timesteps(num_inference_steps)
         self.timesteps = self._checked_timesteps(timesteps)
@@ -179,6 +194,7 @@ class Caso(TokenLearning):
         self.tokens = [token for attribute in self.attributes for token in attribute.placeholders]
         self.use_bank(self.make_bank(dict.fromkeys(self.tokens, initial_words), num_vectors))
         self.directions = [attribute.directions for attribute in self.attributes]
+        self.class_counts: list[Tensor | None] = [None] * len(self.attributes)
         self.centres = [torch.zeros(self.classifier.head_weight.shape[1])] * len(self.attributes)
         self.guided_accuracy = ClassAccuracy(len(self.tokens))
         self.judged_accuracy = ClassAccuracy(len(self.tokens))
@@ -220,7 +236,12 @@ class Caso(TokenLearning):
             UserError: if the loss is not finite on any device.
         """
         latents = self.clean_latents(batch)
-        draws = [self._draw(position, latents.shape[1:]) for position in self.sample_positions(len(latents))]
+        shown = self._shown(batch, latents)
+        positions = self.sample_positions(len(latents))
+        draws = [
+            self._draw(position, own, latents.shape[1:])
+            for position, own in zip(positions, shown.tolist(), strict=True)
+        ]
         timesteps = torch.tensor([draw.timestep for draw in draws], device=self.device)
         targets = torch.tensor([draw.target for draw in draws], device=self.device)
         tokens = [self.attributes[draw.attribute].placeholders[draw.target] for draw in draws]
@@ -233,17 +254,20 @@ class Caso(TokenLearning):
         editing = latents.new_zeros(len(latents), dtype=torch.float32)
         for index, own in rows.items():
             editing[own] = self._editing_loss(index, features[own], outputs[own], targets[own])
-        kept = None
-        if self.skip_present or self.reconstruct_present_only:
-            present = self._present(batch, latents, rows, targets)
-            editing = editing * ~present if self.skip_present else editing
-            kept = present if self.reconstruct_present_only else None
-        reconstruction = latent_reconstruction(predicted, latents, kept)
-        loss = self.require_finite((editing + self.reconstruction_weight * reconstruction).mean())
-        parts = {"loss": loss, "editing": editing.mean(), "reconstruction": reconstruction.mean()}
-        for name, value in parts.items():
+        present = torch.stack([row[draw.attribute] == draw.target for row, draw in zip(shown, draws, strict=True)])
+        if self.skip_present:
+            editing = editing * ~present
+        reconstruction = latent_reconstruction(predicted, latents, present if self.reconstruct_present_only else None)
+        loss = editing + self.reconstruction_weight * reconstruction
+        parts = {"editing": editing.mean(), "reconstruction": reconstruction.mean()}
+        if self.preservation_weight:
+            preservation = self._preservation_loss(outputs, shown, rows)
+            loss = loss + self.preservation_weight * preservation
+            parts["preservation"] = preservation.mean()
+        total = self.require_finite(loss.mean())
+        for name, value in {"loss": total, **parts}.items():
             self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", batch_size=len(latents), sync_dist=True)
-        return loss
+        return total
 
     @torch.no_grad()
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Any] | None:
@@ -437,9 +461,11 @@ class Caso(TokenLearning):
         metadata = super().token_metadata()
         settings = {
             "timesteps": [self.timesteps[0], self.timesteps[-1]],
+            "targets": self.targets,
             "noising": self.noising,
             "editing_loss": self.editing_loss,
             "reconstruction_weight": self.reconstruction_weight,
+            "preservation_weight": self.preservation_weight,
             "training_guidance_scale": self.training_guidance_scale,
             "initial_words": self.initial_words,
             "initialiser": self.initialiser,
@@ -465,22 +491,30 @@ class Caso(TokenLearning):
         )
         return loss(self.attributes[index].logits(outputs), targets)
 
-    @torch.no_grad()
-    def _present(self, batch: ImageBatch, latents: Tensor, rows: Mapping[int, list[int]], targets: Tensor) -> Tensor:
-        """Whether pictures (B,) show their target already: by their label, else by the guide's word.
+    def _preservation_loss(self, outputs: Tensor, shown: Tensor, rows: Mapping[int, list[int]]) -> Tensor:
+        """Mean cross-entropy (B,) that each picture keeps the classes of the attributes that were not drawn for it."""
+        losses = outputs.new_zeros(len(outputs))
+        for index, attribute in enumerate(self.attributes):
+            known = shown[:, index].clamp(min=0)
+            own = class_cross_entropy(attribute.logits(outputs), known) * (shown[:, index] != UNKNOWN)
+            own[rows.get(index, [])] = 0
+            losses = losses + own
+        return losses / max(1, len(self.attributes) - 1)
 
-        ``rows`` are those that an attribute was drawn for.
+    @torch.no_grad()
+    def _shown(self, batch: ImageBatch, latents: Tensor) -> Tensor:
+        """Class (B, attributes) that pictures show: by their labels, else, if a setting needs it, by the guide's word.
+
+        What stays unknown is ``UNKNOWN``.
         """
-        labels = torch.full_like(targets, UNKNOWN)
-        for index, own in rows.items():
-            if (name := self.attributes[index].name) in batch.labels:
-                labels[own] = batch.labels[name][own]
-        if (labels == UNKNOWN).any():
+        unknown = torch.full((len(latents),), UNKNOWN, device=self.device)
+        labels = torch.stack([batch.labels.get(item.name, unknown) for item in self.attributes], dim=1)
+        needed = self.skip_present or self.reconstruct_present_only or self.preservation_weight
+        if needed and (labels == UNKNOWN).any():
             outputs = self.classifier(self._clean_images(batch, latents))
-            for index, own in rows.items():
-                said = self.attributes[index].class_index(outputs[own])
-                labels[own] = torch.where(labels[own] == UNKNOWN, said, labels[own])
-        return labels == targets
+            said = torch.stack([attribute.class_index(outputs) for attribute in self.attributes], dim=1)
+            labels = torch.where(labels == UNKNOWN, said, labels)
+        return labels
 
     def _clean_images(self, batch: ImageBatch, latents: Tensor | None = None) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] of a batch, decoded where there are only latents."""
@@ -488,12 +522,26 @@ class Caso(TokenLearning):
             return batch.images
         return self.backbone.decode_latents(self.clean_latents(batch) if latents is None else latents).clamp(0, 1)
 
-    def _draw(self, position: int, shape: torch.Size) -> _Draw:
+    def _draw(self, position: int, shown: Sequence[int], shape: torch.Size) -> _Draw:
+        """What is random about the sample at a position, whose picture shows these classes of the attributes."""
         rng = np.random.default_rng([self.seed, position])
-        attribute = int(rng.integers(len(self.attributes)))
-        target = int(rng.integers(len(self.attributes[attribute].classes)))
+        if self.targets == "missing":
+            weights = np.array(list(itertools.starmap(self._rarity, enumerate(shown))))
+            attribute = int(rng.choice(len(shown), p=weights / weights.sum()))
+            others = [k for k in range(len(self.attributes[attribute].classes)) if k != shown[attribute]]
+            target = others[int(rng.integers(len(others)))]
+        else:
+            attribute = int(rng.integers(len(self.attributes)))
+            target = int(rng.integers(len(self.attributes[attribute].classes)))
         timestep = self.timesteps[int(rng.integers(len(self.timesteps)))]
         return _Draw(attribute, target, timestep, torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)))
+
+    def _rarity(self, attribute: int, label: int) -> float:
+        """How rare it is that a picture shows a class of an attribute; 1 if all are as common, or it is not known."""
+        counts = self.class_counts[attribute]
+        if counts is None or label == UNKNOWN:
+            return 1.0
+        return float(counts.sum() / (len(counts) * counts[label].clamp(min=1)))
 
     def _always_the_same_noise(self, names: Sequence[str], latents: Tensor) -> tuple[Tensor, Tensor]:
         """Latents with noise that a picture's name decides, at the middle timestep; and the timesteps (B,)."""
@@ -548,6 +596,7 @@ class Caso(TokenLearning):
             except UserError as error:
                 rank_zero_warn(f"the guide's head stands in for the class means of '{name}': {error}")
                 continue
+            self.class_counts[index] = found.counts
             self.directions[index] = found.class_directions.float()
             self.centres[index] = found.global_mean.float()
             logged |= {f"collapse/{measure}/{name}": float(getattr(found, measure)) for measure in _COLLAPSE_MEASURES}
