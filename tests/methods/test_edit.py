@@ -41,9 +41,9 @@ def make(tiny_models, folder, tmp_path):
     return task
 
 
-def denoised(task, latents, scales):
+def denoised(task, noisy, scales):
     """Plain loop of diffusers from the timestep on, with guidance written out."""
-    scheduler, backbone = task.backbone.make_scheduler("DDIM"), task.backbone
+    scheduler, backbone, latents = task.backbone.make_scheduler("DDIM"), task.backbone, noisy.latents
     scheduler.set_timesteps(STEPS)
     for timestep in scheduler.timesteps[scheduler.timesteps <= TIMESTEP]:
         empty = backbone(latents, timestep, backbone.encode_prompts([""]))
@@ -79,7 +79,7 @@ def test_a_picture_is_inverted_once_for_all_its_edits(make):
     task = make(edits=[{"<smile>": 3.0}, {"<smile>": 1.0, "<hat-2>": 2.0}], interpolations=interpolations)
     calls = []
     task.backbone.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
-    edited = task.predict_step(task.pictures[2])
+    (edited,) = task.predict_step([task.pictures[2]])
     # Inversion, then the four edits with <smile> alone, the one with both and that with <hat-2> alone.
     assert calls == [1] * 7 + [8] * 7 + [3] * 7 + [2] * 7
     assert edited.picture.name == "2"
@@ -91,9 +91,36 @@ def test_a_picture_is_inverted_once_for_all_its_edits(make):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("timestep", [901, 601, 1])
+def test_edit_friendly_inversion_comes_back_to_the_picture(make, timestep):
+    task = make(inversion="edit_friendly", timestep=timestep, edits=[{"<smile>": 0}, {"<smile>": 3}, {"<hat-2>": -3}])
+    (edited,) = task.predict_step([task.pictures[0]])
+    backbone = task.backbone
+    roundtrip = backbone.decode_latents(backbone.encode_images(task.pictures[0].image)).clamp(0, 1)[0]
+    torch.testing.assert_close(edited.edits[0], roundtrip, rtol=0, atol=1e-4)
+    for edit in edited.edits[1:]:
+        assert (edit - roundtrip).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_edit_friendly_edits_of_a_folder_that_is_resumed(make):
+    options = {
+        "inversion": "edit_friendly",
+        "edits": [{"<smile>": 3, "<hat-2>": 1}],
+        "interpolations": {"<smile>": [2]},
+    }
+    task = make(**options)
+    whole = task.predict_step([task.pictures[0], task.pictures[1]])
+    resumed = make(**options)
+    (again,) = resumed.predict_step([resumed.pictures[1]])
+    assert torch.equal(again.edits, whole[1].edits)
+    assert torch.equal(again.strips["<smile>"], whole[1].strips["<smile>"])
+
+
+@torch.no_grad()
 def test_generated_pictures_are_edited_by_seed(make):
     task = make(prompts=["a portrait of a king"], seeds=[5], guidance_scale=3.0)
-    edited = task.predict_step(task.pictures[0])
+    (edited,) = task.predict_step([task.pictures[0]])
     latents = task.generate_latents(["a portrait of a king"], [5])
     torch.testing.assert_close(edited.before, task.backbone.decode_latents(latents).clamp(0, 1)[0])
     torch.testing.assert_close(
@@ -106,14 +133,14 @@ def test_ranks_share_the_pictures_and_skip_those_that_are_done(make):
     parts = []
     for rank in range(2):
         task.trainer = SimpleNamespace(global_rank=rank, world_size=2)
-        parts.append([picture.name for picture in task.predict_dataloader()])
+        parts.append([picture.name for batch in task.predict_dataloader() for picture in batch])
     assert parts == [["0", "2"], ["1"]]
     task.is_done = lambda name: name == "2"
     task.trainer = SimpleNamespace(global_rank=0, world_size=1)
     loader = task.predict_dataloader()
     assert len(loader) == 3
-    assert [type(picture) for picture in loader] == [Picture, Picture, str]
-    assert task.predict_step("2") == "2"
+    assert [[type(picture) for picture in batch] for batch in loader] == [[Picture], [Picture], [str]]
+    assert task.predict_step(["2"]) == []
     task.trainer = SimpleNamespace(global_rank=0, world_size=4)
     with pytest.raises(UserError, match="3 images cannot be split among 4 devices"):
         task.predict_dataloader()

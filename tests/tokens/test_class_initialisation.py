@@ -58,15 +58,40 @@ def test_pull_back_steps_each_vector_by_the_given_length(toy):
     torch.testing.assert_close(steps[1:].norm(dim=2), torch.full((2, VECTORS), 0.7), rtol=1e-4, atol=1e-6)
 
 
-def test_nearest_word_of_linear_features_has_the_largest_product_with_the_gradient(toy):
-    gradients = (toy["directions"] @ toy["jacobian"]).reshape(3, VECTORS, WIDTH)
-    candidates = list(range(5, WORDS))
-    best = (gradients.sum(1) @ toy["table"][5:].T).argmax(1) + 5
-    for num_candidates in (1, 4, 1000):
+def changes_of(toy, vectors):
+    """Mean change of the features from the base's edits to those of (m, VECTORS, WIDTH)."""
+    return (vectors - toy["base"]).flatten(1) @ toy["jacobian"].T
+
+
+def test_nearest_word_moves_features_along_the_direction_and_not_away_from_it(toy):
+    words = toy["table"][:, None].expand(-1, VECTORS, -1)
+    wanted = [7, 11, 30]
+    directions = changes_of(toy, words[wanted])
+    directions = directions + 0.02 * torch.randn(3, FEATURES, generator=torch.Generator().manual_seed(4))
+    found = nearest_words(
+        *arguments(toy, "features", "base"), directions, *arguments(toy, "batches", "table"), range(WORDS), WORDS
+    )
+    assert torch.equal(found, words[wanted])
+
+
+def test_a_word_that_goes_further_but_astray_is_not_taken():
+    def features(vectors, batch):
+        return vectors.sum(dim=0)[None, :2]
+
+    table = torch.zeros(3, WIDTH)
+    table[:, :2] = torch.tensor([[1.0, 0.5], [3.0, 3.1], [-2.0, 0.0]])
+    arguments_of = [features, torch.zeros(VECTORS, WIDTH), torch.tensor([[5.0, 0.0]]), [None], table, range(3), 3]
+    assert torch.equal(nearest_words(*arguments_of)[0, 0], table[0])
+    table[1, 1] = 2.4  # scores 2 (3 - 2.4) now, above 2 (1 - 0.5)
+    assert torch.equal(nearest_words(*arguments_of)[0, 0], table[1])
+
+
+def test_a_class_that_no_word_is_for_starts_from_the_base(toy):
+    for num_candidates in (1, 4, WORDS):
         found = nearest_words(
-            *arguments(toy, "features", "base", "directions", "batches", "table"), candidates, num_candidates
+            *arguments(toy, "features", "base", "directions", "batches", "table"), range(5, WORDS), num_candidates
         )
-        assert torch.equal(found, best)
+        assert torch.equal(found, toy["base"].expand(3, -1, -1))
 
 
 def test_shortlisted_words_are_judged_by_their_own_edits(toy):
@@ -78,8 +103,8 @@ def test_shortlisted_words_are_judged_by_their_own_edits(toy):
     table = torch.zeros(4, WIDTH)
     table[:, 0] = torch.tensor([9.0, 3.0, 1.0, -1.0])
     base, direction = torch.zeros(VECTORS, WIDTH), torch.ones(1, 1)
-    found = {n: nearest_words(saturating, base, direction, [None], table, range(4), n).item() for n in (1, 2, 3, 4)}
-    assert found == {1: 0, 2: 1, 3: 2, 4: 2}
+    found = {n: nearest_words(saturating, base, direction, [None], table, range(4), n)[0, 0, 0] for n in (1, 2, 3, 4)}
+    assert found == {1: 0, 2: 0, 3: 1, 4: 1}  # 0 is the base, of which the first words' edits fall short
 
 
 def test_ridge_finds_the_vector_whose_edit_gave_the_direction(toy):
@@ -114,7 +139,9 @@ def test_ridge_equals_its_primal_form(toy):
 @pytest.mark.parametrize("initialiser", ["words", "pull_back", "vocabulary", "ridge"])
 def test_every_initialiser_behind_one_argument(toy, initialiser):
     names = ("base", "directions", "features", "batches", "table")
-    vectors = class_vectors(initialiser, *arguments(toy, *names), range(WORDS), step=2.0, num_candidates=8)
+    if initialiser == "vocabulary":  # random directions are no word's
+        toy["directions"] = changes_of(toy, toy["table"][[7, 11, 30], None].expand(-1, VECTORS, -1))
+    vectors = class_vectors(initialiser, *arguments(toy, *names), range(WORDS), step=2.0, num_candidates=WORDS)
     assert vectors.shape == (3, VECTORS, WIDTH)
     assert not vectors.requires_grad
     median = toy["table"].norm(dim=1).median()
@@ -124,7 +151,8 @@ def test_every_initialiser_behind_one_argument(toy, initialiser):
     if initialiser == "pull_back":
         torch.testing.assert_close((vectors - toy["base"]).norm(dim=2), (2 * median).expand(3, VECTORS))
     if initialiser == "vocabulary":
-        assert all((toy["table"] == vector).all(1).any() for vector in vectors.flatten(0, 1))
+        assert torch.equal(vectors, toy["table"][[7, 11, 30], None].expand(-1, VECTORS, -1))
+        return
     if initialiser == "ridge":
         torch.testing.assert_close(vectors.norm(dim=2), median.expand(3, VECTORS))
     # All of them move features along their direction, compared with the other classes' vectors.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, Self, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -32,6 +32,17 @@ class ConditioningRows(Protocol):
         """Rows of all conditionings, one after another."""
 
 
+@runtime_checkable
+class SteppedRule(Protocol):
+    """A guidance rule that does not need every conditioning at every step."""
+
+    def needed(self, step: int) -> Sequence[int]:
+        """Indices of the conditionings that the rule needs the network's output for at a step, at least one."""
+
+    def __call__(self, predictions: Sequence[Tensor], step: int) -> Tensor:
+        """One output from the outputs (B, C, h, w) for these conditionings."""
+
+
 C = TypeVar("C", bound=ConditioningRows)
 
 
@@ -56,6 +67,7 @@ def sample(
     checkpointing: bool = True,
     detach_inputs: bool = False,
     generators: list[torch.Generator] | None = None,
+    step_options: Callable[[int], Mapping[str, Any]] | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
     from_timestep: int | None = None,
     to_timestep: int | None = None,
@@ -78,6 +90,8 @@ def sample(
             have the noise level of ``from_timestep``.
         conditionings: what the network is evaluated for, each of B rows, or of one row that all samples share.
         combine: guidance rule, from the outputs (B, C, h, w) for each conditioning and the step's index to one output.
+            If it is a :class:`SteppedRule`, the network is evaluated for those conditionings alone that the rule needs
+            at a step, and the rule gets their outputs.
         num_inference_steps: number of steps asked of the scheduler.
         gradient_steps: K, counted over those of ``scheduler.timesteps`` that are run; some schedulers have more than
             ``num_inference_steps`` (PNDM 1, Heun about twice as many). None is all; more than there are is all.
@@ -88,6 +102,8 @@ def sample(
             https://arxiv.org/abs/2405.00760). It is biased and can replace the chain's gradient where that explodes;
             conditionings without a gradient then never need a graph, which is about half of the cost.
         generators: one per sample, for schedulers that add noise; ignored by others.
+        step_options: further arguments of the scheduler's step by the step's index, such as DDIM's ``eta`` and
+            ``variance_noise``.
         callback: called after every step with its index and the new latents.
         from_timestep: first of ``scheduler.timesteps`` to run, None for its own first. Steps are counted from it.
         to_timestep: last of ``scheduler.timesteps`` to run, None for its own last.
@@ -115,8 +131,9 @@ def sample(
     differentiated = num_timesteps if gradient_steps is None else min(gradient_steps, num_timesteps)
     checkpointing = checkpointing and differentiated > 1
     takes_generator = generators is not None and "generator" in inspect.signature(scheduler.step).parameters
-    step_options = {"generator": generators} if takes_generator else {}
+    common_options = {"generator": generators} if takes_generator else {}
 
+    stepped = isinstance(combine, SteppedRule)
     latents = latents.float()
     if from_timestep is None:
         latents = latents * scheduler.init_noise_sigma
@@ -125,9 +142,10 @@ def sample(
             inputs = scheduler.scale_model_input(latents, timestep)
             if detach_inputs:
                 inputs = inputs.detach()
-            outputs = _evaluate(model, inputs, timestep, conditionings, checkpointing)
-            output = combine(outputs, index)
-            latents = scheduler.step(output, timestep, latents, return_dict=False, **step_options)[0]
+            needed = [conditionings[i] for i in combine.needed(index)] if stepped else conditionings
+            output = combine(_evaluate(model, inputs, timestep, needed, checkpointing), index)
+            options = common_options | dict(step_options(index) if step_options else {})
+            latents = scheduler.step(output, timestep, latents, return_dict=False, **options)[0]
         if callback is not None:
             callback(index, latents)
     return latents

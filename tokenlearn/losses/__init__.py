@@ -1,17 +1,24 @@
 """Pixels, logits or features to a scalar per sample."""
 
+from tokenlearn.losses.aesthetic import aesthetic_loss
 from tokenlearn.losses.attribute_logits import AttributeClass, attribute_directions, attribute_logits
 from tokenlearn.losses.class_cross_entropy import class_cross_entropy
 from tokenlearn.losses.class_mean_cosine import class_mean_cosine
+from tokenlearn.losses.clip_distance import mean_direction, spherical_distance
 from tokenlearn.losses.latent_reconstruction import latent_reconstruction
 from tokenlearn.losses.probability_error import probability_error
+from tokenlearn.losses.symmetry import mirror_error
 
 __all__ = [
     "AttributeClass",
+    "aesthetic_loss",
     "attribute_directions",
     "attribute_logits",
     "class_cross_entropy",
     "class_mean_cosine",
     "latent_reconstruction",
+    "mean_direction",
+    "mirror_error",
     "probability_error",
+    "spherical_distance",
 ]

@@ -317,7 +317,13 @@ class Caso(TokenLearning):
         settings = self.test_settings
         self._tally = EditTally(
             settings,
-            PictureEditor(self.backbone, settings.num_inference_steps, settings.timestep, "model.test.timestep"),
+            PictureEditor(
+                self.backbone,
+                settings.num_inference_steps,
+                settings.timestep,
+                "model.test.timestep",
+                settings.inversion,
+            ),
             self.unconditional(),
             self._test_conditions(settings),
             self.judge_attributes,

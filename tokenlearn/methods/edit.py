@@ -3,52 +3,31 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from tokenlearn.data.pictures import FolderPictures, GeneratedPictures, Picture, Pictures
-from tokenlearn.data.sharding import EvaluationBatches, Item
+from tokenlearn.data.pictures import Picture
+from tokenlearn.diffusion import Inverted
 from tokenlearn.errors import UserError, check_at_least
-from tokenlearn.methods.editing import PictureEditor
-from tokenlearn.methods.generate import Generate
+from tokenlearn.methods.editing import Inversion, PictureEditor
+from tokenlearn.methods.picture_task import Edited, PictureTask, file_stem
 from tokenlearn.models import DiffusionBackbone
-
-_READ_AHEAD = 2
-
-
-class Edited(NamedTuple):
-    """A picture and its edits.
-
-    Attributes:
-        picture: the picture as it was read, or what it was generated from.
-        before: (3, H, W) the picture in [0, 1] at the model's size.
-        edits: (E, 3, H, W) in [0, 1], one per edit.
-        strips: token to (S, 3, H, W) in [0, 1], one per scale.
-    """
-
-    picture: Picture
-    before: Tensor
-    edits: Tensor
-    strips: dict[str, Tensor]
 
 
 def edit_name(edit: Mapping[str, float]) -> str:
     """What an edit is called in file names and captions: ``{"<smile>": 3, "<hat>": -2}`` gives ``smile+3_hat-2``."""
-    words = {token: re.sub(r"[^\w.-]+", "-", token).strip("-") for token in edit}
-    return "_".join(f"{words[token]}{scale:+g}" for token, scale in edit.items())
+    return "_".join(f"{file_stem(token)}{scale:+g}" for token, scale in edit.items())
 
 
-class Edit(Generate):
+class Edit(PictureTask):
     """Edit pictures with tokens, from embedding files or from a checkpoint (``--ckpt_path``).
 
-    A picture is inverted to a noise level once (DDIM inversion of the unconditional model), and denoised again for
-    each edit with ``e_0 + sum_a s_a (e_a - e_0)`` over the edit's tokens: the editing of CASO
-    (https://arxiv.org/abs/2505.14254). Positive scales add what the token stands for, negative ones remove it. The
-    pictures are settings of this task, so a config of it has no data section.
+    A picture is inverted to a noise level once, by the unconditional model, and denoised again for each edit with
+    ``e_0 + sum_a s_a (e_a - e_0)`` over the edit's tokens: the editing of CASO (https://arxiv.org/abs/2505.14254).
+    Positive scales add what the token stands for, negative ones remove it. The pictures are settings of this task, so
+    a config of it has no data section.
 
     Args:
         backbone: frozen diffusion model.
@@ -65,10 +44,9 @@ class Edit(Generate):
         guidance_scale: classifier-free guidance scale of generated pictures.
         negative_prompt: prompt of the unconditional branch.
         batch_size: edits of a picture to make at once.
-
-    Attributes:
-        pictures: the pictures.
-        is_done: tells by its name whether a picture's edits are there already, so that it is left out.
+        inversion: ``ddim`` is deterministic and comes back to a picture only in the limit of many steps;
+            ``edit_friendly`` (https://arxiv.org/abs/2304.06140) comes back exactly at scale 0, so that photographs
+            keep their details.
 
     Raises:
         UserError: if there are no pictures or edits, an edit is there twice, or a number is out of range.
@@ -89,8 +67,19 @@ class Edit(Generate):
         guidance_scale: float = 7.5,
         negative_prompt: str = "",
         batch_size: int = 8,
+        inversion: Inversion = "ddim",
     ) -> None:
-        super().__init__(backbone, embeddings, num_inference_steps, guidance_scale, "DDIM", negative_prompt)
+        super().__init__(
+            backbone,
+            images,
+            prompts,
+            seeds,
+            embeddings,
+            num_inference_steps,
+            guidance_scale,
+            "DDIM",
+            negative_prompt,
+        )
         if not any(edits) and not interpolations:
             raise UserError("model.edits and model.interpolations are empty; give an edit, such as {<smile>: 3}")
         if template.count("{}") != 1:
@@ -106,34 +95,9 @@ class Edit(Generate):
         if (twice := next((name for name in names if names.count(name) > 1 or not name), None)) is not None:
             raise UserError(f"model.edits has '{twice}' twice or an edit without a token; remove it")
         self.edits, self.interpolations, self.template, self.batch_size = edits, interpolations, template, batch_size
-        self.editor = PictureEditor(backbone, num_inference_steps, timestep, "model.timestep")
-        side, factor = backbone.latent_size * backbone.vae_scale_factor, backbone.vae_scale_factor
-        if (images is None) != bool(prompts):
-            raise UserError("set either model.images, to a folder of pictures, or model.prompts, to generate some")
-        self.pictures: Pictures = (
-            GeneratedPictures(prompts, seeds, side) if images is None else FolderPictures(images, side, factor)
-        )
-        self.is_done: Callable[[str], bool] = _never
-
-    def predict_dataloader(self) -> EvaluationBatches[Picture | str, Picture | str]:
-        """This rank's pictures, one by one; of those that are done the name alone."""
-
-        # Those that are done count too: a process that had none left would not meet the others at the end.
-        def load(item: Item) -> Picture | str:
-            name = self.pictures.names[item.index]
-            return name if self.is_done(name) else self.pictures[item.index]
-
-        count = len(self.pictures.names)
-        return EvaluationBatches(
-            lambda: (Item(0, index) for index in range(count)),
-            count,
-            load,
-            lambda samples: samples[0],
-            batch_size=1,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-            num_workers=_READ_AHEAD,
-        )
+        self.captions = ["\n".join(f"{token} {scale:+g}" for token, scale in edit.items()) for edit in edits]
+        self.edit_names, self.strip_scales = names, interpolations
+        self.editor = PictureEditor(backbone, num_inference_steps, timestep, "model.timestep", inversion)
 
     def on_predict_start(self) -> None:
         """Check that every token of an edit is known.
@@ -149,26 +113,27 @@ class Edit(Generate):
                     "model.embeddings, or --ckpt_path"
                 )
 
-    def predict_step(self, batch: Picture | str) -> Edited | str:  # type: ignore[override]
-        """Invert a picture once and make all its edits."""
-        if isinstance(batch, str):
-            return batch
-        if batch.image is None:
-            latents = self.generate_latents([batch.prompt], [batch.seed])
+    def edit_pictures(self, pictures: Sequence[Picture]) -> list[Edited]:
+        """Invert each picture once and make all its edits."""
+        return [self._edit(picture) for picture in pictures]
+
+    def _edit(self, picture: Picture) -> Edited:
+        if picture.image is None:
+            latents = self.generate_latents([picture.prompt], [picture.seed])
             before = self.backbone.decode_latents(latents).clamp(0, 1)
         else:
-            latents, before = self.backbone.encode_images(batch.image), batch.image
+            latents, before = self.backbone.encode_images(picture.image), picture.image
         of_strips = [{token: scale} for token, scales in self.interpolations.items() for scale in scales]
         edited = self.denoise(self.invert(latents), [*self.edits, *of_strips])
         edits, *strips = torch.split(edited, [len(self.edits), *map(len, self.interpolations.values())])
-        return Edited(batch, before[0], edits, dict(zip(self.interpolations, strips, strict=True)))
+        return Edited(picture, before[0], edits, dict(zip(self.interpolations, strips, strict=True)), {})
 
-    def invert(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) at the noise level of the edits' timestep, from clean ones."""
+    def invert(self, latents: Tensor) -> Inverted:
+        """Clean latents (B, C, h, w) at the noise level of the edits' timestep."""
         return self.editor.invert(latents, self.unconditional())
 
-    def denoise(self, noisy: Tensor, edits: Sequence[Mapping[str, float]]) -> Tensor:
-        """Images (E, 3, H, W) in [0, 1] from one picture's inverted latents (1, C, h, w), one for each edit."""
+    def denoise(self, noisy: Inverted, edits: Sequence[Mapping[str, float]]) -> Tensor:
+        """Images (E, 3, H, W) in [0, 1] from one inverted picture, one for each edit."""
         of_tokens: dict[tuple[str, ...], list[int]] = {}
         for index, edit in enumerate(edits):
             of_tokens.setdefault(tuple(sorted(edit)), []).append(index)
@@ -179,10 +144,10 @@ class Edit(Generate):
                 images |= zip(part, self._denoise(noisy, tokens, [edits[index] for index in part]), strict=True)
         return torch.stack([images[index] for index in range(len(edits))])
 
-    def _denoise(self, noisy: Tensor, tokens: Sequence[str], edits: Sequence[Mapping[str, float]]) -> Tensor:
+    def _denoise(self, noisy: Inverted, tokens: Sequence[str], edits: Sequence[Mapping[str, float]]) -> Tensor:
         """The same for edits that all have the same tokens."""
         return self.editor.denoise(
-            noisy.expand(len(edits), -1, -1, -1),
+            noisy.expand(len(edits)),
             self.unconditional(),
             [self.backbone.encode_prompts([self.template.format(token)]) for token in tokens],
             [torch.tensor([edit[token] for edit in edits]) for token in tokens],
@@ -197,7 +162,3 @@ def _scales(
         yield from edit.items()
     for token, scales in interpolations.items():
         yield from ((token, scale) for scale in scales)
-
-
-def _never(name: str) -> bool:
-    return False

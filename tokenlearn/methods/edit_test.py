@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchmetrics.functional.regression import spearman_corrcoef
 
+from tokenlearn.diffusion import Inverted
 from tokenlearn.errors import UserError
 from tokenlearn.methods.attributes import Attribute
-from tokenlearn.methods.editing import PictureEditor
+from tokenlearn.methods.editing import Inversion, PictureEditor
 from tokenlearn.metrics import ClassAccuracy, GroupMeans, Report, perceptual_distance, wilson_interval
 from tokenlearn.models import Conditioning, TimmClassifier
 
@@ -31,6 +32,7 @@ class EditTest:
     Attributes:
         timestep: noise level to invert pictures to, of the sampling steps'; more changes more.
         num_inference_steps: steps of DDIM between clean pictures and pure noise.
+        inversion: how pictures are inverted, see :class:`tokenlearn.methods.editing.PictureEditor`.
         strengths: guidance scales to try.
         strength: the one of them that the table is of.
         removal: how to move away from a class: by its token at a negative scale; towards the opposite class, where
@@ -45,6 +47,7 @@ class EditTest:
 
     timestep: int = 601
     num_inference_steps: int = 20
+    inversion: Inversion = "ddim"
     strengths: list[float] = field(default_factory=lambda: [2.0, 4.0, 6.0])
     strength: float = 4.0
     removal: Removal = "negative"
@@ -166,11 +169,11 @@ class EditTally(nn.Module):
         others = [index for index in range(logits.shape[1]) if index != direction.target]
         return logits[:, direction.target] - logits[:, others].logsumexp(dim=1)
 
-    def edit(self, noisy: Tensor, terms: Sequence[tuple[Conditions, Tensor]]) -> Tensor:
+    def edit(self, noisy: Inverted, terms: Sequence[tuple[Conditions, Tensor]]) -> Tensor:
         """Edit inverted pictures under the sum of several terms.
 
         Args:
-            noisy: (B, C, h, w).
+            noisy: B rows.
             terms: conditions, and (B,) signed scales.
 
         Returns:
@@ -232,7 +235,7 @@ class EditTally(nn.Module):
     def _own(self) -> Sequence[Conditions]:
         return next(iter(self.conditions.values()))
 
-    def _edit_each(self, noisy: Tensor, conditions: Conditions, scales: Tensor) -> Tensor:
+    def _edit_each(self, noisy: Inverted, conditions: Conditions, scales: Tensor) -> Tensor:
         """Edits (B, S, 3, H, W) of inverted pictures (B, C, h, w) at scales (B, S)."""
         batch, count = scales.shape
         edited = self.edit(noisy.repeat_interleave(count, dim=0), [(conditions, scales.flatten())])
@@ -259,7 +262,7 @@ class EditTally(nn.Module):
             self.psnr.update(_psnr(part, images), cells)
             self.distance.update(perceptual_distance(self.judge.trunk_features(part), trunk), cells)
 
-    def _update_combinations(self, noisy: Tensor, before: Tensor) -> None:
+    def _update_combinations(self, noisy: Inverted, before: Tensor) -> None:
         first = 0
         for number, combination in enumerate(self.combinations):
             chosen = [self.directions[index] for index in combination]

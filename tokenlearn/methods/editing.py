@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
+import torch
 from torch import Tensor
 
-from tokenlearn.diffusion import invert, sample
+from tokenlearn.diffusion import Inverted, edit_friendly_noise, invert, sample
 from tokenlearn.errors import UserError
 from tokenlearn.guidance import SummedGuidance
 from tokenlearn.methods.base import inverse_of
 from tokenlearn.models import Conditioning, DiffusionBackbone
+
+Inversion = Literal["ddim", "edit_friendly"]
+
+# Noise of every picture alike: its edits depend neither on the pictures beside it nor on those that are done.
+_SEED = 0
 
 
 class PictureEditor:
@@ -22,13 +29,23 @@ class PictureEditor:
             up to the timestep are made.
         timestep: noise level to invert to, one of the sampling steps'; more changes more.
         setting: the timestep's name in messages, such as ``model.timestep``.
+        inversion: deterministic by DDIM, which comes back to a picture in the limit of many steps; or edit-friendly,
+            see :func:`tokenlearn.diffusion.edit_friendly_noise`, which comes back exactly.
 
     Raises:
         UserError: if the number of steps is out of range, or none of them is at the timestep.
     """
 
-    def __init__(self, backbone: DiffusionBackbone, num_inference_steps: int, timestep: int, setting: str) -> None:
+    def __init__(
+        self,
+        backbone: DiffusionBackbone,
+        num_inference_steps: int,
+        timestep: int,
+        setting: str,
+        inversion: Inversion = "ddim",
+    ) -> None:
         self.backbone, self.num_inference_steps, self.timestep = backbone, num_inference_steps, timestep
+        self.inversion = inversion
         self.scheduler = backbone.make_scheduler("DDIM", num_inference_steps)
         self._inverse = inverse_of(self.scheduler)
         self.scheduler.set_timesteps(num_inference_steps)
@@ -40,13 +57,25 @@ class PictureEditor:
                 f"{' or '.join(map(str, near))}, or another number of steps"
             )
 
-    def invert(self, latents: Tensor, unconditional: Conditioning) -> Tensor:
-        """Latents (B, C, h, w) at the noise level of the edits, from clean ones."""
-        return invert(self.backbone, self._inverse, latents, [unconditional], self.num_inference_steps, self.timestep)
+    def invert(self, latents: Tensor, unconditional: Conditioning) -> Inverted:
+        """Clean latents (B, C, h, w) at the noise level of the edits."""
+        if self.inversion == "ddim":
+            steps = self.num_inference_steps
+            return Inverted(invert(self.backbone, self._inverse, latents, [unconditional], steps, self.timestep))
+        return edit_friendly_noise(
+            self.backbone,
+            self.scheduler,
+            latents,
+            [unconditional],
+            SummedGuidance([]),
+            self.num_inference_steps,
+            [torch.Generator().manual_seed(_SEED) for _ in latents],
+            self.timestep,
+        )
 
     def denoise(
         self,
-        noisy: Tensor,
+        noisy: Inverted,
         unconditional: Conditioning,
         conditionals: Sequence[Conditioning],
         scales: Sequence[Tensor],
@@ -54,20 +83,36 @@ class PictureEditor:
         """Edited images (B, 3, H, W) in [0, 1] from inverted latents.
 
         Args:
-            noisy: (B, C, h, w), see :meth:`invert`.
+            noisy: B rows, see :meth:`invert`.
             unconditional: one row for the empty prompt.
             conditionals: one row for each condition.
             scales: () or (B,) signed guidance scale of each condition.
         """
         guidance = SummedGuidance(scales)
+        return self.denoise_by(noisy, guidance.conditionings(unconditional, *conditionals), guidance)
+
+    def denoise_by(
+        self,
+        noisy: Inverted,
+        conditionings: Sequence[Conditioning],
+        combine: Callable[[Sequence[Tensor], int], Tensor],
+    ) -> Tensor:
+        """The same under any guidance rule.
+
+        Args:
+            noisy: B rows, see :meth:`invert`.
+            conditionings: what the network is evaluated for, each of B rows or of one row.
+            combine: see :func:`tokenlearn.diffusion.sample`.
+        """
         edited = sample(
             self.backbone,
             self.scheduler,
-            noisy,
-            guidance.conditionings(unconditional, *conditionals),
-            guidance,
+            noisy.latents,
+            conditionings,
+            combine,
             self.num_inference_steps,
             gradient_steps=0,
+            step_options=noisy.step_options,
             from_timestep=self.timestep,
         )
-        return self.backbone.decode_latents(edited).clamp(0, 1)
+        return self.backbone.decode_latents(noisy.finish(edited)).clamp(0, 1)

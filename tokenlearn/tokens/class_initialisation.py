@@ -79,8 +79,7 @@ def class_vectors(
     if not candidates:
         raise UserError(f"initialiser '{initialiser}' needs words to choose from, got none; name some")
     if initialiser == "vocabulary":
-        found = nearest_words(features, base, directions, batches, table, candidates, num_candidates)
-        return table[found][:, None].expand(-1, *base.shape).clone()
+        return nearest_words(features, base, directions, batches, table, candidates, num_candidates)
     return ridge_vectors(features, base, directions, batches, table, candidates, num_candidates, ridge, median_norm)
 
 
@@ -216,7 +215,12 @@ def nearest_words(
     candidates: Sequence[int],
     num_candidates: int,
 ) -> Tensor:
-    """Word whose one-step edit moves features furthest along each class direction, ``argmax_w E_x <mu_a, h(x, w)>``.
+    """Word whose one-step edit moves features along each class direction and least away from it.
+
+    With ``d_w`` the mean change of features from the base's edits to the word's, the score of word w is
+    ``<u, d_w> - ||d_w - <u, d_w> u||``, ``u = mu_a / ||mu_a||``. The second part tells a word for the class from one
+    for a kind of picture that happens to show it; without it the absence of a hat starts from a punk's hair. The base
+    itself has score 0 and is what a class starts from that no word does better for.
 
     All candidates are ranked by the first-order score ``<e_w - e_base, E_x[J^T mu_a]>``, which costs one evaluation;
     the best are then evaluated themselves, and every direction may take any word evaluated for another.
@@ -231,7 +235,7 @@ def nearest_words(
         num_candidates: how many words per direction are evaluated.
 
     Returns:
-        (K,) ids.
+        (K, n, width) vectors, of a word all alike.
 
     Raises:
         UserError: see :func:`mean_gradients`.
@@ -241,8 +245,12 @@ def nearest_words(
     first_order = mean_gradients(features, base, directions, batches).sum(dim=1) @ table[ids].T
     shortlists = first_order.topk(min(num_candidates, len(ids)), dim=1).indices
     evaluated = ids[sorted(set(shortlists.flatten().tolist()))]
-    scores = directions.to(base) @ _word_features(features, base, batches, table[evaluated]).T
-    return evaluated[scores.argmax(dim=1)]
+    starts = torch.cat([base[None], table[evaluated][:, None].expand(-1, *base.shape)])
+    edits = _mean_features(features, batches, starts)
+    changes, units = edits - edits[0], functional.normalize(directions.to(base), dim=1)
+    along = changes @ units.T
+    away = torch.linalg.vector_norm(changes[:, None] - along[..., None] * units, dim=2)
+    return starts[(along - away).argmax(dim=0)]
 
 
 @torch.no_grad()
@@ -287,7 +295,7 @@ def ridge_vectors(
         )
     drawn = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(0))[:num_words]
     embeddings = table[torch.tensor(candidates)[drawn].to(table.device)]
-    edits = _word_features(features, base, batches, embeddings)
+    edits = _mean_features(features, batches, embeddings[:, None].expand(-1, *base.shape))
     edits, targets = edits - edits.mean(dim=0), embeddings - embeddings.mean(dim=0)
     gram = edits @ edits.T
     gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
@@ -295,11 +303,8 @@ def ridge_vectors(
     return (norm * functional.normalize(mapped, dim=1))[:, None].expand(-1, len(base), -1).clone()
 
 
-def _word_features(features: Features[T], base: Tensor, batches: Sequence[T], embeddings: Tensor) -> Tensor:
-    """Mean features (m, F) over all pictures of edits with each of m words (m, width) in place of all vectors."""
+def _mean_features(features: Features[T], batches: Sequence[T], starts: Tensor) -> Tensor:
+    """Mean features (m, F) over all pictures of edits with each of m starts (m, n, width)."""
     return torch.stack(
-        [
-            torch.cat([features(embedding.expand_as(base), batch) for batch in batches]).mean(dim=0)
-            for embedding in embeddings.unbind()
-        ]
+        [torch.cat([features(vectors, batch) for batch in batches]).mean(dim=0) for vectors in starts.unbind()]
     )

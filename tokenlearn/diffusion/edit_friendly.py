@@ -1,0 +1,174 @@
+"""From images back to noise from which DDPM's sampler reproduces them exactly."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tokenlearn.diffusion.sampling import C, Scheduler, sample
+from tokenlearn.diffusion.schedule import add_noise
+
+_DDPM = 1.0  # eta at which a step of DDIM's scheduler adds as much noise as DDPM does
+
+
+class NoisyScheduler(Scheduler, Protocol):
+    """A scheduler whose step takes ``eta`` and ``variance_noise``, as diffusers' DDIMScheduler does."""
+
+    alphas_cumprod: Tensor
+
+
+@dataclass(frozen=True)
+class Inverted:
+    """Noise of given latents, and what sampling needs besides to lead back to them.
+
+    Attributes:
+        latents: (B, C, h, w) at the noise level at which sampling starts.
+        step_noise: (B, T, C, h, w) noise that each of the T steps adds, in units of the step's own deviation; None for
+            deterministic steps.
+        remainder: (B, C, h, w) to be added to the sampled latents; None for nothing.
+    """
+
+    latents: Tensor
+    step_noise: Tensor | None = None
+    remainder: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.latents.device
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.latents)
+
+    def expand(self, batch: int) -> Inverted:
+        """One row as ``batch`` rows that share its memory."""
+        return self._map(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
+
+    def repeat_interleave(self, repeats: int, dim: int = 0) -> Inverted:
+        """Each row ``repeats`` times, one after another: a a b b; rows are dimension 0, as in a tensor's method."""
+        return self._map(lambda tensor: tensor.repeat_interleave(repeats, dim))
+
+    def step_options(self, step: int) -> dict[str, Any]:
+        """The argument of that name of :func:`tokenlearn.diffusion.sample`."""
+        return {} if self.step_noise is None else {"eta": _DDPM, "variance_noise": self.step_noise[:, step]}
+
+    def finish(self, sampled: Tensor) -> Tensor:
+        """Clean latents (B, C, h, w) from sampled ones."""
+        return sampled if self.remainder is None else sampled + self.remainder
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Inverted:
+        return Inverted(
+            function(self.latents),
+            None if self.step_noise is None else function(self.step_noise),
+            None if self.remainder is None else function(self.remainder),
+        )
+
+
+def edit_friendly_noise(
+    model: Callable[[Tensor, Tensor, C], Tensor],
+    scheduler: NoisyScheduler,
+    latents: Tensor,
+    conditionings: Sequence[C],
+    combine: Callable[[Sequence[Tensor], int], Tensor],
+    num_inference_steps: int,
+    generators: Sequence[torch.Generator],
+    from_timestep: int | None = None,
+) -> Inverted:
+    """Noise with which DDPM's sampler gives the latents back, exactly with any number of steps.
+
+    Algorithm 1 of Huberman-Spiegelglas et al., 2024 (https://arxiv.org/abs/2304.06140). Every timestep's latents are
+    drawn from the clean ones, each with noise ``e_t`` of its own, and the noise of a step is what leads from one to
+    the next::
+
+        x_t = alpha_t x_0 + sigma_t e_t,    z_t = (x_{t-1} - mean_t(x_t)) / deviation_t
+
+    Since the ``e_t`` are independent, a step's noise is larger than DDPM's own and holds the image's structure, which
+    stays when the same noise is sampled with under another guidance::
+
+        noisy = edit_friendly_noise(backbone, ddim, latents, [empty], rule, 50, generators, from_timestep=801)
+        edited = noisy.finish(
+            sample(backbone, ddim, noisy.latents, [empty, prompt], guidance, 50,
+                   step_options=noisy.step_options, from_timestep=801)
+        )
+
+    A prompt that describes the image, with its guidance, can be a part of ``conditionings`` and ``combine``: the same
+    then gives the image back. Each step starts at what the one before it led to, not at what was drawn, so that
+    rounding errors do not add up. The last step has no deviation where a schedule ends without any noise; what the
+    mean lacks there is the :attr:`Inverted.remainder`, which otherwise is a rounding error.
+
+    Args:
+        model: network, see :func:`tokenlearn.diffusion.sample`.
+        scheduler: the DDIM scheduler that will denoise.
+        latents: (B, C, h, w) clean latents ``x_0``.
+        conditionings: what the network is evaluated for, each of B rows, or of one row that all samples share.
+        combine: guidance rule of what the steps' means are computed from.
+        num_inference_steps: number of steps asked of the scheduler.
+        generators: one per sample, so that a batch is the same as its samples one by one.
+        from_timestep: noise level of the result, one of the scheduler's timesteps; None for its own first.
+
+    Returns:
+        Float32 latents, and noise of as many steps as there are from ``from_timestep`` on; constants.
+
+    Raises:
+        ValueError: if there are not as many generators as latents, and as :func:`tokenlearn.diffusion.sample` does.
+        UserError: if ``from_timestep`` is not one of the scheduler's timesteps.
+    """
+    if len(generators) != len(latents):
+        raise ValueError(f"{len(generators)} generators for {len(latents)} latents")
+    latents = latents.float()
+    scheduler = copy.copy(scheduler)
+    scheduler.set_timesteps(num_inference_steps)
+    timesteps: Tensor = scheduler.timesteps
+    if from_timestep is not None:
+        timesteps = timesteps[timesteps <= from_timestep]
+    targets = iter([*_noised(latents, scheduler.alphas_cumprod[timesteps], generators), latents])
+    step_noise: list[Tensor] = []
+
+    def step_with(noise: Tensor, output: Tensor, timestep: Tensor, current: Tensor) -> Tensor:
+        result: tuple[Tensor, ...] = scheduler.step(
+            output, timestep, current, eta=_DDPM, variance_noise=noise, return_dict=False
+        )
+        return result[0]
+
+    def step_to_target(output: Tensor, timestep: Tensor, current: Tensor, return_dict: bool) -> tuple[Tensor]:
+        """The scheduler's step with that noise which leads to the next target."""
+        nothing = current.new_zeros(())
+        # Of an output 0 at 0 the mean is 0 too, whatever kind of prediction it is.
+        deviation = step_with(nothing + 1, nothing, timestep, nothing)
+        missing = next(targets) - step_with(nothing, output, timestep, current)
+        step_noise.append(missing / deviation if deviation > 0 else torch.zeros_like(missing))
+        return (step_with(step_noise[-1], output, timestep, current),)
+
+    # Sampling itself runs the steps, so that it meets the very same numbers when it runs them again.
+    towards_targets = copy.copy(scheduler)
+    towards_targets.step = step_to_target
+    start = next(targets)
+    arrived = sample(
+        model,
+        towards_targets,
+        start,
+        conditionings,
+        combine,
+        num_inference_steps,
+        gradient_steps=0,
+        from_timestep=from_timestep,
+    )
+    return Inverted(start, torch.stack(step_noise, dim=1), latents - arrived)
+
+
+def _noised(latents: Tensor, alphas_cumprod: Tensor, generators: Sequence[torch.Generator]) -> list[Tensor]:
+    """Clean latents (B, C, h, w) with independent noise at each of several levels."""
+    shape = (len(alphas_cumprod), *latents.shape[1:])
+    noise = torch.stack(
+        [torch.randn(shape, generator=generator, device=generator.device) for generator in generators], dim=1
+    ).to(latents.device)
+    return [
+        add_noise(latents, level_noise, alpha_squared.sqrt(), (1 - alpha_squared).sqrt())
+        for level_noise, alpha_squared in zip(noise, alphas_cumprod, strict=True)
+    ]

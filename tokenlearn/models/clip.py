@@ -1,0 +1,193 @@
+"""CLIP models of transformers: pictures and texts as unit vectors of one space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn import functional
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from tokenlearn.errors import UserError, reason_of
+from tokenlearn.losses.clip_distance import mean_direction
+from tokenlearn.models.frozen import FrozenModule, freeze
+
+_INTERPOLATION = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
+"""Torch's names of Pillow's filters; torch has no others."""
+
+
+class ClipModel(FrozenModule):
+    """A frozen CLIP (Radford et al., 2021, https://arxiv.org/abs/2103.00020), differentiable in its pictures.
+
+    Args:
+        pretrained: hub id (``openai/clip-vit-large-patch14``, ``laion/CLIP-ViT-g-14-laion2B-s12B-b42K``), or folder
+            that transformers' ``CLIPModel``, ``CLIPImageProcessor`` and ``CLIPTokenizer`` load. Weights are loaded as
+            float32 whatever they are stored as.
+
+    Attributes:
+        pretrained: as given.
+        feature_dim: D, the size of the space that pictures and texts share.
+        max_prompt_length: tokens that a text can have, those of its start and end included.
+
+    Raises:
+        UserError: if the folder or one of its files is missing or unreadable, the hub cannot provide the model, or it
+            is no CLIP.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, pretrained: str) -> None:
+        super().__init__()
+        model, tokenizer, processor = _load(pretrained)
+        self.model = model.float()
+        self.tokenizer = tokenizer
+        self.pretrained = pretrained
+        self.feature_dim = int(model.config.projection_dim)
+        self.max_prompt_length = int(min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings))
+        self._size = dict(processor.size) if processor.do_resize else None
+        self._crop = dict(processor.crop_size) if processor.do_center_crop else None
+        self._interpolation = _INTERPOLATION.get(int(processor.resample), "bicubic")
+        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
+        self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1), persistent=False)
+        freeze(self)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Resize with antialiasing, centre crop and normalise as the model's image processor does, differentiably.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1]; not clamped, so that overshoot keeps its gradient.
+
+        Returns:
+            (B, 3, h, w) network inputs.
+        """
+        if self._size is not None:
+            images = self._resize(images, *self._resized(*images.shape[-2:]))
+        if self._crop is not None:
+            images = _center_crop(images, self._crop["height"], self._crop["width"])
+        return (images - self.mean) / self.std
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Directions of pictures.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+
+        Returns:
+            (B, D) float32 unit vectors.
+        """
+        # Not `get_image_features`: what it returns depends on the version of transformers.
+        pooled = self.model.vision_model(pixel_values=self.preprocess(images)).pooler_output
+        return functional.normalize(self.model.visual_projection(pooled).float(), dim=-1)
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """Directions of texts; what is too long is cut at the end.
+
+        Args:
+            prompts: B texts.
+
+        Returns:
+            (B, D) float32 unit vectors.
+        """
+        tokens = self.tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=self.max_prompt_length, return_tensors="pt"
+        ).to(self.mean.device)
+        pooled = self.model.text_model(**tokens).pooler_output
+        return functional.normalize(self.model.text_projection(pooled).float(), dim=-1)
+
+    def class_features(self, prompts: Sequence[Sequence[str]]) -> Tensor:
+        """Directions of classes, each the renormalised mean of its prompts (Radford et al., 2021, section 3.1.4).
+
+        Args:
+            prompts: the prompts of each of K classes.
+
+        Returns:
+            (K, D) float32 unit vectors.
+        """
+        return torch.stack([mean_direction(self.text_features(wordings)) for wordings in prompts])
+
+    def zero_shot_logits(self, images: Tensor, class_features: Tensor) -> Tensor:
+        """Logits whose softmax are the probabilities of classes that were never trained for.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+            class_features: (K, D) unit vectors, of :meth:`class_features` or :meth:`text_features`.
+
+        Returns:
+            (B, K) float32 logits, cosines divided by the temperature that CLIP was trained to.
+        """
+        return self.model.logit_scale.exp().float() * self.image_features(images) @ class_features.T
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width after resizing: fixed ones, or those that make the shorter edge as long as wanted."""
+        assert self._size is not None
+        if "shortest_edge" not in self._size:
+            return self._size["height"], self._size["width"]
+        edge, shorter = self._size["shortest_edge"], min(height, width)
+        return int(edge * height / shorter), int(edge * width / shorter)
+
+    def _resize(self, images: Tensor, height: int, width: int) -> Tensor:
+        if images.shape[-2:] == (height, width):
+            return images
+        antialias = self._interpolation != "nearest-exact"
+        return functional.interpolate(images, (height, width), mode=self._interpolation, antialias=antialias)
+
+
+def _center_crop(images: Tensor, height: int, width: int) -> Tensor:
+    """The middle of pictures; those that are smaller get black borders."""
+    missing_height, missing_width = max(0, height - images.shape[-2]), max(0, width - images.shape[-1])
+    if missing_height or missing_width:
+        left, top = missing_width // 2, missing_height // 2
+        images = functional.pad(images, (left, missing_width - left, top, missing_height - top))
+    top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
+    return images[..., top : top + height, left : left + width]
+
+
+def _load(pretrained: str) -> tuple[Any, Any, Any]:
+    """Model, tokenizer and image processor, or a UserError that says what to do."""
+    folder = Path(pretrained).expanduser()
+    local = folder.is_dir()
+    source = str(folder) if local else pretrained
+    if local:
+        _check_folder(folder)
+    elif pretrained.startswith((".", "/", "~")) or pretrained.count("/") != 1:
+        raise UserError(f"CLIP folder '{pretrained}' does not exist; give an existing folder or a hub id (owner/name)")
+    try:
+        model, about = CLIPModel.from_pretrained(source, output_loading_info=True)
+        tokenizer = CLIPTokenizer.from_pretrained(source)
+        processor = CLIPImageProcessor.from_pretrained(source)
+    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        if local:
+            raise UserError(
+                f"cannot load the CLIP in '{pretrained}' ({reason_of(error)}); download it again"
+            ) from error
+        raise UserError(
+            f"CLIP '{pretrained}' is neither a folder nor can it be had from the hub ({reason_of(error)}); check its "
+            "name and the network, or give a local folder"
+        ) from error
+    # transformers fills in what the files lack at random, and only warns of it.
+    if about["missing_keys"]:
+        raise UserError(
+            f"'{pretrained}' is no complete CLIP: its files have no '{min(about['missing_keys'])}'; give a model of "
+            "both pictures and texts"
+        )
+    return model, tokenizer, processor
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise a UserError that names the first file missing from a folder."""
+    for names in (
+        ("config.json",),
+        ("preprocessor_config.json", "processor_config.json"),
+        ("vocab.json", "tokenizer.json"),
+        ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ):
+        if not any((folder / name).is_file() for name in names):
+            raise UserError(
+                f"CLIP folder '{folder}' is incomplete: no '{names[0]}'; download or export the model again"
+            )

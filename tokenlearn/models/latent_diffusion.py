@@ -1,0 +1,116 @@
+"""What all Stable Diffusion pipelines have in common: a UNet that works on the latents of a VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tokenlearn.errors import UserError
+from tokenlearn.models.backbone import Conditioning, DiffusionBackbone
+from tokenlearn.models.frozen import freeze
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+class LatentDiffusion(DiffusionBackbone):
+    """A UNet and a VAE of diffusers, frozen. An adapter adds :meth:`encode_prompts`.
+
+    Args:
+        pretrained: hub id or folder, as the user gave it.
+        pipeline: the pipeline loaded from there.
+        tokenizers: one per text encoder.
+        text_encoders: the pipeline's text encoders.
+        dtype: precision of the network and the text encoders.
+        gradient_checkpointing: recompute activations inside of the network and the VAE in the backward pass; less
+            memory, about a third more time.
+        compile: compile the network with ``torch.compile`` on first use.
+
+    Attributes:
+        addition_embed_type: what the network takes besides the prompt's states, by diffusers' name for it.
+
+    Raises:
+        UserError: if the network takes something else.
+    """
+
+    addition_embed_type: ClassVar[str | None] = None
+
+    def __init__(
+        self,
+        *,
+        pretrained: str,
+        pipeline: Any,  # noqa: ANN401 - diffusers' pipelines have no usable types
+        tokenizers: Sequence[PreTrainedTokenizerBase],
+        text_encoders: Sequence[Any],
+        dtype: Precision,
+        gradient_checkpointing: bool,
+        compile: bool,
+    ) -> None:
+        unet_config, vae_config = pipeline.unet.config, pipeline.vae.config
+        if unet_config.addition_embed_type != self.addition_embed_type:
+            raise UserError(
+                f"the network of '{pretrained}' is of another family than {type(self).__name__}; choose another "
+                "model.backbone.class_path"
+            )
+        size = unet_config.sample_size
+        super().__init__(
+            pretrained=pretrained,
+            scheduler=pipeline.scheduler,
+            tokenizers=tokenizers,
+            text_encoders=text_encoders,
+            max_prompt_length=min(
+                *(tokenizer.model_max_length for tokenizer in tokenizers),
+                *(encoder.config.max_position_embeddings for encoder in text_encoders),
+            ),
+            latent_channels=vae_config.latent_channels,
+            latent_size=size if isinstance(size, int) else size[0],
+            vae_scale_factor=2 ** (len(vae_config.block_out_channels) - 1),
+        )
+        self.unet: Any = pipeline.unet
+        self.vae: Any = pipeline.vae
+        # Not the network's own `to`: it warns of parts to be kept in float32, of which this family has none. Nor the
+        # loader's argument, whose name is `torch_dtype` or `dtype` by the version of diffusers.
+        nn.Module.to(self.unet, getattr(torch, dtype))
+        self.text_encoders.to(getattr(torch, dtype))
+        # In half precision it overflows on some images, and the little that classifiers send back is lost.
+        self.vae.float()
+        self._scaling = float(vae_config.scaling_factor)
+        self._shift = float(vae_config.get("shift_factor") or 0.0)
+        if gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+            self.vae.enable_gradient_checkpointing()
+        freeze(self)
+        if compile:
+            self.unet.compile()  # in place, so that the names of the parameters stay
+
+    def forward(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """See :meth:`DiffusionBackbone.forward`."""
+        dtype = self.unet.dtype
+        output: Tensor = self.unet(
+            latents.to(dtype),
+            timesteps,
+            conditioning.prompt_embeds.to(dtype),
+            added_cond_kwargs=self.added_conditions(conditioning),
+            return_dict=False,
+        )[0]
+        return output.float()
+
+    def added_conditions(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
+        """What the network takes besides the prompt's states, by its names for them."""
+        return None
+
+    def encode_images(self, images: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
+        """See :meth:`DiffusionBackbone.encode_images`."""
+        posterior = self.vae.encode(2 * images - 1).latent_dist
+        latents: Tensor = posterior.sample(generator) if sample else posterior.mode()
+        return (latents.float() - self._shift) * self._scaling
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """See :meth:`DiffusionBackbone.decode_latents`."""
+        decoded: Tensor = self.vae.decode(latents / self._scaling + self._shift, return_dict=False)[0]
+        return decoded.float() / 2 + 0.5

@@ -1,0 +1,114 @@
+"""Pipelines from folders or the hub, with errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from tokenlearn.errors import UserError, reason_of
+
+
+def load_pipeline(
+    pipeline_class: Any,  # noqa: ANN401 - diffusers' lazily imported classes have no usable types
+    pretrained: str,
+    revision: str | None,
+    variant: str | None,
+    models: Sequence[str],
+    **options: object,
+) -> Any:  # noqa: ANN401
+    """Load a diffusers pipeline in the precision of its files, or raise a UserError that says what to do.
+
+    Args:
+        pipeline_class: diffusers class that loads it.
+        pretrained: hub id or folder.
+        revision: branch, tag or commit of the hub repository.
+        variant: variant of the weight files, such as ``fp16``.
+        models: components that must be there, by the pipeline's names; beside a ``text_encoder`` there must be its
+            ``tokenizer``, and beside a ``text_encoder_2`` its ``tokenizer_2``.
+        options: further arguments of the class, such as components that are not to be loaded.
+
+    Returns:
+        The pipeline.
+
+    Raises:
+        UserError: if the folder or one of its files is missing or unreadable, the hub cannot provide the model, or the
+            model is of a family without one of ``models``.
+    """
+    folder = Path(pretrained).expanduser()
+    local = folder.is_dir()
+    if not local and (pretrained.startswith((".", "/", "~")) or pretrained.count("/") != 1):
+        # Some old hub ids have no slash, but all models of these layouts that still load have an owner.
+        raise UserError(
+            f"model folder '{pretrained}' does not exist; give an existing folder or a hub id (owner/name)"
+        )
+    try:
+        if local:
+            _check_folder(folder, variant, models)
+        pipeline = pipeline_class.from_pretrained(
+            str(folder) if local else pretrained,
+            revision=revision,
+            variant=variant,
+            low_cpu_mem_usage=False,  # anything else needs accelerate
+            **options,
+        )
+        _check_family(pretrained, pipeline.config, models)
+    except UserError:
+        raise
+    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        reason = reason_of(error)
+        if local:
+            raise UserError(f"cannot load the model in '{pretrained}' ({reason}); download it again") from error
+        raise UserError(
+            f"model '{pretrained}' is neither a folder nor can it be had from the hub ({reason}); check its name and "
+            "the network, or give a local folder"
+        ) from error
+    return pipeline
+
+
+def _check_family(pretrained: str, index: Mapping[str, Any], models: Sequence[str]) -> None:
+    """Raise a UserError if a pipeline's index of components has none of a name."""
+    for model in models:
+        library, _ = index.get(model) or (None, None)
+        if library is None:
+            raise UserError(
+                f"model '{pretrained}' has no '{model}', so it is of another family; choose another "
+                "model.backbone.class_path"
+            )
+
+
+def _check_folder(folder: Path, variant: str | None, models: Sequence[str]) -> None:
+    """Raise a UserError that names the first component or file that a pipeline's folder lacks."""
+    # diffusers takes the plain file of a component that has none of the variant.
+    tails = [f".{variant}", ""] if variant else [""]
+    if not (folder / "model_index.json").is_file():
+        raise _missing(folder, "model_index.json")
+    _check_family(str(folder), json.loads((folder / "model_index.json").read_text()), models)
+    for name in ("scheduler/scheduler_config.json", *(f"{model}/config.json" for model in models)):
+        if not (folder / name).is_file():
+            raise _missing(folder, name)
+    for model in models:
+        if not model.startswith("text_encoder"):
+            continue
+        tokenizer = model.replace("text_encoder", "tokenizer")
+        if not any((folder / tokenizer / name).is_file() for name in ("vocab.json", "tokenizer.json", "spiece.model")):
+            raise _missing(folder, f"{tokenizer}/vocab.json")
+    for model in models:
+        stems = ["model", "pytorch_model"] if model.startswith("text_encoder") else ["diffusion_pytorch_model"]
+        files = [f"{stem}{tail}{suffix}" for stem in stems for tail in tails for suffix in (".safetensors", ".bin")]
+        indices = [f"{stem}.safetensors.index{tail}.json" for stem in stems for tail in tails]
+        if any((folder / model / name).is_file() for name in files):
+            continue
+        index = next((folder / model / name for name in indices if (folder / model / name).is_file()), None)
+        if index is None:
+            raise _missing(folder, f"{model}/{files[0]}")
+        for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+            if not (folder / model / shard).is_file():
+                raise _missing(folder, f"{model}/{shard}")
+
+
+def _missing(folder: Path, name: str) -> UserError:
+    return UserError(f"model folder '{folder}' is incomplete: no '{name}'; download or export the model again")
