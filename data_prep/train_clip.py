@@ -191,8 +191,8 @@ class ClipTraining(TrainedBySteps):
             pixels[replaced] = form[indices[replaced]].float() / 255
         shown, known = (flags[indices, : len(ATTRIBUTES)] for flags in (self.arrays.labels, self.arrays.labels_known))
         texts = [
-            training_text(self.captions[index], *flags, self.rng)
-            for index, *flags in zip(indices.tolist(), shown.tolist(), known.tolist(), strict=True)
+            training_text(self.captions[index], own_shown, own_known, self.rng)
+            for index, own_shown, own_known in zip(indices.tolist(), shown.tolist(), known.tolist(), strict=True)
         ]
         with torch.no_grad():
             self.model.logit_scale.clamp_(max=torch.tensor(_GREATEST_LOGIT_SCALE).log())

@@ -232,7 +232,7 @@ def test_training_draws_what_the_labels_of_its_pictures_lack(make):
         assert token not in shown
 
 
-def test_preservation_is_the_cross_entropy_of_the_attributes_that_were_not_drawn(make):
+def test_preservation_is_the_chance_that_attributes_that_were_not_drawn_change(make):
     batch = pictures(6)
     labels = {"smile": torch.tensor([1, 0, 1, 0, -1, -1]), "hair": torch.tensor([0, 1, 2, 0, -1, -1])}
     module = make(preservation_weight=0.5, reconstruction_weight=0.0)
@@ -246,10 +246,10 @@ def test_preservation_is_the_cross_entropy_of_the_attributes_that_were_not_drawn
     for row, draw in enumerate(draws):
         if draw.attribute == 1:  # the smile is to be kept; the guide is asked where there is no label
             label = int(labels["smile"][row]) if row < 4 else int(before[row, 0] > 0)
-            expected.append(-functional.logsigmoid(after[row, 0] if label else -after[row, 0]))
+            expected.append(torch.sigmoid(-after[row, 0] if label else after[row, 0]))
         else:
             label = int(labels["hair"][row]) if row < 4 else int(before[row, 2:5].argmax())
-            expected.append(-after[row, 2:5].log_softmax(dim=0)[label])
+            expected.append(1 - after[row, 2:5].softmax(dim=0)[label])
     loss = module.training_step(batch._replace(labels=labels))
     preservation = float(torch.stack(expected).mean())
     assert module.logged["train/preservation"] == pytest.approx(preservation, rel=1e-3)

@@ -92,7 +92,7 @@ class EditWriter(L.Callback):
             return
         rows = list(self._sheet_rows(pl_module))
         if rows:
-            captions = [_BEFORE, *pl_module.captions]
+            captions = [pl_module.first_caption, *pl_module.captions]
             save_picture(sheet(rows, above=[captions]), self._run_folder / pl_module.sheet_name)
 
     def _sheet_rows(self, task: PictureTask) -> Iterator[tuple[str, list[Image.Image]]]:

@@ -133,7 +133,7 @@ def sample(
     takes_generator = generators is not None and "generator" in inspect.signature(scheduler.step).parameters
     common_options = {"generator": generators} if takes_generator else {}
 
-    stepped = isinstance(combine, SteppedRule)
+    rule = combine if isinstance(combine, SteppedRule) else None
     latents = latents.float()
     if from_timestep is None:
         latents = latents * scheduler.init_noise_sigma
@@ -142,7 +142,7 @@ def sample(
             inputs = scheduler.scale_model_input(latents, timestep)
             if detach_inputs:
                 inputs = inputs.detach()
-            needed = [conditionings[i] for i in combine.needed(index)] if stepped else conditionings
+            needed = conditionings if rule is None else [conditionings[i] for i in rule.needed(index)]
             output = combine(_evaluate(model, inputs, timestep, needed, checkpointing), index)
             options = common_options | dict(step_options(index) if step_options else {})
             latents = scheduler.step(output, timestep, latents, return_dict=False, **options)[0]

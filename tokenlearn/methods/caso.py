@@ -93,9 +93,9 @@ class Caso(TokenLearning):
         editing_loss: cross-entropy on logits, the released squared error of the probability, or the cosine to the
             direction of the class mean.
         reconstruction_weight: weight of the squared error in latent space; 0 in the released code.
-        preservation_weight: weight of the guide's mean cross-entropy that a picture keeps its classes of all other
-            attributes, by their labels or, where these are not known, by the word of the guide. It tells tokens apart
-            that the reconstruction lets slip, such as a beard from a man; 0 in the paper.
+        preservation_weight: weight of the share of all other attributes that the guide expects to be changed, from
+            what pictures show by their labels or, where these are not known, by the word of the guide. It tells apart
+            what the reconstruction lets slip, such as a beard from a man; 0 in the paper.
         reconstruct_present_only: reconstruct only pictures that show the class already, by their label or, where that
             is not known, by the word of the guide.
         skip_present: leave those pictures out of the editing loss.
@@ -498,13 +498,17 @@ class Caso(TokenLearning):
         return loss(self.attributes[index].logits(outputs), targets)
 
     def _preservation_loss(self, outputs: Tensor, shown: Tensor, rows: Mapping[int, list[int]]) -> Tensor:
-        """Mean cross-entropy (B,) that each picture keeps the classes of the attributes that were not drawn for it."""
+        """Expected share (B,) of the attributes not drawn for a picture that do not show its class any more.
+
+        Bounded, unlike a cross-entropy, so that a class may win over those that it rules out: nobody bald has curls.
+        """
         losses = outputs.new_zeros(len(outputs))
         for index, attribute in enumerate(self.attributes):
-            known = shown[:, index].clamp(min=0)
-            own = class_cross_entropy(attribute.logits(outputs), known) * (shown[:, index] != UNKNOWN)
-            own[rows.get(index, [])] = 0
-            losses = losses + own
+            chances = attribute.logits(outputs).softmax(dim=1)
+            kept = chances.gather(1, shown[:, index].clamp(min=0)[:, None]).squeeze(1)
+            changed = (1 - kept) * (shown[:, index] != UNKNOWN)
+            changed[rows.get(index, [])] = 0
+            losses = losses + changed
         return losses / max(1, len(self.attributes) - 1)
 
     @torch.no_grad()

@@ -62,6 +62,7 @@ class PictureTask(Generate):
         edit_names: for file names, one per edit.
         strip_scales: caption of each strip to its scales.
         sheet_name: file name of the sheet of the first pictures and their edits.
+        first_caption: of the pictures that the edits are of.
         is_done: tells by its name whether a picture's edits are there already, so that it is left out.
 
     Raises:
@@ -72,6 +73,7 @@ class PictureTask(Generate):
     edit_names: Sequence[str]
     strip_scales: Mapping[str, Sequence[float]]
     sheet_name = "before_after.png"
+    first_caption = "before"
 
     def __init__(
         self,

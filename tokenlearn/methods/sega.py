@@ -65,6 +65,7 @@ class Sega(PictureTask):
     """
 
     sheet_name = "contact_sheet.png"
+    first_caption = "plain"
 
     def __init__(
         self,
@@ -152,10 +153,10 @@ class Sega(PictureTask):
         for files in self._recorded.values():
             vectors = torch.stack([load_file(files[seed])["guidance"] for seed in seeds], dim=1)
             columns.append(
-                self._draw(seeds, RecordedGuidance(self.guidance.scale, vectors.to(self.device)), prompt, [])
+                self._draw(seeds, RecordedGuidance(self.guidance.guidance_scale, vectors.to(self.device)), prompt, [])
             )
         for name, column in zip(self.edit_names, self._columns, strict=False):
-            rule = self._rule(self.guidance.scale, column.edits)
+            rule = self._rule(self.guidance.guidance_scale, column.edits)
             columns.append(self._draw(seeds, rule, prompt, column.edits))
             if self.record_guidance:
                 for recording, vectors in zip(recordings, rule.recorded.unbind(dim=1), strict=True):

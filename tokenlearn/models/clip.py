@@ -121,7 +121,8 @@ class ClipModel(FrozenModule):
         Returns:
             (B, K) float32 logits, cosines divided by the temperature that CLIP was trained to.
         """
-        return self.model.logit_scale.exp().float() * self.image_features(images) @ class_features.T
+        logits: Tensor = self.model.logit_scale.exp().float() * self.image_features(images) @ class_features.T
+        return logits
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after resizing: fixed ones, or those that make the shorter edge as long as wanted."""
@@ -158,7 +159,8 @@ def _load(pretrained: str) -> tuple[Any, Any, Any]:
     elif pretrained.startswith((".", "/", "~")) or pretrained.count("/") != 1:
         raise UserError(f"CLIP folder '{pretrained}' does not exist; give an existing folder or a hub id (owner/name)")
     try:
-        model, about = CLIPModel.from_pretrained(source, output_loading_info=True)
+        clip_class: Any = CLIPModel
+        model, about = clip_class.from_pretrained(source, output_loading_info=True)
         tokenizer = CLIPTokenizer.from_pretrained(source)
         processor = CLIPImageProcessor.from_pretrained(source)
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
