@@ -35,8 +35,8 @@ FIT_OF = {
         *FIT,
         "--model.init_args.collapse_batches=1",
         "--model.init_args.initialiser_words=2",
-        "--model.init_args.test.num_inference_steps=4",
-        "--model.init_args.test.strengths=[4]",
+        "--model.init_args.test.num_inference_steps=5",
+        "--model.init_args.test.strengths=[3]",
         "--data.init_args.source=portraits:60",
         "--data.init_args.transfer_images=1",
     ],
@@ -86,6 +86,10 @@ def test_bundled_configs_run(config, tmp_path, capsys):
         main(["predict", *common, *editing(model, tmp_path)])
         assert len(list((run / "images").glob("*/me.png"))) == len(model["edits"])
         assert (run / "strips" / "me.png").is_file()
+    elif method == "Sega":
+        main(["predict", *common, "--model.num_inference_steps=4", "--model.seeds=[3]"])
+        assert len(list((run / "images").glob("*/*seed3.png"))) == len(model["edits"]) + 2  # plain, and all together
+        assert (run / "contact_sheet.png").is_file()
     else:
         main(["fit", *common, *FIT_OF[method]])
         summary = json.loads((run / "summary.json").read_text())
