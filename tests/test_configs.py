@@ -42,6 +42,14 @@ FIT_OF = {
     ],
     "TextualInversion": [*FIT, "--data.init_args.source=portraits:60"],
 }
+SEGA_TEST = [
+    "--model.num_inference_steps=4",
+    "--model.num_seeds=1",
+    "--model.compared_seeds=1",
+    "--model.style_seeds=0",
+    "--model.monotonicity_seeds=1",
+    "--model.monotonicity_scales=[-8, 8]",
+]
 PREDICT = ["--model.init_args.num_inference_steps=2", "--data.init_args.seeds=[3]"]
 
 
@@ -90,6 +98,11 @@ def test_bundled_configs_run(config, tmp_path, capsys):
         main(["predict", *common, "--model.num_inference_steps=4", "--model.seeds=[3]"])
         assert len(list((run / "images").glob("*/*seed3.png"))) == len(model["edits"]) + 2  # plain, and all together
         assert (run / "contact_sheet.png").is_file()
+    elif method == "SegaTest":
+        main(["test", *common, *SEGA_TEST])
+        summary = json.loads((run / "summary.json").read_text())
+        assert {"add_success", "remove_success", "untouched_kept", "rank_correlation"} <= summary.keys()
+        assert (run / "table.csv").is_file()
     else:
         main(["fit", *common, *FIT_OF[method]])
         summary = json.loads((run / "summary.json").read_text())

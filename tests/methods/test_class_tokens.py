@@ -13,6 +13,7 @@ from tokenlearn.data import PromptBatch
 from tokenlearn.errors import UserError
 from tokenlearn.main import main
 from tokenlearn.methods import ClassTokens, TokenTask, class_tokens
+from tokenlearn.methods.concepts import SemanticEdit
 from tokenlearn.models import StableDiffusion
 from tokenlearn.tokens import load_embedding, whole_words
 
@@ -59,6 +60,39 @@ def test_token_gradient_equals_a_plain_loop(tiny_models, checkpointing):
     reference = module.bank.vectors[0].grad
     assert reference.abs().max() > 0
     torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-3 * float(reference.abs().max()))
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_tokens_learn_under_semantic_guidance_and_as_its_concepts(tiny_models, checkpointing):
+    edits = [SemanticEdit(concept="hat - <wizard>", scale=4.0, threshold=None, warmup_steps=1, momentum_scale=0.5)]
+    module = task(tiny_models, edits=edits, checkpointing=checkpointing)
+    batch = PromptBatch(["a photo"], [3], [0], ["token"])  # the token is in the concept alone
+    loss_of(module, batch).backward()
+    ours = module.bank.vectors[0].grad.clone()
+
+    module.bank.zero_grad()
+    backbone, scheduler = module.backbone, module.backbone.make_scheduler(None, 4)
+    scheduler.set_timesteps(4)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    momentum = torch.zeros_like(latents)
+    for index, timestep in enumerate(scheduler.timesteps):
+        if index == 2:
+            latents, momentum = latents.detach(), momentum.detach()
+        texts = ["", "a photo", "hat", "<wizard>"]
+        empty, wanted, plus, minus = (backbone(latents, timestep, backbone.encode_prompts([text])) for text in texts)
+        guidance = 4.0 * (plus - minus) + 0.5 * momentum
+        momentum = 0.4 * momentum + 0.6 * guidance
+        guided = empty + 3.0 * (wanted - empty) + (guidance if index >= 1 else 0)
+        latents = scheduler.step(guided, timestep, latents).prev_sample
+    functional.cross_entropy(module.classifier(backbone.decode_latents(latents)), torch.tensor([1])).backward()
+    reference = module.bank.vectors[0].grad
+    assert reference.abs().max() > 0
+    torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-3 * float(reference.abs().max()))
+
+
+def test_concepts_of_a_fit_may_only_have_its_tokens(tiny_models):
+    with pytest.raises(UserError, match="'<nurse>' of concept '<nurse>' is not loaded, only <wizard>, <pirate>"):
+        task(tiny_models, edits=[SemanticEdit(concept="<nurse>", warmup_steps=1)])
 
 
 def test_each_class_has_its_own_token(tiny_models):

@@ -24,7 +24,8 @@ class World:
         self.calls.append(len(noisy))
         edited = noisy.clone()
         for conditional, scale in zip(conditionals, scales, strict=True):
-            edited = edited + scale.reshape(-1, 1, 1, 1) * conditional.prompt_embeds.reshape(1, -1, 1, 1)
+            directions = conditional.prompt_embeds.reshape(len(conditional), -1, 1, 1)
+            edited = edited + scale.reshape(-1, 1, 1, 1) * directions
         return edited
 
 

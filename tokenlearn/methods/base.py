@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tokenlearn.diffusion import sample
 from tokenlearn.errors import UserError
-from tokenlearn.guidance import ClassifierFreeGuidance
+from tokenlearn.guidance import ClassifierFreeGuidance, SemanticGuidance
+from tokenlearn.methods.concepts import SemanticEdit, encode_terms, semantic_guidance
 from tokenlearn.models import Conditioning, DiffusionBackbone
 from tokenlearn.tokens import TokenBank, vocabulary_hash
 
@@ -39,6 +40,7 @@ class TokenTask(L.LightningModule):
 
     Attributes:
         bank: token bank, None until tokens are known.
+        semantic_edits: concepts that steer every generated picture, gradients included.
     """
 
     bank: TokenBank | None
@@ -60,6 +62,7 @@ class TokenTask(L.LightningModule):
         self.negative_prompt = negative_prompt
         self.vocabulary_hash = vocabulary_hash(backbone.text_encoders[0])
         self.bank = None
+        self.semantic_edits: Sequence[SemanticEdit] = ()
         self._unconditional: Conditioning | None = None
 
     def use_bank(self, bank: TokenBank) -> None:
@@ -85,13 +88,19 @@ class TokenTask(L.LightningModule):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         latents = self.backbone.initial_latents(generators)
         with torch.set_grad_enabled(torch.is_grad_enabled() and gradient_steps > 0):
-            conditional = self.backbone.encode_prompts(prompts)
+            conditions = [
+                self.backbone.encode_prompts(prompts),
+                *encode_terms(self.backbone, self.semantic_edits),
+            ]
+        rule: ClassifierFreeGuidance | SemanticGuidance = self.guidance
+        if self.semantic_edits:
+            rule = semantic_guidance(self.guidance.guidance_scale, self.semantic_edits)
         return sample(
             self.backbone,
             self.scheduler,
             latents,
-            self.guidance.conditionings(self.unconditional(), conditional),
-            self.guidance,
+            rule.conditionings(self.unconditional(), *conditions),
+            rule,
             num_inference_steps or self.num_inference_steps,
             gradient_steps,
             checkpointing,

@@ -15,6 +15,7 @@ from tqdm import trange  # type: ignore[import-untyped]
 from tokenlearn.data.prompts import PROMPT_KINDS, PromptBatch, PromptDataModule, PromptKind
 from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.losses import class_cross_entropy
+from tokenlearn.methods.concepts import SemanticEdit, check_steps, check_tokens
 from tokenlearn.methods.learning import TokenLearning, adamw, guide_and_judge
 from tokenlearn.metrics import ClassAccuracy, Report, is_classified_as, wilson_interval
 from tokenlearn.models import DiffusionBackbone, TimmClassifier
@@ -57,6 +58,8 @@ class ClassTokens(TokenLearning):
         checkpointing: recompute each differentiated step in the backward pass; memory of one step instead of all.
         detach_inputs: differentiate each step's output for the token only, not through the steps before it (DRTune):
             biased, but half of the cost, and steady where the gradient through the chain explodes.
+        edits: semantic guidance of all pictures, in training too: concepts of words or of the tokens themselves, see
+            :class:`tokenlearn.methods.concepts.SemanticEdit`.
         hold_norms: after each step, scale token vectors into the range of norms in the vocabulary.
         optimizer: over the token vectors only.
         lr_scheduler: stepped after every optimizer step; null keeps the learning rate.
@@ -86,6 +89,7 @@ class ClassTokens(TokenLearning):
         gradient_steps: int = 8,
         checkpointing: bool = True,
         detach_inputs: bool = False,
+        edits: list[SemanticEdit] = [],  # noqa: B006 - as above
         hold_norms: bool = False,
         optimizer: OptimizerCallable = adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -121,6 +125,9 @@ class ClassTokens(TokenLearning):
             bank.set(file.token, file.vectors)
             self._given.add(file.token)
         self.use_bank(bank)
+        check_steps(edits, num_inference_steps)
+        check_tokens([edit.concept for edit in edits], bank.placeholders)
+        self.semantic_edits = edits
         self.guided_accuracy = ClassAccuracy(len(classes))
         self.judged_accuracy = ClassAccuracy(len(classes))
         self.test_accuracy = ClassAccuracy(len(classes) * len(PROMPT_KINDS))

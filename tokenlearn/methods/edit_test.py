@@ -16,7 +16,15 @@ from tokenlearn.diffusion import Inverted
 from tokenlearn.errors import UserError
 from tokenlearn.methods.attributes import Attribute
 from tokenlearn.methods.editing import Inversion, PictureEditor
-from tokenlearn.metrics import ClassAccuracy, GroupMeans, Report, perceptual_distance, wilson_interval
+from tokenlearn.metrics import (
+    ClassAccuracy,
+    GroupMeans,
+    Report,
+    interval_cells,
+    interval_columns,
+    mean_share,
+    perceptual_distance,
+)
 from tokenlearn.models import Conditioning, TimmClassifier
 
 Removal = Literal["negative", "opposite", "difference"]
@@ -185,7 +193,9 @@ class EditTally(nn.Module):
             if conditions.absent is None or self.settings.removal == "negative":
                 weights = [(conditions.present, signed)]
             elif self.settings.removal == "opposite":
-                weights = [(conditions.present, signed.clamp(min=0)), (conditions.absent, (-signed).clamp(min=0))]
+                # One evaluation per picture: of the class or its opposite, as the sign of the picture has it.
+                both = Conditioning.cat([conditions.absent, conditions.present])
+                weights = [(both[(signed > 0).long()], signed.abs())]
             else:
                 weights = [(conditions.present, signed), (conditions.absent, -signed)]
             for conditional, weight in weights:
@@ -301,29 +311,28 @@ class EditTally(nn.Module):
             prefix = "" if method == 0 else f"{name.replace(' ', '_')}_"
             for side, what in enumerate(_DIRECTIONS):
                 counts = success[method, :, side, at].tolist()
-                names = [f"{prefix}{what}", f"{prefix}{what}_low", f"{prefix}{what}_high", f"{prefix}{what}_images"]
-                columns += names
-                for row, (changed, total) in zip(rows, counts, strict=True):
-                    row += [changed / total if total else None, *_interval(changed, total), total]
-                summary[f"{prefix}{what}_success"] = _mean_share(success[method, :, side, at])
-                plain += names[:1] if method else []
+                columns += interval_columns(f"{prefix}{what}")
+                for row, of_direction in zip(rows, counts, strict=True):
+                    row += interval_cells(*of_direction)
+                summary[f"{prefix}{what}_success"] = mean_share(success[method, :, side, at])
+                plain += [f"{prefix}{what}"] if method else []
             both = kept[method, :, :, at].sum(dim=1)
             names = [f"{prefix}untouched_kept", f"{prefix}psnr", f"{prefix}perceptual_distance"]
             columns += names
             plain += names
             for number, row in enumerate(rows):
                 row += [
-                    _share(both[number]),
+                    interval_cells(*both[number].tolist())[0],
                     float(psnr[method, number, :, at].nanmean()),
                     float(distance[method, number, :, at].nanmean()),
                 ]
-            summary[names[0]] = _mean_share(both)
+            summary[names[0]] = mean_share(both)
             summary[names[1]] = float(psnr[method, :, :, at].nanmean())
             summary[names[2]] = float(distance[method, :, :, at].nanmean())
             curves[name] = [
                 (
-                    _mean_share(kept[method, :, :, strength].sum(dim=1)),
-                    _mean_share(success[method, :, :, strength].flatten(0, 1)),
+                    mean_share(kept[method, :, :, strength].sum(dim=1)),
+                    mean_share(success[method, :, :, strength].flatten(0, 1)),
                 )
                 for strength in range(len(settings.strengths))
             ]
@@ -359,16 +368,15 @@ class EditTally(nn.Module):
                 continue
             cells: list[str | float | None] = []
             for side in range(len(_DIRECTIONS)):
-                changed, total = counts[:, side].sum(dim=0).tolist()
-                cells += [changed / total if total else None, *_interval(changed, total), total]
-            summary[f"transfer_{group.replace(' ', '_')}"] = _mean_share(counts.flatten(0, 1))
+                cells += interval_cells(*counts[:, side].sum(dim=0).tolist())
+            summary[f"transfer_{group.replace(' ', '_')}"] = mean_share(counts.flatten(0, 1))
             yield [group, *cells, *[None] * (width - 1 - len(cells))]
         parts = torch.split(self.combined_parts.compute(), self._parts) if self._parts else ()
         for number, (names, counts) in enumerate(zip(self.settings.combinations, parts, strict=True)):
             changed, total = self.combined.compute()[number].tolist()
             summary[f"combination_{number + 1}_all"] = changed / total
-            summary[f"combination_{number + 1}_each"] = _mean_share(counts)
-            cells = [changed / total, *_interval(changed, total), total]
+            summary[f"combination_{number + 1}_each"] = mean_share(counts)
+            cells = interval_cells(changed, total)
             yield [" + ".join(names), *cells, *[None] * (width - 1 - len(cells))]
 
 
@@ -381,18 +389,3 @@ def _psnr(images: Tensor, others: Tensor) -> Tensor:
     """(B,) in dB."""
     ratios: Tensor = peak_signal_noise_ratio(images, others, data_range=1.0, reduction="none", dim=(1, 2, 3))
     return ratios
-
-
-def _share(counts: Tensor) -> float | None:
-    correct, total = counts.tolist()
-    return correct / total if total else None
-
-
-def _mean_share(counts: Tensor) -> float:
-    """Mean share over rows (N, 2) that count anything, NaN if none does."""
-    counted = counts[counts[:, 1] > 0].double()
-    return float((counted[:, 0] / counted[:, 1]).mean())
-
-
-def _interval(correct: int, total: int) -> tuple[float | None, float | None]:
-    return wilson_interval(correct, total) if total else (None, None)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from tokenlearn.data.prompts import PromptBatch
+from tokenlearn.diffusion import sample
 from tokenlearn.methods.base import TokenTask
-from tokenlearn.models import DiffusionBackbone
+from tokenlearn.models import Conditioning, DiffusionBackbone
 from tokenlearn.tokens import TokenBank, load_bank
 
 
@@ -39,6 +44,32 @@ class Generate(TokenTask):
         super().__init__(backbone, num_inference_steps, guidance_scale, scheduler, negative_prompt)
         if embeddings:
             self.use_bank(load_bank(embeddings, backbone.embedding_widths, self.vocabulary_hash)[0])
+
+    def draw(
+        self,
+        seeds: Sequence[int],
+        conditionings: Sequence[Conditioning],
+        rule: Callable[[Sequence[Tensor], int], Tensor],
+    ) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] of B seeds under a guidance rule.
+
+        Args:
+            seeds: one per image.
+            conditionings: what the rule needs, each of B rows or of one row.
+            rule: see :func:`tokenlearn.diffusion.sample`.
+        """
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        latents = sample(
+            self.backbone,
+            self.scheduler,
+            self.backbone.initial_latents(generators),
+            conditionings,
+            rule,
+            self.num_inference_steps,
+            gradient_steps=0,
+            generators=generators,
+        )
+        return self.backbone.decode_latents(latents).clamp(0, 1)
 
     def predict_step(self, batch: PromptBatch) -> dict[str, Any]:
         """Images in [0, 1] with their prompts and seeds."""

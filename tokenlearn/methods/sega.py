@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tokenlearn.data.pictures import Picture
-from tokenlearn.diffusion import Inverted, sample
+from tokenlearn.diffusion import Inverted
 from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.guidance import RecordedGuidance, SemanticGuidance
 from tokenlearn.guidance.semantic import ThresholdOver
@@ -110,7 +110,7 @@ class Sega(PictureTask):
                 f"record_guidance takes one prompt, got {len(prompts)}; give the others with the recording"
             )
         check_steps(edits, num_inference_steps)
-        self.semantic_edits, self.threshold_over, self.source_prompt = edits, threshold_over, source_prompt
+        self.concepts, self.threshold_over, self.source_prompt = edits, threshold_over, source_prompt
         self.record_guidance = record_guidance
         self._recorded = _recorded_files(recorded_guidance, seeds)
         columns = [_Column(edit.caption, [edit]) for edit in edits]
@@ -134,9 +134,7 @@ class Sega(PictureTask):
         Raises:
             UserError: if one is not.
         """
-        check_tokens(
-            [edit.concept for edit in self.semantic_edits], () if self.bank is None else self.bank.placeholders
-        )
+        check_tokens([edit.concept for edit in self.concepts], () if self.bank is None else self.bank.placeholders)
 
     def edit_pictures(self, pictures: Sequence[Picture]) -> list[Edited]:
         """Draw pictures plain and edited; generated ones in one batch."""
@@ -175,18 +173,8 @@ class Sega(PictureTask):
         edits: Sequence[SemanticEdit],
     ) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] under a guidance rule."""
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        latents = sample(
-            self.backbone,
-            self.scheduler,
-            self.backbone.initial_latents(generators),
-            rule.conditionings(self.unconditional(), prompt, *encode_terms(self.backbone, edits)),
-            rule,
-            self.num_inference_steps,
-            gradient_steps=0,
-            generators=generators,
-        )
-        return self.backbone.decode_latents(latents).clamp(0, 1)
+        terms = encode_terms(self.backbone, edits)
+        return self.draw(seeds, rule.conditionings(self.unconditional(), prompt, *terms), rule)
 
     def _rule(self, guidance_scale: float, edits: Sequence[SemanticEdit]) -> SemanticGuidance:
         return semantic_guidance(guidance_scale, edits, self.threshold_over, record=self.record_guidance)

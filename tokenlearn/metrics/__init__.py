@@ -11,7 +11,7 @@ from tokenlearn.metrics.neural_collapse import (
     within_class_variability,
 )
 from tokenlearn.metrics.perceptual_distance import perceptual_distance
-from tokenlearn.metrics.report import Report, is_share
+from tokenlearn.metrics.report import Report, interval_cells, interval_columns, is_share, mean_share
 
 __all__ = [
     "ClassAccuracy",
@@ -21,8 +21,11 @@ __all__ = [
     "Report",
     "equiangularity",
     "equinorm",
+    "interval_cells",
+    "interval_columns",
     "is_classified_as",
     "is_share",
+    "mean_share",
     "perceptual_distance",
     "self_duality",
     "wilson_interval",

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from tokenlearn.metrics.class_accuracy import wilson_interval
+
 
 @dataclass
 class Report:
@@ -35,5 +37,23 @@ class Report:
 
 
 def is_share(name: str) -> bool:
-    """Whether a figure or column of this name is a share in [0, 1]; a loss, a distance or a correlation is not."""
-    return not name.endswith(("loss", "psnr", "perceptual_distance", "rank_correlation"))
+    """Whether a figure or column of this name is a share in [0, 1]; losses, distances, correlations, times are not."""
+    return not name.endswith(("loss", "psnr", "perceptual_distance", "rank_correlation", "seconds"))
+
+
+def interval_columns(name: str) -> list[str]:
+    """Names of the columns of :func:`interval_cells`."""
+    return [name, f"{name}_low", f"{name}_high", f"{name}_images"]
+
+
+def interval_cells(correct: int, total: int) -> list[float | None]:
+    """A share, both ends of its 95 % interval, and the number that it is of; None where nothing was counted."""
+    if not total:
+        return [None, None, None, 0]
+    return [correct / total, *wilson_interval(correct, total), total]
+
+
+def mean_share(counts: Tensor) -> float:
+    """Mean share over rows (N, 2) of (correct, total) that count anything, NaN if none does."""
+    counted = counts[counts[:, 1] > 0].double()
+    return float((counted[:, 0] / counted[:, 1]).mean())
