@@ -115,8 +115,8 @@ def test_success_and_what_is_kept_by_hand(tally):
         ("negative", 3.0, [5.0, 0.0]),
         ("opposite", -3.0, [2.0, -3.0]),
         ("opposite", 3.0, [5.0, 0.0]),
-        ("difference", -3.0, [-1.0, -3.0]),
-        ("difference", 3.0, [5.0, 3.0]),
+        ("difference", -3.0, [0.5, -1.5]),
+        ("difference", 3.0, [5.0, 0.0]),
     ],
 )
 def test_ways_to_remove(tally, removal, scale, after):

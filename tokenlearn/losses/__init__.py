@@ -5,6 +5,7 @@ from tokenlearn.losses.attribute_logits import AttributeClass, attribute_directi
 from tokenlearn.losses.class_cross_entropy import class_cross_entropy
 from tokenlearn.losses.class_mean_cosine import class_mean_cosine
 from tokenlearn.losses.clip_distance import mean_direction, spherical_distance
+from tokenlearn.losses.label_preservation import label_preservation
 from tokenlearn.losses.latent_reconstruction import latent_reconstruction
 from tokenlearn.losses.probability_error import probability_error
 from tokenlearn.losses.symmetry import mirror_error
@@ -16,6 +17,7 @@ __all__ = [
     "attribute_logits",
     "class_cross_entropy",
     "class_mean_cosine",
+    "label_preservation",
     "latent_reconstruction",
     "mean_direction",
     "mirror_error",

@@ -22,7 +22,13 @@ from tokenlearn.diffusion import invert
 from tokenlearn.diffusion.schedule import add_noise, x0_from_noise
 from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.guidance import classifier_free_guidance
-from tokenlearn.losses import class_cross_entropy, class_mean_cosine, latent_reconstruction, probability_error
+from tokenlearn.losses import (
+    class_cross_entropy,
+    class_mean_cosine,
+    label_preservation,
+    latent_reconstruction,
+    probability_error,
+)
 from tokenlearn.methods.attributes import check_class_names, resolve_attributes
 from tokenlearn.methods.base import inverse_of
 from tokenlearn.methods.edit_test import Conditions, EditTally, EditTest, directions_of
@@ -93,9 +99,8 @@ class Caso(TokenLearning):
         editing_loss: cross-entropy on logits, the released squared error of the probability, or the cosine to the
             direction of the class mean.
         reconstruction_weight: weight of the squared error in latent space; 0 in the released code.
-        preservation_weight: weight of the share of all other attributes that the guide expects to be changed, from
-            what pictures show by their labels or, where these are not known, by the word of the guide. It tells apart
-            what the reconstruction lets slip, such as a beard from a man; 0 in the paper.
+        preservation_weight: weight of how far all other labels of the guide move from what it says of the same
+            prediction without the token, see :func:`tokenlearn.losses.label_preservation`; 0 in the paper.
         reconstruct_present_only: reconstruct only pictures that show the class already, by their label or, where that
             is not known, by the word of the guide.
         skip_present: leave those pictures out of the editing loss.
@@ -248,7 +253,8 @@ class Caso(TokenLearning):
         rows = {index: [row for row, draw in enumerate(draws) if draw.attribute == index] for index, *_ in draws}
 
         noisy = self.noisy_latents(latents, torch.stack([draw.noise for draw in draws]).to(self.device), timesteps)
-        predicted = self.one_step_edit(noisy, timesteps, tokens, self.unconditional_noise(noisy, timesteps))
+        unconditional = self.unconditional_noise(noisy, timesteps)
+        predicted = self.one_step_edit(noisy, timesteps, tokens, unconditional)
         features = self.classifier.features(self.backbone.decode_latents(predicted))
         outputs = self.classifier.classify(features).float()
         editing = latents.new_zeros(len(latents), dtype=torch.float32)
@@ -261,7 +267,8 @@ class Caso(TokenLearning):
         loss = editing + self.reconstruction_weight * reconstruction
         parts = {"editing": editing.mean(), "reconstruction": reconstruction.mean()}
         if self.preservation_weight:
-            preservation = self._preservation_loss(outputs, shown, rows)
+            unedited = self._unedited_outputs(noisy, timesteps, unconditional)
+            preservation = self._preservation_loss(outputs, unedited, rows)
             loss = loss + self.preservation_weight * preservation
             parts["preservation"] = preservation.mean()
         total = self.require_finite(loss.mean())
@@ -497,19 +504,20 @@ class Caso(TokenLearning):
         )
         return loss(self.attributes[index].logits(outputs), targets)
 
-    def _preservation_loss(self, outputs: Tensor, shown: Tensor, rows: Mapping[int, list[int]]) -> Tensor:
-        """Expected share (B,) of the attributes not drawn for a picture that do not show its class any more.
+    @torch.no_grad()
+    def _unedited_outputs(self, noisy: Tensor, timesteps: Tensor, unconditional: Tensor) -> Tensor:
+        """The guide's outputs (B, num_outputs) for one step of denoising without a token."""
+        alphas, sigmas = self.backbone.alphas[timesteps], self.backbone.sigmas[timesteps]
+        predicted = x0_from_noise(noisy, unconditional, alphas, sigmas)
+        return self.classifier(self.backbone.decode_latents(predicted)).float()
 
-        Bounded, unlike a cross-entropy, so that a class may win over those that it rules out: nobody bald has curls.
-        """
+    def _preservation_loss(self, outputs: Tensor, unedited: Tensor, rows: Mapping[int, list[int]]) -> Tensor:
+        """How far labels (B,) moved that are none of the drawn attribute's."""
         losses = outputs.new_zeros(len(outputs))
-        for index, attribute in enumerate(self.attributes):
-            chances = attribute.logits(outputs).softmax(dim=1)
-            kept = chances.gather(1, shown[:, index].clamp(min=0)[:, None]).squeeze(1)
-            changed = (1 - kept) * (shown[:, index] != UNKNOWN)
-            changed[rows.get(index, [])] = 0
-            losses = losses + changed
-        return losses / max(1, len(self.attributes) - 1)
+        for index, own in rows.items():
+            edited = {output for output, _ in self.attributes[index].classes}
+            losses[own] = label_preservation(outputs[own], unedited[own], edited, self.classifier.multi_label)
+        return losses
 
     @torch.no_grad()
     def _shown(self, batch: ImageBatch, latents: Tensor) -> Tensor:
@@ -519,7 +527,7 @@ class Caso(TokenLearning):
         """
         unknown = torch.full((len(latents),), UNKNOWN, device=self.device)
         labels = torch.stack([batch.labels.get(item.name, unknown) for item in self.attributes], dim=1)
-        needed = self.skip_present or self.reconstruct_present_only or self.preservation_weight
+        needed = self.skip_present or self.reconstruct_present_only
         if needed and (labels == UNKNOWN).any():
             outputs = self.classifier(self._clean_images(batch, latents))
             said = torch.stack([attribute.class_index(outputs) for attribute in self.attributes], dim=1)

@@ -44,7 +44,7 @@ class EditTest:
         strengths: guidance scales to try.
         strength: the one of them that the table is of.
         removal: how to move away from a class: by its token at a negative scale; towards the opposite class, where
-            an attribute has two; or, in both directions, by the difference of the two classes' predictions.
+            an attribute has two; or by half of each, so that what both tokens have in common cancels.
         prompts: class to a prompt that asks for it: the column of prompt editing.
         embeddings: files of textual inversion's tokens for the classes, by the class in their metadata: a column.
         random_tokens: whether to have a column of tokens that nobody learned.
@@ -197,7 +197,8 @@ class EditTally(nn.Module):
                 both = Conditioning.cat([conditions.absent, conditions.present])
                 weights = [(both[(signed > 0).long()], signed.abs())]
             else:
-                weights = [(conditions.present, signed), (conditions.absent, -signed)]
+                towards_absence = (-signed).clamp(min=0) / 2
+                weights = [(conditions.present, signed + towards_absence), (conditions.absent, towards_absence)]
             for conditional, weight in weights:
                 conditionals.append(conditional)
                 scales.append(weight)
