@@ -98,6 +98,11 @@ def test_bundled_configs_run(config, tmp_path, capsys):
         main(["predict", *common, "--model.num_inference_steps=4", "--model.seeds=[3]"])
         assert len(list((run / "images").glob("*/*seed3.png"))) == len(model["edits"]) + 2  # plain, and all together
         assert (run / "contact_sheet.png").is_file()
+    elif method == "Doodl":
+        steps = ["--model.num_inference_steps=4", "--model.optimisation_steps=1", "--model.seeds=[3]"]
+        main(["predict", *common, *steps])
+        for folder in ("images/before", "images/doodl", "strips", "latents", "losses"):
+            assert len(list((run / folder).iterdir())) == len(model["prompts"])
     elif method == "SegaTest":
         main(["test", *common, *SEGA_TEST])
         summary = json.loads((run / "summary.json").read_text())

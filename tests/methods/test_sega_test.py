@@ -104,6 +104,11 @@ def test_attributes_are_added_where_they_lack_and_removed_where_they_show(make):
     assert report.summary["untouched_kept"] == pytest.approx((1 + 12 / 16 + 1) / 3)
 
 
+def test_removal_has_settings_of_its_own(make):
+    report = report_of(make(removal=ConceptSettings(scale=0.5, warmup_steps=1)))
+    assert [row(report, "smile")["add"], row(report, "smile")["remove"]] == [1, 0]
+
+
 def test_other_methods_are_counted_on_fewer_seeds_and_where_they_can(make):
     report = report_of(make(composable_scale=0.5))
     smile = row(report, "smile")

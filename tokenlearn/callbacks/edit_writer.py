@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import csv
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ class EditWriter(L.Callback):
 
     ``images/<edit>/<name>.png`` is an edit at the picture's own size, ``strips/<name>.png`` its interpolations,
     ``before_after.png`` (of semantic guidance ``contact_sheet.png``) the sheet; generated pictures are in
-    ``images/before/``, recorded guidance in ``guidance/<edit>/seed<seed>.safetensors``. A picture that has all of its
-    files is not edited again, so an interrupted run with the same ``--output_dir`` goes on where it stopped.
+    ``images/before/``, recorded guidance in ``guidance/<edit>/seed<seed>.safetensors``. Optimised latents are in
+    ``latents/<name>.safetensors``, and the steps of their optimisation in ``losses/<name>.csv``. A picture that has
+    all of its files is not edited again, so an interrupted run with the same ``--output_dir`` goes on from there.
 
     Args:
         rows: pictures on the sheet at most.
@@ -51,7 +53,12 @@ class EditWriter(L.Callback):
         if isinstance(task.pictures, GeneratedPictures):
             stems.append(_BEFORE)
         paths = {stem: self._run_folder / "images" / stem / f"{name}.png" for stem in stems}
-        return paths | ({"strip": self._run_folder / "strips" / f"{name}.png"} if task.strip_scales else {})
+        if task.strip_scales:
+            paths["strip"] = self._run_folder / "strips" / f"{name}.png"
+        if task.optimises_latents:
+            paths["latents"] = self._run_folder / "latents" / f"{name}.safetensors"
+            paths["losses"] = self._run_folder / "losses" / f"{name}.csv"
+        return paths
 
     def on_predict_batch_end(
         self,
@@ -79,6 +86,12 @@ class EditWriter(L.Callback):
                 continue
             if stem == "strip":
                 save_picture(_strip(task, edited), path)
+            elif stem == "latents":
+                assert edited.latents is not None
+                with atomic_write(path) as temporary:
+                    save_file({"latents": edited.latents.contiguous().cpu()}, temporary)
+            elif stem == "losses":
+                _write_csv(edited.history, path)
             else:
                 image = to_image(images[stem])
                 save_picture(image.resize(edited.picture.size, Image.Resampling.LANCZOS), path)
@@ -112,8 +125,15 @@ def _strip(task: PictureTask, edited: Edited) -> Image.Image:
     above: list[list[str]] = []
     for caption, images in edited.strips.items():
         rows.append((caption, [_tile(to_image(image)) for image in (edited.before, *images)]))
-        above.append([_BEFORE, *(f"{scale:+g}" if scale else "0" for scale in task.strip_scales[caption])])
+        above.append([_BEFORE, *(task.strip_label(scale) for scale in task.strip_scales[caption])])
     return sheet(rows, above)
+
+
+def _write_csv(rows: Sequence[Mapping[str, float]], path: Path) -> None:
+    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _tile(picture: Image.Image) -> Image.Image:

@@ -101,6 +101,7 @@ class Caso(TokenLearning):
         reconstruction_weight: weight of the squared error in latent space; 0 in the released code.
         preservation_weight: weight of how far all other labels of the guide move from what it says of the same
             prediction without the token, see :func:`tokenlearn.losses.label_preservation`; 0 in the paper.
+        preservation_every: of how many pictures one is looked at without the token. A step is the cheaper the more.
         reconstruct_present_only: reconstruct only pictures that show the class already, by their label or, where that
             is not known, by the word of the guide.
         skip_present: leave those pictures out of the editing loss.
@@ -140,6 +141,7 @@ class Caso(TokenLearning):
         editing_loss: EditingLoss = "cross_entropy",
         reconstruction_weight: float = 0.1,
         preservation_weight: float = 0.0,
+        preservation_every: int = 1,
         reconstruct_present_only: bool = False,
         skip_present: bool = False,
         training_guidance_scale: float = 10.0,
@@ -167,7 +169,13 @@ class Caso(TokenLearning):
             raise UserError("model.attributes is empty; name at least one attribute of the classifier")
         if template.count("{}") != 1:
             raise UserError(f"model.template '{template}' must have exactly one '{{}}', where the token goes")
-        check_at_least("model", 1, initialiser_batches=initialiser_batches, initialiser_words=initialiser_words)
+        check_at_least(
+            "model",
+            1,
+            initialiser_batches=initialiser_batches,
+            initialiser_words=initialiser_words,
+            preservation_every=preservation_every,
+        )
         check_at_least(
             "model",
             0,
@@ -190,7 +198,8 @@ class Caso(TokenLearning):
         self.training_guidance_scale = training_guidance_scale
         self.editing_loss: EditingLoss = editing_loss
         self.reconstruction_weight, self.reconstruct_present_only = reconstruction_weight, reconstruct_present_only
-        self.preservation_weight, self.skip_present = preservation_weight, skip_present
+        self.preservation_weight, self.preservation_every = preservation_weight, preservation_every
+        self.skip_present = skip_present
         self._inverse = inverse_of(self.scheduler)
         self._inverse.set_timesteps(num_inference_steps)
         self.timesteps = self._checked_timesteps(timesteps)
@@ -267,8 +276,11 @@ class Caso(TokenLearning):
         loss = editing + self.reconstruction_weight * reconstruction
         parts = {"editing": editing.mean(), "reconstruction": reconstruction.mean()}
         if self.preservation_weight:
-            unedited = self._unedited_outputs(noisy, timesteps, unconditional)
-            preservation = self._preservation_loss(outputs, unedited, rows)
+            chosen = [row for row, position in enumerate(positions) if position % self.preservation_every == 0]
+            unedited = outputs[chosen]
+            if chosen:  # a process may have none
+                unedited = self._unedited_outputs(noisy[chosen], timesteps[chosen], unconditional[chosen])
+            preservation = self._preservation_loss(outputs, unedited, chosen, draws)
             loss = loss + self.preservation_weight * preservation
             parts["preservation"] = preservation.mean()
         total = self.require_finite(loss.mean())
@@ -479,6 +491,7 @@ class Caso(TokenLearning):
             "editing_loss": self.editing_loss,
             "reconstruction_weight": self.reconstruction_weight,
             "preservation_weight": self.preservation_weight,
+            "preservation_every": self.preservation_every,
             "training_guidance_scale": self.training_guidance_scale,
             "initial_words": self.initial_words,
             "initialiser": self.initialiser,
@@ -511,12 +524,18 @@ class Caso(TokenLearning):
         predicted = x0_from_noise(noisy, unconditional, alphas, sigmas)
         return self.classifier(self.backbone.decode_latents(predicted)).float()
 
-    def _preservation_loss(self, outputs: Tensor, unedited: Tensor, rows: Mapping[int, list[int]]) -> Tensor:
-        """How far labels (B,) moved that are none of the drawn attribute's."""
+    def _preservation_loss(
+        self, outputs: Tensor, unedited: Tensor, chosen: Sequence[int], draws: Sequence[_Draw]
+    ) -> Tensor:
+        """How far labels moved that are none of the drawn attribute's: (B,), 0 for pictures that are not chosen.
+
+        Those chosen stand for the others too, so that the mean over many pictures is that over all.
+        """
         losses = outputs.new_zeros(len(outputs))
-        for index, own in rows.items():
-            edited = {output for output, _ in self.attributes[index].classes}
-            losses[own] = label_preservation(outputs[own], unedited[own], edited, self.classifier.multi_label)
+        for row, reference in zip(chosen, unedited, strict=True):
+            edited = {output for output, _ in self.attributes[draws[row].attribute].classes}
+            moved = label_preservation(outputs[row, None], reference[None], edited, self.classifier.multi_label)
+            losses[row] = self.preservation_every * moved[0]
         return losses
 
     @torch.no_grad()

@@ -27,6 +27,8 @@ class Edited(NamedTuple):
         edits: (E, 3, H, W) in [0, 1], one per edit.
         strips: caption to (S, 3, H, W) in [0, 1], one per scale.
         guidance: name of an edit to the (T, C, h, w) guidance that made it, where it is recorded.
+        latents: (..., C, h, w) optimised latents, of tasks that have them.
+        history: a row for each step of their optimisation, all with the same columns.
     """
 
     picture: Picture
@@ -34,6 +36,8 @@ class Edited(NamedTuple):
     edits: Tensor
     strips: Mapping[str, Tensor]
     guidance: Mapping[str, Tensor]
+    latents: Tensor | None = None
+    history: Sequence[Mapping[str, float]] = ()
 
 
 def file_stem(text: str) -> str:
@@ -63,6 +67,7 @@ class PictureTask(Generate):
         strip_scales: caption of each strip to its scales.
         sheet_name: file name of the sheet of the first pictures and their edits.
         first_caption: of the pictures that the edits are of.
+        optimises_latents: whether every picture comes with optimised latents and their history.
         is_done: tells by its name whether a picture's edits are there already, so that it is left out.
 
     Raises:
@@ -74,6 +79,7 @@ class PictureTask(Generate):
     strip_scales: Mapping[str, Sequence[float]]
     sheet_name = "before_after.png"
     first_caption = "before"
+    optimises_latents = False
 
     def __init__(
         self,
@@ -101,6 +107,11 @@ class PictureTask(Generate):
     @abstractmethod
     def edit_pictures(self, pictures: Sequence[Picture]) -> list[Edited]:
         """Make all edits of pictures."""
+
+    @staticmethod
+    def strip_label(scale: float) -> str:
+        """What stands above a picture of a strip."""
+        return f"{scale:+g}" if scale else "0"
 
     def predict_dataloader(self) -> EvaluationBatches[Picture | str, list[Picture | str]]:
         """This rank's pictures; of those that are done the name alone."""

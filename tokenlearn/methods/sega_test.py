@@ -117,8 +117,9 @@ class SegaTest(Generate):
         judge: timm name or folder of the classifier that counts.
         attributes: attributes of the judge and how each method asks for them.
         prompt: neutral prompt.
-        edit: how concepts are applied; the sign of the scale follows from the direction.
-        token_edit: the same for learned tokens; null for no such column.
+        edit: how concepts are added.
+        removal: how they are removed, at the negative of its scale; null for as they are added.
+        token_edit: how learned tokens are added, and removed unless they have opposites; null for no such column.
         composable_scale: guidance scale of concepts in composable diffusion.
         safety: settings of safe latent diffusion, which removes only; its presets are for 50 steps.
         embeddings: embedding files of learned tokens.
@@ -150,6 +151,7 @@ class SegaTest(Generate):
         attributes: list[AttributeWords],
         prompt: str,
         edit: ConceptSettings = ConceptSettings(),  # noqa: B008 - frozen
+        removal: ConceptSettings | None = None,
         token_edit: ConceptSettings | None = None,
         composable_scale: float = 5.0,
         safety: SafetySettings = SAFETY_PRESETS["strong"],
@@ -189,7 +191,7 @@ class SegaTest(Generate):
         self.attributes = resolve_attributes({words.label: None for words in attributes}, self.judge)
         self.combinations = [self._parts(names) for names in combinations]
         self.combination_names = [" + ".join(names) for names in combinations]
-        self.prompt, self.edit, self.token_edit = prompt, edit, token_edit
+        self.prompt, self.edit, self.removal, self.token_edit = prompt, edit, removal or edit, token_edit
         self.composable_scale, self.safety = composable_scale, safety
         self.styles, self.arithmetic, self.suppression = styles, arithmetic, suppression
         self.scales = monotonicity_scales
@@ -314,7 +316,7 @@ class SegaTest(Generate):
         if method == _COMPOSABLE:
             sign = 1 if adding else -1
             return lambda seeds: self._composed(words.concept, sign * self.composable_scale, seeds)
-        settings = self.edit if method == _OWN else self.token_edit
+        settings = self.token_edit if method == _TOKENS else self.edit if adding else self.removal
         if settings is None or (method == _TOKENS and words.token is None):
             return None
         edit = self._direction(words, adding, settings, tokens=method == _TOKENS)
@@ -342,7 +344,10 @@ class SegaTest(Generate):
         chosen = (before[:, own] != wanted).all(dim=1).nonzero()[:, 0]
         if not len(chosen):
             return
-        edits = [self._direction(self.words[part.attribute], part.wanted, self.edit) for part in parts]
+        edits = [
+            self._direction(self.words[part.attribute], part.wanted, self.edit if part.wanted else self.removal)
+            for part in parts
+        ]
         edited = self._guided(self.prompt, edits, [seeds[row] for row in chosen.tolist()])
         reached = self.classes(edited)[:, own] == wanted
         self._show(self.combination_names[number], edited)
@@ -384,7 +389,7 @@ class SegaTest(Generate):
                 self._show(self.arithmetic.concept if cell else prompt, images)
         if self.suppression is not None:
             prompt, concept = self.suppression.prompt, self.suppression.concept
-            edit = self._edit(concept, self.edit, -1)
+            edit = self._edit(concept, self.removal, -1)
             drawn = (
                 self._plain(prompt, seeds),
                 self._guided(prompt, [edit], seeds),
