@@ -522,7 +522,8 @@ class Caso(TokenLearning):
         """The guide's outputs (B, num_outputs) for one step of denoising without a token."""
         alphas, sigmas = self.backbone.alphas[timesteps], self.backbone.sigmas[timesteps]
         predicted = x0_from_noise(noisy, unconditional, alphas, sigmas)
-        return self.classifier(self.backbone.decode_latents(predicted)).float()
+        outputs: Tensor = self.classifier(self.backbone.decode_latents(predicted))
+        return outputs.float()
 
     def _preservation_loss(
         self, outputs: Tensor, unedited: Tensor, chosen: Sequence[int], draws: Sequence[_Draw]

@@ -377,7 +377,7 @@ class EditTally(nn.Module):
             changed, total = self.combined.compute()[number].tolist()
             summary[f"combination_{number + 1}_all"] = changed / total
             summary[f"combination_{number + 1}_each"] = mean_share(counts)
-            cells = interval_cells(changed, total)
+            cells = [*interval_cells(changed, total)]
             yield [" + ".join(names), *cells, *[None] * (width - 1 - len(cells))]
 
 

@@ -222,14 +222,14 @@ class SegaTest(Generate):
 
     def _parts(self, names: Sequence[str]) -> list[_Part]:
         known = {
-            name: _Part(index, wanted)
+            name: _Part(index, bool(wanted))
             for index, attribute in enumerate(self.attributes)
             for wanted, name in enumerate(attribute.class_names)
         }
         for name in names:
             if name not in known:
                 raise UserError(f"model.combinations has '{name}', which is none of {', '.join(known)}")
-        return [_Part(known[name].attribute, bool(known[name].wanted)) for name in names]
+        return [known[name] for name in names]
 
     def on_test_start(self) -> None:
         """Check that every learned token is loaded.
