@@ -36,7 +36,7 @@ FIT_OF = {
         "--model.init_args.collapse_batches=1",
         "--model.init_args.initialiser_words=2",
         "--model.init_args.test.num_inference_steps=5",
-        "--model.init_args.test.strengths=[3]",
+        "--model.init_args.test.strengths=[2.5]",
         "--data.init_args.source=portraits:60",
         "--data.init_args.transfer_images=1",
     ],
