@@ -36,7 +36,6 @@ FIT_OF = {
         "--model.init_args.collapse_batches=1",
         "--model.init_args.initialiser_words=2",
         "--model.init_args.test.num_inference_steps=5",
-        "--model.init_args.test.strengths=[2.5]",
         "--data.init_args.source=portraits:60",
         "--data.init_args.transfer_images=1",
     ],
@@ -109,12 +108,15 @@ def test_bundled_configs_run(config, tmp_path, capsys):
         assert {"add_success", "remove_success", "untouched_kept", "rank_correlation"} <= summary.keys()
         assert (run / "table.csv").is_file()
     else:
-        main(["fit", *common, *FIT_OF[method]])
+        options = list(FIT_OF[method])
+        if method == "Caso":
+            options.append(f"--model.init_args.test.strengths=[{model['test']['strength']}]")
+        main(["fit", *common, *options])
         summary = json.loads((run / "summary.json").read_text())
         assert len(summary["embeddings"]) == number_of_tokens(method, model)
         (best,) = (run / "checkpoints").glob("best-*.ckpt")
         again = "test" if method == "Caso" else "validate"  # a fit of class tokens ends with the test
-        main([again, *common, *FIT_OF[method], "--ckpt_path", str(best)])
+        main([again, *common, *options, "--ckpt_path", str(best)])
     assert capsys.readouterr().out.strip().splitlines()[-1] == str(run)
 
 
