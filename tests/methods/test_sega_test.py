@@ -155,6 +155,7 @@ def test_styles_arithmetic_and_suppression(make, judge):
         ({"attributes": [AttributeWords(label="nose", concept="nose")]}, "nose"),
         ({"combinations": [["smile", "nose"]]}, "'nose', which is none of no smile, smile"),
         ({"edit": ConceptSettings(warmup_steps=4)}, "warmup_steps 4"),
+        ({"removal": ConceptSettings(warmup_steps=4)}, "warmup_steps 4"),
         ({"num_seeds": 0}, "num_seeds"),
         ({"monotonicity_seeds": 1, "monotonicity_scales": [2.0]}, "monotonicity_scales must be two or more"),
     ],

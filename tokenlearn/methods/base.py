@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -75,6 +75,41 @@ class TokenTask(L.LightningModule):
         names = [name for name, _ in frozen if not name.startswith("bank.")]
         self._ddp_params_and_buffers_to_ignore = names
 
+    def sample_latents(
+        self,
+        seeds: Sequence[int],
+        conditionings: Sequence[Conditioning],
+        rule: Callable[[Sequence[Tensor], int], Tensor],
+        gradient_steps: int = 0,
+        checkpointing: bool = True,
+        detach_inputs: bool = False,
+        num_inference_steps: int | None = None,
+    ) -> Tensor:
+        """Sample latents (B, C, h, w) for B seeds under a guidance rule.
+
+        Args:
+            seeds: one per sample, of its initial latents and of noise that the scheduler adds.
+            conditionings: what the rule needs, each of B rows or of one row.
+            rule: guidance rule; this and what follows as in :func:`tokenlearn.diffusion.sample`.
+            gradient_steps: how many of the last steps are differentiated.
+            checkpointing: whether these are recomputed in the backward pass.
+            detach_inputs: whether the gradient stays within each step.
+            num_inference_steps: None for the task's own.
+        """
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return sample(
+            self.backbone,
+            self.scheduler,
+            self.backbone.initial_latents(generators),
+            conditionings,
+            rule,
+            num_inference_steps or self.num_inference_steps,
+            gradient_steps,
+            checkpointing,
+            detach_inputs,
+            generators,
+        )
+
     def generate_latents(
         self,
         prompts: Sequence[str],
@@ -85,8 +120,6 @@ class TokenTask(L.LightningModule):
         num_inference_steps: int | None = None,
     ) -> Tensor:
         """Sample latents (B, C, h, w) for B prompts and seeds; see :func:`tokenlearn.diffusion.sample`."""
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        latents = self.backbone.initial_latents(generators)
         with torch.set_grad_enabled(torch.is_grad_enabled() and gradient_steps > 0):
             conditions = [
                 self.backbone.encode_prompts(prompts),
@@ -95,17 +128,14 @@ class TokenTask(L.LightningModule):
         rule: ClassifierFreeGuidance | SemanticGuidance = self.guidance
         if self.semantic_edits:
             rule = semantic_guidance(self.guidance.guidance_scale, self.semantic_edits)
-        return sample(
-            self.backbone,
-            self.scheduler,
-            latents,
+        return self.sample_latents(
+            seeds,
             rule.conditionings(self.unconditional(), *conditions),
             rule,
-            num_inference_steps or self.num_inference_steps,
             gradient_steps,
             checkpointing,
             detach_inputs,
-            generators,
+            num_inference_steps,
         )
 
     def generate(

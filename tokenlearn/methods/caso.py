@@ -277,10 +277,10 @@ class Caso(TokenLearning):
         parts = {"editing": editing.mean(), "reconstruction": reconstruction.mean()}
         if self.preservation_weight:
             chosen = [row for row, position in enumerate(positions) if position % self.preservation_every == 0]
-            unedited = outputs[chosen]
+            preservation = outputs.new_zeros(len(outputs))
             if chosen:  # a process may have none
                 unedited = self._unedited_outputs(noisy[chosen], timesteps[chosen], unconditional[chosen])
-            preservation = self._preservation_loss(outputs, unedited, chosen, draws)
+                preservation = self._preservation_loss(outputs, unedited, chosen, draws)
             loss = loss + self.preservation_weight * preservation
             parts["preservation"] = preservation.mean()
         total = self.require_finite(loss.mean())

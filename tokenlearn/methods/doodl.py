@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,7 +15,9 @@ from tokenlearn.diffusion import GradientChain, invert_full_chain, sample_full_c
 from tokenlearn.diffusion.latent_optimisation import latent_norms, optimisation_step
 from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.guidance import ClassifierFreeGuidance
+from tokenlearn.methods.editing import check_timestep
 from tokenlearn.methods.image_guidance import ImageGuidance
+from tokenlearn.methods.learning import is_same_model
 from tokenlearn.methods.one_step_guidance import OneStepGuidance
 from tokenlearn.methods.picture_task import Edited, PictureTask
 from tokenlearn.models import Conditioning, DiffusionBackbone, TimmClassifier
@@ -145,12 +146,8 @@ class Doodl(PictureTask):
         """The timestep, or None if it is the first; UserError if it is none of the sampling steps'."""
         self.scheduler.set_timesteps(self.num_inference_steps)
         known: list[int] = self.scheduler.timesteps.tolist()
-        if timestep is not None and timestep not in known:
-            near = sorted(sorted(known, key=lambda step: abs(step - timestep))[:2])
-            raise UserError(
-                f"model.optimise_from {timestep} is not among the {self.num_inference_steps} steps; take "
-                f"{' or '.join(map(str, near))}, or another number of steps"
-            )
+        if timestep is not None:
+            check_timestep(timestep, known, "model.optimise_from")
         return None if timestep == known[0] else timestep
 
     def on_predict_start(self) -> None:
@@ -338,7 +335,7 @@ def _judge(
         raise UserError(f"the judge '{judge}' does not know what to look for; set model.judge_label")
     for guidance in guidances:
         guide: Any = getattr(guidance, "classifier", None)
-        if guide is not None and Path(guide.pretrained).resolve() == Path(judge).resolve():
+        if guide is not None and is_same_model(guide.pretrained, judge):
             raise UserError(f"the judge '{judge}' is one of the guidances; a judge must be another model")
     classifier = TimmClassifier(judge)
     return classifier, classifier.label_index(label)

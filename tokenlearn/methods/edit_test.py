@@ -19,6 +19,7 @@ from tokenlearn.methods.editing import Inversion, PictureEditor
 from tokenlearn.metrics import (
     ClassAccuracy,
     GroupMeans,
+    PictureRows,
     Report,
     interval_cells,
     interval_columns,
@@ -29,7 +30,6 @@ from tokenlearn.models import Conditioning, TimmClassifier
 
 Removal = Literal["negative", "opposite", "difference"]
 
-_SHOWN_PICTURES = 8
 _DIRECTIONS = ("add", "remove")
 
 
@@ -151,7 +151,7 @@ class EditTally(nn.Module):
         self._parts = [len(combination) for combination in self.combinations]
         self.combined = ClassAccuracy(max(1, len(self.combinations)))
         self.combined_parts = ClassAccuracy(max(1, sum(self._parts)))
-        self.pictures: dict[str, list[Tensor]] = {}
+        self.pictures = PictureRows()
 
     def _direction(self, name: str) -> int:
         names = [direction.name for direction in self.directions]
@@ -211,7 +211,7 @@ class EditTally(nn.Module):
         nothing = self.editor.denoise(noisy, self.unconditional, [], [])
         self.reconstruction.update(_psnr(nothing, images), torch.zeros(len(images), dtype=torch.long).to(before))
         shown = before.unbind(dim=1)
-        self._show("picture", images)
+        self.pictures.add("picture", images)
         for method, conditions in enumerate(self.conditions.values()):
             for number, (direction, own) in enumerate(zip(self.directions, conditions, strict=True)):
                 present = shown[direction.attribute] == direction.target
@@ -227,7 +227,7 @@ class EditTally(nn.Module):
                     ranks = spearman_corrcoef(torch.stack(scores), scales.T)
                     self.rank_correlation.update(ranks.reshape(-1), torch.full_like(shown[0], number))
                     headline = edited[:, self.settings.strengths.index(self.settings.strength)]
-                    self._show(direction.name, headline)
+                    self.pictures.add(direction.name, headline)
         self._update_combinations(noisy, before)
 
     def update_transfer(self, images: Tensor, latents: Tensor, groups: Tensor) -> None:
@@ -287,12 +287,8 @@ class EditTally(nn.Module):
             self.combined.update(changed.all(dim=1), torch.full_like(before[:, 0], number))
             parts = first + torch.arange(len(chosen), device=before.device).expand(len(before), -1)
             self.combined_parts.update(changed.flatten(), parts.flatten())
-            self._show(" + ".join(item.name for item in chosen), edited)
+            self.pictures.add(" + ".join(item.name for item in chosen), edited)
             first += len(chosen)
-
-    def _show(self, caption: str, images: Tensor) -> None:
-        row = self.pictures.setdefault(caption, [])
-        row += list(images[: _SHOWN_PICTURES - len(row)].float().cpu())
 
     def report(self) -> Report:
         """The table of all processes together; see :class:`tokenlearn.metrics.Report`."""
@@ -358,7 +354,7 @@ class EditTally(nn.Module):
             summary=summary,
             plain=plain,
             curves=curves,
-            pictures={"edits": [(name, torch.stack(images)) for name, images in self.pictures.items() if images]},
+            pictures={"edits": self.pictures.rows()},
         )
 
     def _more_rows(self, width: int, summary: dict[str, float]) -> Iterator[list[str | float | None]]:

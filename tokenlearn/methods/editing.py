@@ -20,6 +20,20 @@ Inversion = Literal["ddim", "edit_friendly"]
 _SEED = 0
 
 
+def check_timestep(timestep: int, known: Sequence[int], setting: str) -> None:
+    """Refuse a timestep that none of the sampling steps has.
+
+    Raises:
+        UserError: naming the setting and the nearest ones.
+    """
+    if timestep not in known:
+        near = sorted(sorted(known, key=lambda step: abs(step - timestep))[:2])
+        raise UserError(
+            f"{setting} {timestep} is not among the {len(known)} steps; take {' or '.join(map(str, near))}, or "
+            "another number of steps"
+        )
+
+
 class PictureEditor:
     """Inverts pictures to a noise level, and denoises them again under guidance by any number of conditions.
 
@@ -49,13 +63,7 @@ class PictureEditor:
         self.scheduler = backbone.make_scheduler("DDIM", num_inference_steps)
         self._inverse = inverse_of(self.scheduler)
         self.scheduler.set_timesteps(num_inference_steps)
-        known: list[int] = self.scheduler.timesteps.tolist()
-        if timestep not in known:
-            near = sorted(sorted(known, key=lambda step: abs(step - timestep))[:2])
-            raise UserError(
-                f"{setting} {timestep} is not among the {num_inference_steps} steps; take "
-                f"{' or '.join(map(str, near))}, or another number of steps"
-            )
+        check_timestep(timestep, self.scheduler.timesteps.tolist(), setting)
 
     def invert(self, latents: Tensor, unconditional: Conditioning) -> Inverted:
         """Clean latents (B, C, h, w) at the noise level of the edits."""

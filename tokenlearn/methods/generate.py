@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tokenlearn.data.prompts import PromptBatch
-from tokenlearn.diffusion import sample
 from tokenlearn.methods.base import TokenTask
 from tokenlearn.models import Conditioning, DiffusionBackbone
 from tokenlearn.tokens import TokenBank, load_bank
@@ -58,18 +56,7 @@ class Generate(TokenTask):
             conditionings: what the rule needs, each of B rows or of one row.
             rule: see :func:`tokenlearn.diffusion.sample`.
         """
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        latents = sample(
-            self.backbone,
-            self.scheduler,
-            self.backbone.initial_latents(generators),
-            conditionings,
-            rule,
-            self.num_inference_steps,
-            gradient_steps=0,
-            generators=generators,
-        )
-        return self.backbone.decode_latents(latents).clamp(0, 1)
+        return self.backbone.decode_latents(self.sample_latents(seeds, conditionings, rule)).clamp(0, 1)
 
     def predict_step(self, batch: PromptBatch) -> dict[str, Any]:
         """Images in [0, 1] with their prompts and seeds."""

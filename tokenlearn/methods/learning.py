@@ -23,6 +23,11 @@ def adamw(params: Any) -> AdamW:  # noqa: ANN401 - torch's own type of parameter
     return AdamW(params, lr=2e-2, weight_decay=0.0)
 
 
+def is_same_model(name: str, other: str) -> bool:
+    """Whether two names, or folders however spelled, are of one model."""
+    return name == other or (Path(other).is_dir() and Path(other).resolve() == Path(name).resolve())
+
+
 def guide_and_judge(classifier: str, judge: str | None) -> tuple[TimmClassifier, TimmClassifier | None]:
     """Load the classifier that guides and the one that reports.
 
@@ -31,7 +36,7 @@ def guide_and_judge(classifier: str, judge: str | None) -> tuple[TimmClassifier,
     """
     if judge is None:
         return TimmClassifier(classifier), None
-    if judge == classifier or (Path(judge).is_dir() and Path(judge).resolve() == Path(classifier).resolve()):
+    if is_same_model(classifier, judge):
         raise UserError(f"judge and classifier are both '{judge}'; a judge must be another model than the guide")
     return TimmClassifier(classifier), TimmClassifier(judge)
 

@@ -25,7 +25,15 @@ from tokenlearn.guidance import (
 from tokenlearn.methods.attributes import resolve_attributes
 from tokenlearn.methods.concepts import SemanticEdit, check_steps, check_tokens, encode_terms, semantic_guidance
 from tokenlearn.methods.generate import Generate
-from tokenlearn.metrics import ClassAccuracy, GroupMeans, Report, interval_cells, interval_columns, mean_share
+from tokenlearn.metrics import (
+    ClassAccuracy,
+    GroupMeans,
+    PictureRows,
+    Report,
+    interval_cells,
+    interval_columns,
+    mean_share,
+)
 from tokenlearn.models import DiffusionBackbone, TimmClassifier
 
 _OWN, _TOKENS, _PROMPTS, _COMPOSABLE, _SAFE = (
@@ -37,7 +45,6 @@ _OWN, _TOKENS, _PROMPTS, _COMPOSABLE, _SAFE = (
 )
 _METHODS = (_OWN, _TOKENS, _PROMPTS, _COMPOSABLE, _SAFE)
 _SIDES = ("add", "remove")
-_SHOWN_PICTURES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +205,9 @@ class SegaTest(Generate):
         self.first_seed, self.num_seeds, self.compared_seeds = first_seed, num_seeds, compared_seeds
         self.style_seeds, self.monotonicity_seeds, self.batch_size = style_seeds, monotonicity_seeds, batch_size
         edits = [
-            self._edit(words.concept, settings) for words in attributes for settings in (edit, token_edit or edit)
+            self._edit(words.concept, settings)
+            for words in attributes
+            for settings in (edit, self.removal, token_edit or edit)
         ]
         check_steps(edits, num_inference_steps)
 
@@ -217,7 +226,7 @@ class SegaTest(Generate):
         self._most = max([1, *map(len, self.combinations)])
         self.at_least, self.each = (ClassAccuracy(max(1, len(combinations)) * self._most) for _ in range(2))
         self.turned, self.suppressed = ClassAccuracy(2), ClassAccuracy(3)
-        self.shown: dict[str, list[Tensor]] = {}
+        self.shown = PictureRows()
         self.report: Report | None = None
 
     def _parts(self, names: Sequence[str]) -> list[_Part]:
@@ -262,7 +271,7 @@ class SegaTest(Generate):
         """Draw pictures of the batch's seeds plain and edited in all ways, and count."""
         seeds = [self.first_seed + index for index in batch]
         plain = self._timed(0, seeds, lambda: self._plain(self.prompt, seeds))
-        self._show("plain", plain)
+        self.shown.add("plain", plain)
         before = self.classes(plain)
         self._count_edits(batch, seeds, before)
         for number, parts in enumerate(self.combinations):
@@ -295,7 +304,7 @@ class SegaTest(Generate):
                     cell = (method * len(self.words) + number) * len(_SIDES) + side
                     self._count(self.success, self.kept, cell, number, edited, before[chosen])
                     if method == 0:
-                        self._show(self.attributes[number].class_names[1 - side], edited)
+                        self.shown.add(self.attributes[number].class_names[1 - side], edited)
 
     def _count(
         self, success: ClassAccuracy, kept: ClassAccuracy, cell: int, attribute: int, edited: Tensor, before: Tensor
@@ -350,7 +359,7 @@ class SegaTest(Generate):
         ]
         edited = self._guided(self.prompt, edits, [seeds[row] for row in chosen.tolist()])
         reached = self.classes(edited)[:, own] == wanted
-        self._show(self.combination_names[number], edited)
+        self.shown.add(self.combination_names[number], edited)
         first = number * self._most
         for index in range(len(parts)):
             cells = torch.full((len(reached),), first + index, device=before.device)
@@ -386,7 +395,7 @@ class SegaTest(Generate):
             for cell, images in enumerate((self._plain(prompt, seeds), self._guided(prompt, [edit], seeds))):
                 found = self._wanted.class_index(self.arithmetic_judge(images)).bool()
                 self.turned.update(found, torch.full_like(found, cell, dtype=torch.long))
-                self._show(self.arithmetic.concept if cell else prompt, images)
+                self.shown.add(self.arithmetic.concept if cell else prompt, images)
         if self.suppression is not None:
             prompt, concept = self.suppression.prompt, self.suppression.concept
             edit = self._edit(concept, self.removal, -1)
@@ -398,7 +407,7 @@ class SegaTest(Generate):
             for cell, images in enumerate(drawn):
                 found = self._unwanted.class_index(self.judge(images)).bool()
                 self.suppressed.update(found, torch.full_like(found, cell, dtype=torch.long))
-                self._show((prompt, f"no {concept}", f"no {concept}, safe")[cell], images)
+                self.shown.add((prompt, f"no {concept}", f"no {concept}, safe")[cell], images)
 
     def _plain(self, prompt: str, seeds: Sequence[int]) -> Tensor:
         conditionings = self.guidance.conditionings(self.unconditional(), self.backbone.encode_prompts([prompt]))
@@ -438,10 +447,6 @@ class SegaTest(Generate):
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    def _show(self, caption: str, images: Tensor) -> None:
-        row = self.shown.setdefault(caption, [])
-        row += list(images[: _SHOWN_PICTURES - len(row)].float().cpu())
 
     def on_test_epoch_end(self) -> None:
         """Make the report, and log its figures."""
@@ -484,19 +489,19 @@ class SegaTest(Generate):
             bars=list(_SIDES),
             plain=plain,
             summary=summary,
-            pictures={"edits": [(name, torch.stack(images)) for name, images in self.shown.items() if images]},
+            pictures={"edits": self.shown.rows()},
         )
 
     def _more(self, summary: dict[str, float]) -> Iterator[tuple[str, list[int]]]:
         """Rows of one count each: their names and (correct, total); the figures go to the summary."""
-        at_least, each = self.at_least.compute().tolist(), self.each.compute().tolist()
+        at_least, each = self.at_least.compute(), self.each.compute()
         for number, (name, parts) in enumerate(zip(self.combination_names, self.combinations, strict=True)):
             first = number * self._most
             for index in range(len(parts)):
-                yield f"{name}: at least {index + 1}", at_least[first + index]
+                yield f"{name}: at least {index + 1}", at_least[first + index].tolist()
             for index, part in enumerate(name.split(" + ")):
-                yield f"{name}: {part}", each[first + index]
-            summary[f"combination_{number + 1}_all"] = _share(at_least[first + len(parts) - 1])
+                yield f"{name}: {part}", each[first + index].tolist()
+            summary[f"combination_{number + 1}_all"] = mean_share(at_least[first + len(parts) - 1, None])
         in_styles, kept_in_styles = self.in_styles.compute(), self.kept_in_styles.compute()
         for style, counts in zip(self.styles, in_styles.tolist(), strict=False):
             yield style, counts
@@ -504,17 +509,12 @@ class SegaTest(Generate):
             summary["styles_add_success"] = mean_share(in_styles)
             summary["styles_untouched_kept"] = mean_share(kept_in_styles)
         if self.arithmetic is not None:
-            before, after = self.turned.compute().tolist()
-            yield f"{self.arithmetic.label}: plain", before
-            yield f"{self.arithmetic.label}: {self.arithmetic.concept}", after
-            summary |= {"arithmetic_plain": _share(before), "arithmetic": _share(after)}
+            ways = {"arithmetic_plain": "plain", "arithmetic": self.arithmetic.concept}
+            for (key, way), counts in zip(ways.items(), self.turned.compute(), strict=True):
+                yield f"{self.arithmetic.label}: {way}", counts.tolist()
+                summary[key] = mean_share(counts[None])
         if self.suppression is not None:
             names = ("suppression_plain", "suppression", "suppression_safe")
-            for name, counts in zip(names, self.suppressed.compute().tolist(), strict=True):
-                yield f"{self.suppression.label} shown: {name}", counts
-                summary[name] = _share(counts)
-
-
-def _share(counts: Sequence[int]) -> float:
-    correct, total = counts
-    return correct / total if total else float("nan")
+            for name, counts in zip(names, self.suppressed.compute(), strict=True):
+                yield f"{self.suppression.label} shown: {name}", counts.tolist()
+                summary[name] = mean_share(counts[None])

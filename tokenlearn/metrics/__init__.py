@@ -11,13 +11,14 @@ from tokenlearn.metrics.neural_collapse import (
     within_class_variability,
 )
 from tokenlearn.metrics.perceptual_distance import perceptual_distance
-from tokenlearn.metrics.report import Report, interval_cells, interval_columns, is_share, mean_share
+from tokenlearn.metrics.report import PictureRows, Report, interval_cells, interval_columns, is_share, mean_share
 
 __all__ = [
     "ClassAccuracy",
     "CollapseStatistics",
     "GroupMeans",
     "NeuralCollapse",
+    "PictureRows",
     "Report",
     "equiangularity",
     "equinorm",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from tokenlearn.metrics.class_accuracy import wilson_interval
@@ -34,6 +35,27 @@ class Report:
     plain: list[str] = field(default_factory=list)
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     pictures: dict[str, list[tuple[str, Tensor]]] = field(default_factory=dict)
+
+
+class PictureRows:
+    """The first pictures of each caption, for :attr:`Report.pictures`.
+
+    Args:
+        length: pictures of a caption at most.
+    """
+
+    def __init__(self, length: int = 8) -> None:
+        self.length = length
+        self._images: dict[str, list[Tensor]] = {}
+
+    def add(self, caption: str, images: Tensor) -> None:
+        """Keep as many of the images (B, 3, H, W) in [0, 1] as still have a place."""
+        row = self._images.setdefault(caption, [])
+        row += list(images[: self.length - len(row)].float().cpu())
+
+    def rows(self) -> list[tuple[str, Tensor]]:
+        """Captions with their images (n, 3, H, W), in the order in which they came; none without an image."""
+        return [(caption, torch.stack(images)) for caption, images in self._images.items() if images]
 
 
 def is_share(name: str) -> bool:
