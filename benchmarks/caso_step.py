@@ -158,7 +158,7 @@ def random_pictures(task: Caso, batch_size: int, form: Literal["latents", "pixel
 
 
 def main(
-    config: str = "configs/portraits/caso.yaml",
+    fit_config: str = "configs/portraits/caso.yaml",
     num_attributes: tuple[int, ...] = (1, 10),
     batch_size: int = 16,
     pictures: Literal["latents", "pixels"] = "latents",
@@ -171,7 +171,7 @@ def main(
     """Measure, print a table, and as the last line the ratios as JSON.
 
     Args:
-        config: config of a training with :class:`Caso`.
+        fit_config: config of a training with :class:`Caso`.
         num_attributes: how many of the config's attributes are learned at once, counted from the first.
         batch_size: images per step.
         pictures: what the step gets.
@@ -186,14 +186,16 @@ def main(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    settings = parse_config(config)
+    settings = parse_config(fit_config)
     attributes = settings["model.init_args.attributes"]
     if not 1 <= min(num_attributes) <= max(num_attributes) <= len(attributes):
-        raise UserError(f"num_attributes must be from 1 to {len(attributes)}, as in '{config}', got {num_attributes}")
+        raise UserError(
+            f"num_attributes must be from 1 to {len(attributes)}, as in '{fit_config}', got {num_attributes}"
+        )
 
     results: dict[str, float] = {}
     line = "{:>10}  {:<10} {:>9} {:>14} {:>12}"
-    print(f"{config}, {batch_size} pictures as {pictures}, {precision}, {torch.get_num_threads()} threads")
+    print(f"{fit_config}, {batch_size} pictures as {pictures}, {precision}, {torch.get_num_threads()} threads")
     print(line.format("attributes", "", "seconds", "rows, no grad", "rows, grad"))
     for count in num_attributes:
         chosen = dict(islice(attributes.items(), count))

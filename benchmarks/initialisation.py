@@ -4,7 +4,9 @@ For each attribute, initialiser and seed, a training as ``tokenlearn fit`` runs 
 for that one attribute. Every few steps, from before the first one on, every held-out picture that needs the edit is
 edited in one step by each token, and the training stops where the guide takes the wanted share of them for the class
 (``val/guided_accuracy``): the optimizer steps until then count. The count is a multiple of the steps between checks,
-and 0 for tokens that are there before any training. Where the training ends before, its full length counts.
+and 0 for tokens that are there before any training. Where the training ends before, its full length counts. The
+default attribute is one whose one-step edits pass 90 % under the bundled config: those of others, such as smiles, stay
+near 80 % from whichever start, as preservation holds them back.
 
 ``default_over_word`` is the median over attributes and seeds of the config's initialiser over that of ``words``, null
 if only the latter is 0.
@@ -93,8 +95,8 @@ def ratio(steps: float, of_word: float) -> float | None:
 
 
 def main(
-    config: str = "configs/portraits/caso.yaml",
-    attributes: tuple[str, ...] = ("smile",),
+    fit_config: str = "configs/portraits/caso.yaml",
+    attributes: tuple[str, ...] = ("female",),
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
     accuracy: float = 0.9,
     max_steps: int = 60,
@@ -105,7 +107,7 @@ def main(
     """Train, print a table, and as the last line the medians and their ratio as JSON.
 
     Args:
-        config: config of a training with :class:`tokenlearn.methods.Caso`; its initialiser is the default.
+        fit_config: config of a training with :class:`tokenlearn.methods.Caso`; its initialiser is the default.
         attributes: attributes to learn, each alone.
         seeds: of what is drawn in training, and of the order of pictures.
         accuracy: wanted share of the edits, from 0 to 1.
@@ -130,7 +132,7 @@ def main(
     # The frozen stack is in eval mode on purpose.
     warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode.*")
 
-    settings = parse_config(config)
+    settings = parse_config(fit_config)
     known, default = settings["model.init_args.attributes"], settings["model.init_args.initialiser"]
     initialisers: tuple[ClassInitialiser, ...] = get_args(ClassInitialiser)
     runs = [(attribute, initialiser) for attribute in attributes for initialiser in initialisers]
@@ -149,7 +151,7 @@ def main(
                 steps[attribute, initialiser].append(reached)
                 bar.update()
 
-    print(f"{config}, optimizer steps until {accuracy:.0%} of the edits are what the guide takes for the class")
+    print(f"{fit_config}, optimizer steps until {accuracy:.0%} of the edits are what the guide takes for the class")
     line = "{:<16} {:<12}" + " {:>8}" * (len(seeds) + 1)
     print(line.format("attribute", "starts from", *(f"seed {seed}" for seed in seeds), "median"))
     counted = {run: [max_steps if count is None else count for count in counts] for run, counts in steps.items()}

@@ -5,9 +5,10 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from jsonargparse import auto_cli
 from torch.utils.data import DataLoader
 
-from benchmarks import caso_step
+from benchmarks import caso_step, initialisation
 from benchmarks.common import RowCounter, instantiate, parse_config
 from tests.tiny import tiny_classifier
 from tokenlearn.errors import UserError
@@ -43,7 +44,7 @@ def fabric():
 
 def test_prints_ratios_and_evaluates_no_row_in_vain(config, capsys):
     caso_step.main(
-        config=config(),
+        fit_config=config(),
         num_attributes=(1, 2),
         batch_size=BATCH,
         num_inversion_steps=INVERSION_STEPS,
@@ -141,4 +142,10 @@ def test_inversion_needs_all_of_its_steps(config, fabric):
 )
 def test_bad_settings(config, changes, counts, words):
     with pytest.raises(UserError, match=words):
-        caso_step.main(config=config(**changes), num_attributes=counts, accelerator="cpu")
+        caso_step.main(fit_config=config(**changes), num_attributes=counts, accelerator="cpu")
+
+
+@pytest.mark.parametrize("main", [caso_step.main, initialisation.main])
+def test_the_command_line_names_the_config(main, tmp_path):
+    with pytest.raises((UserError, FileNotFoundError, TypeError), match=r"nowhere\.yaml"):
+        auto_cli(main, args=[f"--fit_config={tmp_path / 'nowhere.yaml'}"])

@@ -63,8 +63,8 @@ def config(tiny_models, tmp_path, monkeypatch):
 
 def measure(config, capsys, **options):
     """Lines of the table, and the results."""
-    small = {"seeds": (0, 1), "max_steps": 4, "images": 2, "batch_size": 2}
-    initialisation.main(config=config, **(small | options))
+    small = {"attributes": ("smile",), "seeds": (0, 1), "max_steps": 4, "images": 2, "batch_size": 2}
+    initialisation.main(fit_config=config, **(small | options))
     lines = capsys.readouterr().out.splitlines()
     return lines, json.loads(lines[-1])
 
