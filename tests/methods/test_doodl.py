@@ -126,6 +126,24 @@ def test_later_latents_can_be_optimised(make):
     assert make(optimise_from=667).optimise_from is None
 
 
+@torch.no_grad()
+def test_best_of_takes_the_latents_with_the_lowest_loss(make):
+    task = make(method="best_of", candidates=4)
+    first, second = edit(task, 0, 1)
+    backbone, generator = task.backbone, torch.Generator().manual_seed(3)
+    tried = [backbone.initial_latents([generator]) for _ in range(4)]
+    images = [drawn(backbone, latents, "a portrait") for latents in tried]
+    losses = [symmetry(image).item() for image in images]
+    best = losses.index(min(losses))
+    assert [row["loss"] for row in first.history] == pytest.approx(losses, rel=1e-3)
+    assert torch.equal(first.latents, tried[best][0])
+    torch.testing.assert_close(first.edits, images[best].clamp(0, 1), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(first.before, images[0][0].clamp(0, 1), rtol=1e-3, atol=1e-3)
+    assert second.history != first.history
+    # By default as many as the evaluations of the network that the updates take.
+    assert make(method="best_of", optimisation_steps=3).candidates == 12
+
+
 def test_guidances_are_summed_by_weight_and_a_judge_reports(make, tiny_models):
     guide, judge = (str(tiny_models / name) for name in ("guide", "judge"))
     guidances = [SymmetryGuidance(weight=2.0), ClassGuidance(guide, "pirate", weight=0.5)]
@@ -219,6 +237,8 @@ def test_a_loss_that_is_no_number_names_picture_and_step(make):
     ("options", "words"),
     [
         ({"guidances": []}, r"model.guidances is empty"),
+        ({"method": "best_of", "optimise_from": 334}, r"chooses among first latents"),
+        ({"method": "best_of", "candidates": 0}, r"candidates must be at least 1, got 0"),
         ({"prompts": []}, r"set either model.images"),
         ({"optimisation_steps": 0}, r"model.optimisation_steps must be at least 1, got 0"),
         ({"pictures_at_once": 0}, r"model.pictures_at_once must be at least 1"),

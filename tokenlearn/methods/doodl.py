@@ -22,9 +22,10 @@ from tokenlearn.methods.one_step_guidance import OneStepGuidance
 from tokenlearn.methods.picture_task import Edited, PictureTask
 from tokenlearn.models import Conditioning, DiffusionBackbone, TimmClassifier
 
-DoodlMethod = Literal["doodl", "one_step", "none"]
+DoodlMethod = Literal["doodl", "one_step", "best_of", "none"]
 
 _STRIP = "optimisation"
+_EVALUATIONS_PER_UPDATE = 4  # per sampling step: two forward, as checkpointed, and a backward pass as dear as two
 
 
 class Doodl(PictureTask):
@@ -50,7 +51,7 @@ class Doodl(PictureTask):
         negative_prompt: prompt of the unconditional branch.
         source_prompt: what photographs show; empty for the unconditional model.
         method: ``doodl``; or what to compare it with: ``one_step`` (classifier guidance by one-step predictions during
-            sampling), ``none``.
+            sampling), ``best_of`` (of several first latents those whose picture has the lowest loss), ``none``.
         chain: how the gradient goes through sampling, see :data:`tokenlearn.diffusion.full_chain.GradientChain`; null
             for ``checkpointed``, and for photographs ``edict``.
         optimisation_steps: number of updates.
@@ -62,6 +63,8 @@ class Doodl(PictureTask):
         optimise_from: timestep of the sampling steps' whose latents are optimised; null for the first. What is before
             it stays as it is, and photographs are inverted up to it: less changes less.
         one_step_scale: strength of ``one_step``.
+        candidates: how many first latents ``best_of`` tries; null for as many as cost what ``optimisation_steps`` cost
+            ``doodl``.
         strip_images: pictures of the optimisation on a strip, evenly over the steps; 0 for no strip.
         judge: timm name or folder of a classifier that is no guidance; null for none.
         judge_label: the class whose probability the judge is asked for.
@@ -96,6 +99,7 @@ class Doodl(PictureTask):
         renormalise: bool = True,
         optimise_from: int | None = None,
         one_step_scale: float = 100.0,
+        candidates: int | None = None,
         strip_images: int = 5,
         judge: str | None = None,
         judge_label: str | None = None,
@@ -117,6 +121,13 @@ class Doodl(PictureTask):
             raise UserError("model.guidances is empty; give one, such as {class_path: SymmetryGuidance}")
         check_at_least("model", 1, optimisation_steps=optimisation_steps, pictures_at_once=pictures_at_once)
         check_at_least("model", 0, noise=noise, strip_images=strip_images)
+        self.candidates = _EVALUATIONS_PER_UPDATE * optimisation_steps if candidates is None else candidates
+        check_at_least("model", 1, candidates=self.candidates)
+        if method == "best_of" and (images is not None or optimise_from is not None):
+            raise UserError(
+                "method 'best_of' chooses among first latents, which photographs and model.optimise_from do not have; "
+                "leave these out, or set model.method to another"
+            )
         for name, number in {"grad_scale": grad_scale, "one_step_scale": one_step_scale}.items():
             if not math.isfinite(number):
                 raise UserError(f"model.{name} must be a finite number, got {number}")
@@ -193,6 +204,8 @@ class Doodl(PictureTask):
                     self.chain,
                     self.optimise_from,
                 )
+            if self.method == "best_of":
+                return self._best_of(pictures, latents, prompt, rule, generators)
             return self._optimise(pictures, latents, prompt, rule, generators)
 
     def _sample(
@@ -233,19 +246,11 @@ class Doodl(PictureTask):
         buffer = torch.zeros_like(latents)
 
         def record(step: int, image: Tensor, losses: Tensor) -> None:
-            for picture, history, row in zip(pictures, histories, self._rows(step, image, losses), strict=True):
-                if not math.isfinite(row["loss"]):
-                    raise UserError(
-                        f"the loss of picture '{picture.name}' is {row['loss']} at optimisation step {step}; lower "
-                        "model.grad_scale or model.clip, or set trainer.precision to 32-true"
-                    )
-                history.append(row)
+            self._record(histories, pictures, step, image, losses)
             if step in shown:
                 images[step] = image.clamp(0, 1).cpu()
 
-        steps = trange(
-            self.optimisation_steps + 1, desc=pictures[0].name, leave=False, disable=not self._shows_progress
-        )
+        steps = self._progress(self.optimisation_steps + 1, pictures)
         for step in steps:
             last = step == self.optimisation_steps
             with torch.set_grad_enabled(not last):
@@ -291,6 +296,42 @@ class Doodl(PictureTask):
             for index, picture in enumerate(pictures)
         ]
 
+    def _best_of(
+        self,
+        pictures: Sequence[Picture],
+        first: Tensor,
+        prompt: Conditioning,
+        rule: ClassifierFreeGuidance,
+        generators: Sequence[torch.Generator],
+    ) -> list[Edited]:
+        """Pictures from the best of several latents (B, C, h, w), each for itself; the first are ``first``."""
+        histories: list[list[dict[str, float]]] = [[] for _ in pictures]
+        latents = best_latents = first
+        before = best = torch.empty(0)
+        lowest = torch.full((len(pictures),), math.inf, device=first.device)
+        candidates = self._progress(self.candidates, pictures)
+        for candidate in candidates:
+            if candidate:
+                latents = self.backbone.initial_latents(generators)
+            images = self.backbone.decode_latents(self._sample(self.backbone, latents, prompt, rule, None))
+            losses = self.loss(images, candidate)
+            self._record(histories, pictures, candidate, images, losses)
+            images = images.clamp(0, 1).cpu()
+            if candidate == 0:
+                before = best = images
+            better = losses < lowest
+            lowest = torch.where(better, losses, lowest)
+            best_latents = torch.where(better[:, None, None, None], latents, best_latents)
+            best = torch.where(better.cpu()[:, None, None, None], images, best)
+            candidates.set_postfix(loss=f"{lowest.mean().item():.4f}")
+        return [
+            Edited(picture, before[index], best[index, None], {}, {}, best_latents[index], histories[index])
+            for index, picture in enumerate(pictures)
+        ]
+
+    def _progress(self, count: int, pictures: Sequence[Picture]) -> trange:
+        return trange(count, desc=pictures[0].name, leave=False, disable=not self._shows_progress)
+
     def _guided_step_by_step(self, latents: Tensor, prompt: Conditioning, rule: ClassifierFreeGuidance) -> Tensor:
         """Images (B, 3, H, W) by one-step classifier guidance."""
         model = OneStepGuidance(
@@ -306,6 +347,27 @@ class Doodl(PictureTask):
             return None
         drawn = [torch.randn(latents.shape[1:], generator=generator) for generator in generators]
         return self.noise * torch.stack(drawn).to(latents)
+
+    def _record(
+        self,
+        histories: Sequence[list[dict[str, float]]],
+        pictures: Sequence[Picture],
+        step: int,
+        images: Tensor,
+        losses: Tensor,
+    ) -> None:
+        """Append a row to the history of each picture.
+
+        Raises:
+            UserError: if a loss is not finite.
+        """
+        for picture, history, row in zip(pictures, histories, self._rows(step, images, losses), strict=True):
+            if not math.isfinite(row["loss"]):
+                raise UserError(
+                    f"the loss of picture '{picture.name}' is {row['loss']} at optimisation step {step}; lower "
+                    "model.grad_scale or model.clip, or set trainer.precision to 32-true"
+                )
+            history.append(row)
 
     def _rows(self, step: int, images: Tensor, losses: Tensor) -> list[dict[str, float]]:
         """A row of the history of each picture."""
