@@ -4,7 +4,7 @@ import torch
 from tests.tiny import tiny_classifier
 from tokenlearn.errors import UserError
 from tokenlearn.methods.attributes import resolve_attributes
-from tokenlearn.methods.edit_test import Conditions, EditTally, EditTest, directions_of
+from tokenlearn.methods.edit_test import Conditions, EditTally, EditTest, directions_of, success_at_equal_kept
 from tokenlearn.models import Conditioning, TimmClassifier
 
 LABELS = ["smile", "hat", "black", "brown", "red"]
@@ -101,11 +101,39 @@ def test_success_and_what_is_kept_by_hand(tally):
     assert report.summary["untouched_kept"] == pytest.approx((1 + 5 / 6) / 2)
     assert report.summary["no_edit_add_success"] == 0
     assert report.summary["no_edit_untouched_kept"] == 1
-    assert report.summary["no_edit_success_at_equal_kept"] == 0
-    assert report.summary["rank_correlation"] == pytest.approx(1)
+    # Nothing keeps as much as no edit at any strength but the weakest.
+    assert "no_edit_success_at_equal_kept" not in report.summary
+    assert report.summary["rank_correlation"] == pytest.approx(1, abs=1e-4)
+    assert report.summary["rank_correlation_both_sides"] == pytest.approx(1, abs=1e-4)
     assert [len(points) for points in report.curves.values()] == [2, 2]
     assert smile["psnr"] == pytest.approx(-10 * torch.log10(torch.tensor(9 / 5)).item(), abs=1e-4)
     assert {caption for caption, _ in report.pictures["edits"]} == {"picture", "smile", "hat"}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        (0.9, (0.6, 0.5)),  # both between two strengths
+        (0.8, (0.8, 0.7)),  # the other method never keeps so little: the least that it keeps
+        (0.99, (0.2, 0.1)),
+    ],
+)
+def test_success_at_equal_kept_is_of_one_share(wanted, expected):
+    own, other = [(0.95, 0.4), (1.0, 0.0), (0.85, 0.8)], [(0.85, 0.7), (0.95, 0.3), (0.975, 0.1)]
+    assert success_at_equal_kept(own, other, wanted) == pytest.approx(expected)
+    assert success_at_equal_kept(own, [(0.5, 1.0), (0.8, 0.2)], wanted) is None
+
+
+def test_rank_correlation_is_of_the_side_that_a_picture_needs(tally):
+    made = tally({"ours": [SMILE]}, attributes={"smile": None})
+    scores = made._scores
+    # Where a smile is there already, more of it makes the judge less sure.
+    made._scores = lambda images, direction: -(scores(images, direction) - 1).abs()
+    images = pictures([1, 0, 0, 0, 1], [-9, 0, 0, 0, 1])
+    made.update(images, images)
+    summary = made.report().summary
+    assert summary["rank_correlation"] == pytest.approx(1, abs=1e-4)
+    assert summary["rank_correlation_both_sides"] < 0.9
 
 
 @pytest.mark.parametrize(

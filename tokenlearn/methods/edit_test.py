@@ -145,7 +145,9 @@ class EditTally(nn.Module):
         cells = int(np.prod(self._cells))
         self.success, self.kept = ClassAccuracy(cells), ClassAccuracy(cells)
         self.psnr, self.distance = GroupMeans(cells), GroupMeans(cells)
-        self.rank_correlation = GroupMeans(len(self.directions))
+        # Over the scales that a picture needs, as the rest of the table; beyond these, what the picture shows already
+        # leaves little to rank, so both sides together are a figure of their own.
+        self.rank_correlation, self.rank_correlation_both_sides = (GroupMeans(len(self.directions)) for _ in range(2))
         self.reconstruction = GroupMeans(1)
         self.transfer = ClassAccuracy(max(1, len(groups)) * len(self.directions) * len(_DIRECTIONS))
         self._parts = [len(combination) for combination in self.combinations]
@@ -219,13 +221,16 @@ class EditTally(nn.Module):
                 edited = self._edit_each(noisy, own, needed)
                 self._count(edited, images, before, trunk, direction, present, (method, number))
                 if method == 0:
-                    scores = [self._scores(part, direction) for part in edited.unbind(dim=1)]
                     others = self._edit_each(noisy, own, -needed)
-                    scores += [self._scores(part, direction) for part in others.unbind(dim=1)]
-                    scores.append(self._scores(nothing, direction))
-                    scales = torch.cat([needed, -needed, torch.zeros_like(needed[:, :1])], dim=1)
-                    ranks = spearman_corrcoef(torch.stack(scores), scales.T)
-                    self.rank_correlation.update(ranks.reshape(-1), torch.full_like(shown[0], number))
+                    tried = [nothing, *edited.unbind(dim=1), *others.unbind(dim=1)]
+                    scores = torch.stack([self._scores(part, direction) for part in tried])
+                    scales = torch.cat([torch.zeros_like(needed[:, :1]), needed, -needed], dim=1).T
+                    side = 1 + len(self.settings.strengths)
+                    numbers = torch.full_like(shown[0], number)
+                    ranks = spearman_corrcoef(scores[:side], scales[:side].contiguous())
+                    self.rank_correlation.update(ranks.reshape(-1), numbers)
+                    ranks = spearman_corrcoef(scores, scales.contiguous())
+                    self.rank_correlation_both_sides.update(ranks.reshape(-1), numbers)
                     headline = edited[:, self.settings.strengths.index(self.settings.strength)]
                     self.pictures.add(direction.name, headline)
         self._update_combinations(noisy, before)
@@ -297,7 +302,11 @@ class EditTally(nn.Module):
         success, kept = (metric.compute().reshape(*self._cells, 2).cpu() for metric in (self.success, self.kept))
         psnr, distance = (metric.compute().reshape(self._cells).cpu() for metric in (self.psnr, self.distance))
         at = settings.strengths.index(settings.strength)
-        ranks = self.rank_correlation.compute().reshape(-1).cpu()  # one alone comes without a dimension
+        ranks = {
+            # One alone comes without a dimension.
+            name: getattr(self, name).compute().reshape(-1).cpu()
+            for name in ("rank_correlation", "rank_correlation_both_sides")
+        }
 
         columns = ["direction"]
         rows: list[list[str | float | None]] = [[direction.name] for direction in self.directions]
@@ -333,18 +342,17 @@ class EditTally(nn.Module):
                 )
                 for strength in range(len(settings.strengths))
             ]
-        columns.append("rank_correlation")
-        plain.append("rank_correlation")
+        columns += ranks
+        plain += ranks
         for number, row in enumerate(rows):
-            row.append(float(ranks[number]))
-        summary["rank_correlation"] = float(ranks.nanmean())
+            row += [float(values[number]) for values in ranks.values()]
+        summary |= {name: float(values.nanmean()) for name, values in ranks.items()}
         summary["reconstruction_psnr"] = float(self.reconstruction.compute())
-        own_kept = summary["untouched_kept"]
+        own_curve, own_kept = curves[methods[0]], summary["untouched_kept"]
         for name in methods[1:]:
-            points = sorted(curves[name])
-            summary[f"{name.replace(' ', '_')}_success_at_equal_kept"] = float(
-                np.interp(own_kept, [point[0] for point in points], [point[1] for point in points])
-            )
+            if (found := success_at_equal_kept(own_curve, curves[name], own_kept)) is not None:
+                key = name.replace(" ", "_")
+                summary[f"success_at_kept_of_{key}"], summary[f"{key}_success_at_equal_kept"] = found
         rows += self._more_rows(len(columns), summary)
         return Report(
             title=f"edits judged by {self.judge.pretrained}",
@@ -373,8 +381,27 @@ class EditTally(nn.Module):
             changed, total = self.combined.compute()[number].tolist()
             summary[f"combination_{number + 1}_all"] = changed / total
             summary[f"combination_{number + 1}_each"] = mean_share(counts)
-            cells = [*interval_cells(changed, total)]
-            yield [" + ".join(names), *cells, *[None] * (width - 1 - len(cells))]
+            shares = interval_cells(changed, total)
+            yield [" + ".join(names), *shares, *[None] * (width - 1 - len(shares))]
+
+
+def success_at_equal_kept(
+    own: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]], wanted: float
+) -> tuple[float, float] | None:
+    """Success of two methods where they keep as much, the share nearest to a wanted one that both reach; None if none.
+
+    Args:
+        own: (kept, success) at rising strength.
+        other: the same of the other method.
+        wanted: share that is kept.
+    """
+    curves = [np.array(sorted(points)) for points in (own, other)]
+    lowest, highest = max(curve[0, 0] for curve in curves), min(curve[-1, 0] for curve in curves)
+    if lowest > highest:
+        return None
+    level = np.clip(wanted, lowest, highest)
+    first, second = (float(np.interp(level, curve[:, 0], curve[:, 1])) for curve in curves)
+    return first, second
 
 
 def _signs(present: Tensor) -> Tensor:
