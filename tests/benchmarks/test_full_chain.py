@@ -17,7 +17,7 @@ def test_prints_ratios_and_evaluates_no_row_in_vain(tiny_models, capsys):
         pipeline=str(tiny_models / "pipeline"),
         steps=(2, 4, 10),
         batch_size=BATCH,
-        repetitions=2,
+        repetitions=1,
         accelerator="cpu",
     )
     lines = capsys.readouterr().out.splitlines()
