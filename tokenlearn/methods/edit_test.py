@@ -147,7 +147,7 @@ class EditTally(nn.Module):
         self.psnr, self.distance = GroupMeans(cells), GroupMeans(cells)
         # Over the scales that a picture needs, as the rest of the table; beyond these, what the picture shows already
         # leaves little to rank, so both sides together are a figure of their own.
-        self.rank_correlation, self.rank_correlation_both_sides = (GroupMeans(len(self.directions)) for _ in range(2))
+        self.rank_correlation, self.both_sides_rank_correlation = (GroupMeans(len(self.directions)) for _ in range(2))
         self.reconstruction = GroupMeans(1)
         self.transfer = ClassAccuracy(max(1, len(groups)) * len(self.directions) * len(_DIRECTIONS))
         self._parts = [len(combination) for combination in self.combinations]
@@ -224,13 +224,14 @@ class EditTally(nn.Module):
                     others = self._edit_each(noisy, own, -needed)
                     tried = [nothing, *edited.unbind(dim=1), *others.unbind(dim=1)]
                     scores = torch.stack([self._scores(part, direction) for part in tried])
-                    scales = torch.cat([torch.zeros_like(needed[:, :1]), needed, -needed], dim=1).T
+                    scales = torch.cat([torch.zeros_like(needed[:, :1]), needed, -needed], dim=1).T.contiguous()
                     side = 1 + len(self.settings.strengths)
-                    numbers = torch.full_like(shown[0], number)
-                    ranks = spearman_corrcoef(scores[:side], scales[:side].contiguous())
-                    self.rank_correlation.update(ranks.reshape(-1), numbers)
-                    ranks = spearman_corrcoef(scores, scales.contiguous())
-                    self.rank_correlation_both_sides.update(ranks.reshape(-1), numbers)
+                    for metric, count in (
+                        (self.rank_correlation, side),
+                        (self.both_sides_rank_correlation, len(tried)),
+                    ):
+                        ranks = spearman_corrcoef(scores[:count], scales[:count])
+                        metric.update(ranks.reshape(-1), torch.full_like(shown[0], number))
                     headline = edited[:, self.settings.strengths.index(self.settings.strength)]
                     self.pictures.add(direction.name, headline)
         self._update_combinations(noisy, before)
@@ -302,11 +303,12 @@ class EditTally(nn.Module):
         success, kept = (metric.compute().reshape(*self._cells, 2).cpu() for metric in (self.success, self.kept))
         psnr, distance = (metric.compute().reshape(self._cells).cpu() for metric in (self.psnr, self.distance))
         at = settings.strengths.index(settings.strength)
-        ranks = {
-            # One alone comes without a dimension.
-            name: getattr(self, name).compute().reshape(-1).cpu()
-            for name in ("rank_correlation", "rank_correlation_both_sides")
+        rank_metrics = {
+            "rank_correlation": self.rank_correlation,
+            "both_sides_rank_correlation": self.both_sides_rank_correlation,
         }
+        # One alone comes without a dimension.
+        ranks = {name: metric.compute().reshape(-1).cpu() for name, metric in rank_metrics.items()}
 
         columns = ["direction"]
         rows: list[list[str | float | None]] = [[direction.name] for direction in self.directions]
