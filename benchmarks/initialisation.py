@@ -152,7 +152,7 @@ def main(
                 bar.update()
 
     print(f"{fit_config}, optimizer steps until {accuracy:.0%} of the edits are what the guide takes for the class")
-    line = "{:<16} {:<12}" + " {:>8}" * (len(seeds) + 1)
+    line = "{:<16} {:<19}" + " {:>8}" * (len(seeds) + 1)
     print(line.format("attribute", "starts from", *(f"seed {seed}" for seed in seeds), "median"))
     counted = {run: [max_steps if count is None else count for count in counts] for run, counts in steps.items()}
     for (attribute, initialiser), counts in steps.items():
