@@ -109,6 +109,16 @@ def test_removal_has_settings_of_its_own(make):
     assert [row(report, "smile")["add"], row(report, "smile")["remove"]] == [1, 0]
 
 
+def test_an_attribute_may_have_scales_of_its_own(make):
+    own = [AttributeWords(label=label, concept=label) for label in LABELS]
+    own[0] = AttributeWords(label=LABELS[0], concept=LABELS[0], scale=0.5)
+    own[1] = AttributeWords(label=LABELS[1], concept=LABELS[1], removal_scale=0.5)
+    first, second, third = (row(report_of(make(attributes=own)), label) for label in LABELS)
+    assert [first["add"], first["remove"]] == [0, 1]
+    assert [second["add"], second["remove"]] == [1, 0]
+    assert [third["add"], third["remove"]] == [1, 1]
+
+
 def test_other_methods_are_counted_on_fewer_seeds_and_where_they_can(make):
     report = report_of(make(composable_scale=0.5))
     smile = row(report, "smile")
@@ -163,6 +173,20 @@ def test_styles_arithmetic_and_suppression(make, judge):
 def test_impossible_settings_are_refused(make, options, message):
     with pytest.raises(UserError, match=message):
         make(SegaTest, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attributes": [AttributeWords(label="smile", concept="<grin>")]},
+        {"attributes": [AttributeWords(label="smile", concept="smile", opposite="hat - <grin>")]},
+        {"attributes": [AttributeWords(label="smile", concept="smile", token="<grin>")], "token_edit": EARLY},
+        {"suppression": Suppression(prompt="a portrait", concept="<grin>", label="smile")},
+    ],
+)
+def test_tokens_that_are_not_loaded_are_named(make, options):
+    with pytest.raises(UserError, match="<grin>"):
+        make(SegaTest, **options).on_test_start()
 
 
 def test_the_table_is_written_by_the_command(tiny_models, judge, tmp_path, capsys):

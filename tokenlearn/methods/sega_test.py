@@ -62,6 +62,8 @@ class AttributeWords:
         opposite_token: the same of its absence.
         prompt: whole prompt that asks for it.
         opposite_prompt: whole prompt that asks for its absence.
+        scale: of the concept in semantic guidance, in place of that of ``edit``.
+        removal_scale: the same in place of that of ``removal``.
     """
 
     label: str
@@ -71,6 +73,8 @@ class AttributeWords:
     opposite_token: str | None = None
     prompt: str | None = None
     opposite_prompt: str | None = None
+    scale: float | None = None
+    removal_scale: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +251,7 @@ class SegaTest(Generate):
             UserError: if one is not.
         """
         concepts = [words.concept for words in self.words] + [words.opposite for words in self.words]
+        concepts += [asked.concept for asked in (self.arithmetic, self.suppression) if asked is not None]
         if self.token_edit is not None:
             concepts += [concept for words in self.words for concept in (words.token, words.opposite_token)]
         check_tokens(
@@ -337,6 +342,9 @@ class SegaTest(Generate):
         """The edit that adds or removes an attribute."""
         concept, opposite = (words.token, words.opposite_token) if tokens else (words.concept, words.opposite)
         assert concept is not None
+        own_scale = words.scale if adding else words.removal_scale
+        if own_scale is not None and not tokens:
+            settings = dataclasses.replace(settings, scale=own_scale)
         if not adding and opposite is not None:
             return self._edit(opposite, settings)
         return self._edit(concept, settings, 1 if adding else -1)
