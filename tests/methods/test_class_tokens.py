@@ -1,3 +1,4 @@
+import functools
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from tokenlearn.data import PromptBatch
+from tokenlearn.diffusion import full_chain
 from tokenlearn.errors import UserError
 from tokenlearn.main import main
 from tokenlearn.methods import ClassTokens, TokenTask, class_tokens
@@ -60,6 +62,39 @@ def test_token_gradient_equals_a_plain_loop(tiny_models, checkpointing):
     reference = module.bank.vectors[0].grad
     assert reference.abs().max() > 0
     torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-3 * float(reference.abs().max()))
+
+
+def gradient_of(module):
+    images = module.draw_differentiably(module.prompts(BATCH), BATCH.seeds)
+    functional.cross_entropy(module.classifier(images), torch.tensor([1, 2])).backward()
+    return module.bank.vectors[0].grad
+
+
+def test_the_checkpointed_chain_is_all_of_the_steps(tiny_models):
+    whole, last = (gradient_of(task(tiny_models, chain="checkpointed", gradient_steps=steps)) for steps in (1, 2))
+    assert torch.equal(whole, last)
+    assert torch.equal(whole, gradient_of(task(tiny_models, gradient_steps=4)))
+    assert not torch.equal(whole, gradient_of(task(tiny_models, gradient_steps=1)))
+
+
+@pytest.mark.parametrize("chain", ["edict", "leapfrog", "o_belm"])
+def test_tokens_learn_through_reversible_chains(tiny_models, chain, monkeypatch):
+    ours = gradient_of(task(tiny_models, chain=chain))
+    stored = functools.partial(full_chain.sample_reversible, constant_memory=False)
+    monkeypatch.setattr(full_chain, "sample_reversible", stored)
+    reference = gradient_of(task(tiny_models, chain=chain))
+    assert reference.abs().max() > 0
+    # What is rebuilt on the way back is as far off as a round trip in float32.
+    assert (ours - reference).norm() < 0.01 * reference.norm()
+
+
+@pytest.mark.parametrize(
+    "options", [{"detach_inputs": True}, {"edits": [SemanticEdit(concept="hat", warmup_steps=1)]}]
+)
+def test_reversible_chains_refuse_what_they_cannot_make_again(tiny_models, options):
+    with pytest.raises(UserError, match=r"model\.chain leapfrog .* checkpointed or last_k"):
+        task(tiny_models, chain="leapfrog", **options)
+    task(tiny_models, chain="checkpointed", **options)
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])

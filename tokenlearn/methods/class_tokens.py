@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -13,6 +13,8 @@ from torch import Tensor
 from tqdm import trange  # type: ignore[import-untyped]
 
 from tokenlearn.data.prompts import PROMPT_KINDS, PromptBatch, PromptDataModule, PromptKind
+from tokenlearn.diffusion import GradientChain, sample_full_chain
+from tokenlearn.diffusion.full_chain import REVERSIBLE
 from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.losses import class_cross_entropy
 from tokenlearn.methods.concepts import SemanticEdit, check_steps, check_tokens
@@ -54,7 +56,10 @@ class ClassTokens(TokenLearning):
         guidance_scale: classifier-free guidance scale.
         scheduler: diffusers scheduler by class name; null for the pipeline's own.
         negative_prompt: prompt of the unconditional branch.
-        gradient_steps: how many of the last sampling steps are differentiated.
+        chain: how the gradient goes through sampling: back through the last ``gradient_steps`` steps (``last_k``), or
+            through all of them, see :data:`tokenlearn.diffusion.full_chain.GradientChain`. The exactly invertible ones
+            draw the pictures of training by their own solver, those of validation and test are the scheduler's.
+        gradient_steps: how many of the last sampling steps ``last_k`` differentiates.
         checkpointing: recompute each differentiated step in the backward pass; memory of one step instead of all.
         detach_inputs: differentiate each step's output for the token only, not through the steps before it (DRTune):
             biased, but half of the cost, and steady where the gradient through the chain explodes.
@@ -65,7 +70,8 @@ class ClassTokens(TokenLearning):
         lr_scheduler: stepped after every optimizer step; null keeps the learning rate.
 
     Raises:
-        UserError: if the classifier or judge lacks a class, is missing, or judge and classifier are the same.
+        UserError: if the classifier or judge lacks a class, is missing, or judge and classifier are the same; or if
+            the chain cannot go with ``edits`` or ``detach_inputs``.
     """
 
     test_after_fit = True
@@ -86,6 +92,7 @@ class ClassTokens(TokenLearning):
         guidance_scale: float = 7.0,
         scheduler: str | None = None,
         negative_prompt: str = "",
+        chain: Literal["last_k"] | GradientChain = "last_k",
         gradient_steps: int = 8,
         checkpointing: bool = True,
         detach_inputs: bool = False,
@@ -113,6 +120,15 @@ class ClassTokens(TokenLearning):
         self.classifier, self.judge = guide_and_judge(classifier, judge)
         self._targets = self._label_indices(self.classifier)
         self._judge_targets = None if self.judge is None else self._label_indices(self.judge)
+        if chain in REVERSIBLE and (edits or detach_inputs):
+            raise UserError(
+                f"model.chain {chain} makes each step again on the way back, which neither model.edits nor "
+                "model.detach_inputs can go with; set it to checkpointed or last_k"
+            )
+        self.chain: Literal["last_k"] | GradientChain = chain
+        if chain == "checkpointed":
+            self.scheduler.set_timesteps(num_inference_steps)
+            gradient_steps = len(self.scheduler.timesteps)
         self.gradient_steps, self.checkpointing, self.detach_inputs = gradient_steps, checkpointing, detach_inputs
         self.initial_words, self.search_words, self.search_steps = initial_words, search_words, search_steps
 
@@ -238,15 +254,28 @@ class ClassTokens(TokenLearning):
         ]
         return [template.format(subject) for template, subject in zip(batch.templates, subjects, strict=True)]
 
+    def draw_differentiably(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Images (B, 3, H, W), nominally in [0, 1], for B prompts and seeds, with the gradient of ``chain``."""
+        if self.chain == "last_k" or self.chain == "checkpointed":
+            return self.generate(prompts, seeds, self.gradient_steps, self.checkpointing, self.detach_inputs)
+        latents = sample_full_chain(
+            self.backbone,
+            self.scheduler,
+            self.backbone.initial_latents([torch.Generator().manual_seed(seed) for seed in seeds]),
+            self.guidance.conditionings(self.unconditional(), self.backbone.encode_prompts(prompts)),
+            self.guidance,
+            self.num_inference_steps,
+            self.chain,
+        )
+        return self.backbone.decode_latents(latents)
+
     def training_step(self, batch: PromptBatch) -> Tensor:
         """Generate a batch, classify it, and return the mean cross-entropy.
 
         Raises:
             UserError: if the loss is not finite on any device; the last exported embedding stays as it is.
         """
-        images = self.generate(
-            self.prompts(batch), batch.seeds, self.gradient_steps, self.checkpointing, self.detach_inputs
-        )
+        images = self.draw_differentiably(self.prompts(batch), batch.seeds)
         targets = torch.tensor([self._targets[index] for index in batch.class_indices], device=self.device)
         logits = self.classifier(images)
         loss = self.require_finite(class_cross_entropy(logits, targets, self.classifier.multi_label).mean())
@@ -342,6 +371,7 @@ class ClassTokens(TokenLearning):
             "guidance_scale": self.guidance.guidance_scale,
             "scheduler": type(self.scheduler).__name__,
             "negative_prompt": self.negative_prompt,
+            "chain": self.chain,
             "gradient_steps": self.gradient_steps,
         }
         for name, token in self.placeholders.items():
