@@ -90,7 +90,7 @@ def reached(monkeypatch):
 
 
 def test_counts_the_steps_until_the_accuracy(config, capsys, reached):
-    runs = reached({"words": 4, "pull_back": 0, "vocabulary": 1, "vocabulary_pull_back": 0, "ridge": None})
+    runs = reached({"words": 4, "pull_back": 0, "vocabulary": 1, "ridge": None})
     lines, results = measure(config(initialiser="vocabulary"), capsys, max_steps=7)
     assert results == {
         "default_over_word": 0.5,
@@ -98,12 +98,10 @@ def test_counts_the_steps_until_the_accuracy(config, capsys, reached):
         "steps_words": 4,
         "steps_pull_back": 0,
         "steps_vocabulary": 2,  # the first check after step 1
-        "steps_vocabulary_pull_back": 0,
         "steps_ridge": 7,
         "unreached_words": 0,
         "unreached_pull_back": 0,
         "unreached_vocabulary": 0,
-        "unreached_vocabulary_pull_back": 0,
         "unreached_ridge": 2,
     }
     rows = {line.split()[1]: line.split()[2:] for line in lines if line.startswith("smile ")}
@@ -111,13 +109,12 @@ def test_counts_the_steps_until_the_accuracy(config, capsys, reached):
         "words": ["4", "4", "4"],
         "pull_back": ["0", "0", "0"],
         "vocabulary": ["2", "2", "2"],
-        "vocabulary_pull_back": ["0", "0", "0"],
         "ridge": ["7*", "7*", "7"],
     }
     assert "* not reached in 7 steps, which are counted; checked every 2, default 'vocabulary'" in lines
     # Trainings end there, past the ends of epochs.
     trained = [(task.initialiser, task.seed, trainer.global_step) for task, trainer in runs]
-    ends = {"words": 4, "pull_back": 0, "vocabulary": 2, "vocabulary_pull_back": 0, "ridge": 7}
+    ends = {"words": 4, "pull_back": 0, "vocabulary": 2, "ridge": 7}
     assert trained == [(name, seed, ends[name]) for name in INITIALISERS for seed in (0, 1)]
     for task, trainer in runs:
         data = trainer.datamodule

@@ -358,7 +358,7 @@ def test_other_names_of_the_same_classes_are_fine(make):
     make(class_names={"hair": ("Noir", "Brun", "Roux"), "smile": ("no", "yes")}).on_fit_start()
 
 
-@pytest.mark.parametrize("initialiser", ["words", "pull_back", "vocabulary", "vocabulary_pull_back", "ridge"])
+@pytest.mark.parametrize("initialiser", ["words", "pull_back", "vocabulary", "ridge"])
 def test_initialisers(make, initialiser):
     module = make(batches=labelled_batches(), initialiser=initialiser, initialiser_step=0.5, initialiser_words=3)
     word = module.bank.vectors[0].detach().clone()

@@ -85,8 +85,8 @@ class Caso(TokenLearning):
         initialiser: where tokens go from there before training, see :mod:`tokenlearn.tokens.class_initialisation`:
             ``words`` stays.
         initialiser_batches: training batches whose pictures the other initialisers look at.
-        initialiser_step: length of the step of a pull-back, in units of the vocabulary's median norm.
-        initialiser_words: words whose edits are evaluated, per class by the vocabulary's search, in all by ``ridge``.
+        initialiser_step: step of ``pull_back``, in units of the vocabulary's median norm.
+        initialiser_words: words whose edits are evaluated, per class by ``vocabulary``, in all by ``ridge``.
         collapse_batches: training batches whose labelled pictures tell, before training, the class means of the
             guide's features and how far these have collapsed; without them the guide's head stands in for the means.
         timesteps: timestep to noise pictures to, or the first and last of those of which one is drawn for each

@@ -28,7 +28,7 @@ from tokenlearn.tokens.bank import TokenBank
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ClassInitialiser = Literal["words", "pull_back", "vocabulary", "vocabulary_pull_back", "ridge"]
+ClassInitialiser = Literal["words", "pull_back", "vocabulary", "ridge"]
 """Ways to start the tokens of classes."""
 
 T = TypeVar("T")
@@ -51,17 +51,15 @@ def class_vectors(
 
     Args:
         initialiser: ``words``: the base itself; else :func:`pull_back`, :func:`nearest_words` (all vectors of the
-            token are the word's), ``vocabulary_pull_back`` (from that word a step as of ``pull_back``), or
-            :func:`ridge_vectors`.
+            token are the word's), or :func:`ridge_vectors`.
         base: (n, width) vectors of a word, the token's start without any of this.
         directions: (K, F) directions of the classes in feature space.
         features: features of one-step edits.
         batches: pictures, the same on all ranks, for every rank to start from the same vectors.
         table: (V, width) input embeddings of the whole vocabulary.
-        candidates: ids of the words that all but ``pull_back`` may use, see :func:`word_ids`.
-        step: length of the step of a pull-back, in units of the vocabulary's median norm.
-        num_candidates: words of which the edits are evaluated, per class by the vocabulary's search, in all by
-            ``ridge``.
+        candidates: ids of the words that ``vocabulary`` and ``ridge`` may use, see :func:`word_ids`.
+        step: length of the step of ``pull_back``, in units of the vocabulary's median norm.
+        num_candidates: words of which the edits are evaluated, per class by ``vocabulary``, in all by ``ridge``.
         ridge: regularisation of ``ridge``.
 
     Returns:
@@ -80,18 +78,9 @@ def class_vectors(
         return pull_back(base, mean_gradients(features, base, directions, batches), step * median_norm)
     if not candidates:
         raise UserError(f"initialiser '{initialiser}' needs words to choose from, got none; name some")
-    if initialiser == "ridge":
-        return ridge_vectors(
-            features, base, directions, batches, table, candidates, num_candidates, ridge, median_norm
-        )
-    words = nearest_words(features, base, directions, batches, table, candidates, num_candidates)
     if initialiser == "vocabulary":
-        return words
-    gradients = [
-        mean_gradients(features, word, direction[None], batches)
-        for word, direction in zip(words, directions, strict=True)
-    ]
-    return pull_back(words, torch.cat(gradients), step * median_norm)
+        return nearest_words(features, base, directions, batches, table, candidates, num_candidates)
+    return ridge_vectors(features, base, directions, batches, table, candidates, num_candidates, ridge, median_norm)
 
 
 def with_vectors(bank: TokenBank, placeholder: str, function: Callable[[T], Tensor]) -> Features[T]:
@@ -206,7 +195,7 @@ def pull_back(base: Tensor, gradients: Tensor, step: float | Tensor) -> Tensor:
     needs no word but the base.
 
     Args:
-        base: (n, width) vectors, or (K, n, width) of each class.
+        base: (n, width) vectors.
         gradients: (K, n, width), see :func:`mean_gradients`.
         step: length of the step.
 
