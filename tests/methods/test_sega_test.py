@@ -102,6 +102,15 @@ def test_attributes_are_added_where_they_lack_and_removed_where_they_show(make):
     assert hat["untouched_kept"] == 12 / 16  # of four pictures without a hat two lack a smile; removing is the same
     assert report.summary["add_success"] == report.summary["remove_success"] == 1
     assert report.summary["untouched_kept"] == pytest.approx((1 + 12 / 16 + 1) / 3)
+    assert report.summary["add_untouched_kept"] == pytest.approx((1 + 6 / 8 + 1) / 3)
+    assert report.summary["remove_untouched_kept"] == pytest.approx((1 + 6 / 8 + 1) / 3)
+
+
+def test_what_is_itself_a_lack_is_not_removed(make):
+    own = [AttributeWords(label=label, concept=label, removable=label != "hat") for label in LABELS]
+    report = report_of(make(attributes=own))
+    assert [row(report, "hat")["add"], row(report, "hat")["remove"]] == [1, None]
+    assert row(report, "smile")["remove"] == 1
 
 
 def test_removal_has_settings_of_its_own(make):

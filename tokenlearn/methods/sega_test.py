@@ -64,6 +64,7 @@ class AttributeWords:
         opposite_prompt: whole prompt that asks for its absence.
         scale: of the concept in semantic guidance, in place of that of ``edit``.
         removal_scale: the same in place of that of ``removal``.
+        removable: whether it is also removed; not for what is itself a lack, such as baldness.
     """
 
     label: str
@@ -75,6 +76,7 @@ class AttributeWords:
     opposite_prompt: str | None = None
     scale: float | None = None
     removal_scale: float | None = None
+    removable: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +122,7 @@ class SegaTest(Generate):
     """Count what semantic guidance changes, and what it leaves alone, beside other ways to ask for the same.
 
     Pictures of a neutral prompt are drawn plain from fixed seeds. Each attribute is then added to those that lack it
-    and removed from those that have it, by the word of the judge, who counts successes and untouched attributes. A
+    and, if removable, removed from those that have it, by the word of the judge, who counts successes and untouched attributes. A
     config of this task has no data section; run it by ``tokenlearn test``.
 
     Args:
@@ -299,7 +301,7 @@ class SegaTest(Generate):
         for method in range(len(_METHODS)):
             compared = torch.tensor([method == 0 or index < self.compared_seeds for index in batch]).to(before.device)
             for number, words in enumerate(self.words):
-                for side in range(len(_SIDES)):
+                for side in range(1 + words.removable):
                     chosen = (compared & (before[:, number] == bool(side))).nonzero()[:, 0]
                     draw = self._drawing(_METHODS[method], words, adding=side == 0)
                     if draw is None or not len(chosen):
@@ -474,6 +476,7 @@ class SegaTest(Generate):
                     row += interval_cells(*counts)
                 plain += [f"{prefix}{what}"] if method else []
                 summary[f"{prefix}{what}_success"] = mean_share(success[method, :, side])
+                summary[f"{prefix}{what}_untouched_kept"] = mean_share(kept[method, :, side])
             columns.append(f"{prefix}untouched_kept")
             plain.append(f"{prefix}untouched_kept")
             for row, counts in zip(rows, kept[method].sum(dim=1).tolist(), strict=True):
