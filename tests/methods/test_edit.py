@@ -78,7 +78,7 @@ def test_a_picture_is_inverted_once_for_all_its_edits(make):
     interpolations = {"<smile>": [-2.0, 0.0, 2.0], "<hat-2>": [1.0]}
     task = make(edits=[{"<smile>": 3.0}, {"<smile>": 1.0, "<hat-2>": 2.0}], interpolations=interpolations)
     calls = []
-    task.backbone.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    task.backbone.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
     (edited,) = task.predict_step([task.pictures[2]])
     # Inversion, then the four edits with <smile> alone, the one with both and that with <hat-2> alone.
     assert calls == [1] * 7 + [8] * 7 + [3] * 7 + [2] * 7

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tokenlearn.diffusion.reversible_solvers import Pair, ReversibleGrid, ReversibleSolver, Stage
-from tokenlearn.diffusion.sampling import C, SteppedRule
+from tokenlearn.diffusion.sampling import C, SteppedRule, evaluate_together
 from tokenlearn.errors import UserError
 
 T = TypeVar("T")
@@ -159,8 +159,7 @@ def _run(
             rows = [rows[index] for index in combine.needed(stage.step)]
         latents = stage.alpha * point
         timestep = torch.full((), stage.timestep, device=point.device)
-        output = model(torch.cat([latents] * len(rows)), timestep, rows[0].cat(rows))
-        return combine(output.chunk(len(rows)), stage.step).to(point.dtype)
+        return combine(evaluate_together(model, latents, timestep, rows), stage.step).to(point.dtype)
 
     if constant_memory and torch.is_grad_enabled():
         tensors = _tensors(conditionings)

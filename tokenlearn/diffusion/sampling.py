@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
@@ -187,12 +188,31 @@ def _evaluate(
     outputs: dict[int, Tensor] = {}
     for with_grad in sorted(set(needs_grad)):
         members = [index for index, needed in enumerate(needs_grad) if needed == with_grad]
-        rows = torch.cat([latents] * len(members))
-        conditioning: C = conditionings[0].cat([conditionings[index] for index in members])
+        evaluate = partial(evaluate_together, model)
+        own = [conditionings[index] for index in members]
         if with_grad and checkpointing:
-            output = checkpoint(model, rows, timestep, conditioning, use_reentrant=False, preserve_rng_state=False)
+            found = checkpoint(evaluate, latents, timestep, own, use_reentrant=False, preserve_rng_state=False)
         else:
             with torch.set_grad_enabled(with_grad):
-                output = model(rows, timestep, conditioning)
-        outputs |= zip(members, output.chunk(len(members)), strict=True)
+                found = evaluate(latents, timestep, own)
+        outputs |= zip(members, found, strict=True)
     return [outputs[index] for index in range(len(conditionings))]
+
+
+def evaluate_together(
+    model: Callable[[Tensor, Tensor, C], Tensor], latents: Tensor, timestep: Tensor, conditionings: Sequence[C]
+) -> tuple[Tensor, ...]:
+    """Outputs of a model for several conditionings of the same latents, in one call.
+
+    Args:
+        model: network as in :func:`sample`. If it says that it ``takes_shared_latents``, it gets the latents once.
+        latents: (B, C, h, w).
+        timestep: ().
+        conditionings: each of B rows.
+
+    Returns:
+        An output (B, C, h, w) for each conditioning.
+    """
+    if not getattr(model, "takes_shared_latents", False):
+        latents = torch.cat([latents] * len(conditionings))
+    return model(latents, timestep, conditionings[0].cat(conditionings)).chunk(len(conditionings))

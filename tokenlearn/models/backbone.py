@@ -118,11 +118,14 @@ class DiffusionBackbone(FrozenModule, ABC):
         embedding_widths: width of each text encoder's input embedding.
         alphas: (num_train_timesteps,) factor of the image in the latents, ``sqrt(alpha_bar)``.
         sigmas: (num_train_timesteps,) factor of the noise, ``sqrt(1 - alpha_bar)``.
+        takes_shared_latents: whether :meth:`forward` takes several conditionings of the same latents, at less than
+            several times the cost.
     """
 
     alphas: Tensor
     sigmas: Tensor
     prediction_type: PredictionType
+    takes_shared_latents = False
 
     def __init__(
         self,
@@ -197,10 +200,11 @@ class DiffusionBackbone(FrozenModule, ABC):
         Args:
             latents: (B, C, h, w).
             timesteps: () or (B,), as schedulers give them.
-            conditioning: B rows.
+            conditioning: B rows; where :attr:`takes_shared_latents`, also n B rows, n for each of the latents.
 
         Returns:
-            (B, C, h, w) float32 prediction of the kind :attr:`prediction_type`, whatever the network's precision.
+            Float32 prediction of the kind :attr:`prediction_type` for each row of the conditioning, (B, C, h, w) or
+            (n B, C, h, w), whatever the network's precision.
         """
 
     @abstractmethod

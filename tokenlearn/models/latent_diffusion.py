@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from tokenlearn.errors import UserError
 from tokenlearn.models.backbone import Conditioning, DiffusionBackbone
 from tokenlearn.models.frozen import freeze
+from tokenlearn.models.shared_prefix import SharedPrefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,17 +89,23 @@ class LatentDiffusion(DiffusionBackbone):
         freeze(self)
         if compile:
             self.unet.compile()  # in place, so that the names of the parameters stay
+        # Not where the prompt is in the embedding of the timestep. Recomputation would not know of the copies, and
+        # compilation would break at the hooks.
+        self.takes_shared_latents = not (self.addition_embed_type or gradient_checkpointing or compile)
+        self._prefix = SharedPrefix(self.unet) if self.takes_shared_latents else None
 
     def forward(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """See :meth:`DiffusionBackbone.forward`."""
         dtype = self.unet.dtype
-        output: Tensor = self.unet(
-            latents.to(dtype),
-            timesteps,
-            conditioning.prompt_embeds.to(dtype),
-            added_cond_kwargs=self.added_conditions(conditioning),
-            return_dict=False,
-        )[0]
+        copies = len(conditioning) // len(latents)
+        with self._prefix.copies(copies) if self._prefix else nullcontext():
+            output: Tensor = self.unet(
+                latents.to(dtype).repeat(copies, 1, 1, 1),
+                timesteps if timesteps.ndim == 0 else timesteps.repeat(copies),
+                conditioning.prompt_embeds.to(dtype),
+                added_cond_kwargs=self.added_conditions(conditioning),
+                return_dict=False,
+            )[0]
         return output.float()
 
     def added_conditions(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
