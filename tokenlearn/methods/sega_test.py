@@ -122,8 +122,8 @@ class SegaTest(Generate):
     """Count what semantic guidance changes, and what it leaves alone, beside other ways to ask for the same.
 
     Pictures of a neutral prompt are drawn plain from fixed seeds. Each attribute is then added to those that lack it
-    and, if removable, removed from those that have it, by the word of the judge, who counts successes and untouched attributes. A
-    config of this task has no data section; run it by ``tokenlearn test``.
+    and, if removable, removed from those that have it, by the word of the judge, who counts successes and untouched
+    attributes. A config of this task has no data section; run it by ``tokenlearn test``.
 
     Args:
         backbone: frozen diffusion model.
