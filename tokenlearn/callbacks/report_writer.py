@@ -130,7 +130,9 @@ def _as_text(report: Report) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
     separator = "\n" if report.plain else "  "
-    means = separator.join(f"{name} {_figure(name, value)}" for name, value in report.summary.items())
+    means = separator.join(
+        f"{name} {_figure(report.kinds.get(name, name), value)}" for name, value in report.summary.items()
+    )
     return f"\n{report.title}, with 95 % intervals\n{table}\n{means}\n"
 
 

@@ -4,10 +4,23 @@ from tokenlearn.methods.base import TokenTask
 from tokenlearn.methods.caso import Caso
 from tokenlearn.methods.class_tokens import ClassTokens
 from tokenlearn.methods.doodl import Doodl
+from tokenlearn.methods.doodl_test import DoodlCase, DoodlTest
 from tokenlearn.methods.edit import Edit
 from tokenlearn.methods.generate import Generate
 from tokenlearn.methods.sega import Sega
 from tokenlearn.methods.sega_test import SegaTest
 from tokenlearn.methods.textual_inversion import TextualInversion
 
-__all__ = ["Caso", "ClassTokens", "Doodl", "Edit", "Generate", "Sega", "SegaTest", "TextualInversion", "TokenTask"]
+__all__ = [
+    "Caso",
+    "ClassTokens",
+    "Doodl",
+    "DoodlCase",
+    "DoodlTest",
+    "Edit",
+    "Generate",
+    "Sega",
+    "SegaTest",
+    "TextualInversion",
+    "TokenTask",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,9 @@ class Doodl(PictureTask):
         judge_label: the class whose probability the judge is asked for.
         pictures_at_once: generated pictures in a batch.
 
+    Attributes:
+        chooses_latents: whether the first latents are free, as ``best_of`` needs them.
+
     Raises:
         UserError: if there are no pictures or guidances, the judge guides or has no such class, the chain cannot
             invert, or a number is out of range.
@@ -123,7 +126,8 @@ class Doodl(PictureTask):
         check_at_least("model", 0, noise=noise, strip_images=strip_images)
         self.candidates = _EVALUATIONS_PER_UPDATE * optimisation_steps if candidates is None else candidates
         check_at_least("model", 1, candidates=self.candidates)
-        if method == "best_of" and (images is not None or optimise_from is not None):
+        self.chooses_latents = images is None and optimise_from is None
+        if method == "best_of" and not self.chooses_latents:
             raise UserError(
                 "method 'best_of' chooses among first latents, which photographs and model.optimise_from do not have; "
                 "leave these out, or set model.method to another"
@@ -141,8 +145,7 @@ class Doodl(PictureTask):
             )
         self.chain: GradientChain = chain or ("checkpointed" if images is None else "edict")
         self.guidances = nn.ModuleList(guidances)
-        self.method, self.source_prompt = method, source_prompt
-        self.optimisation_steps = optimisation_steps if method == "doodl" else 0
+        self.method, self.source_prompt, self.optimisation_steps = method, source_prompt, optimisation_steps
         self.grad_scale, self.clip, self.momentum, self.noise = grad_scale, clip, momentum, noise
         self.renormalise, self.one_step_scale = renormalise, one_step_scale
         self.optimise_from = self._known_timestep(optimise_from)
@@ -176,7 +179,15 @@ class Doodl(PictureTask):
         return losses
 
     def edit_pictures(self, pictures: Sequence[Picture]) -> list[Edited]:
-        """Optimise pictures of one size together, each for itself.
+        """Optimise pictures of one size together, each for itself, by the task's method."""
+        return self.edited_by(self.method, pictures)
+
+    def edited_by(self, method: DoodlMethod, pictures: Sequence[Picture]) -> list[Edited]:
+        """The same by any method; strips are the task's own method's alone.
+
+        Args:
+            method: ``best_of`` only where the task :attr:`chooses_latents`.
+            pictures: of one size.
 
         Raises:
             UserError: if a loss is not finite; the files of pictures that are finished stay.
@@ -204,9 +215,9 @@ class Doodl(PictureTask):
                     self.chain,
                     self.optimise_from,
                 )
-            if self.method == "best_of":
+            if method == "best_of":
                 return self._best_of(pictures, latents, prompt, rule, generators)
-            return self._optimise(pictures, latents, prompt, rule, generators)
+            return self._optimise(pictures, latents, prompt, rule, generators, method)
 
     def _sample(
         self,
@@ -237,9 +248,12 @@ class Doodl(PictureTask):
         prompt: Conditioning,
         rule: ClassifierFreeGuidance,
         generators: Sequence[torch.Generator],
+        method: DoodlMethod,
     ) -> list[Edited]:
         """Pictures and their optimisation from (B, C, h, w) latents, or pairs (B, 2, C, h, w) of photographs."""
-        shown = {0, self.optimisation_steps, *self.strip_scales.get(_STRIP, ())}
+        updates = self.optimisation_steps if method == "doodl" else 0
+        strip_scales = self.strip_scales if method == self.method else {}
+        shown = {0, updates, *strip_scales.get(_STRIP, ())}
         images: dict[int, Tensor] = {}
         histories: list[list[dict[str, float]]] = [[] for _ in pictures]
         norms = latent_norms(latents) if self.renormalise else None
@@ -250,9 +264,9 @@ class Doodl(PictureTask):
             if step in shown:
                 images[step] = image.clamp(0, 1).cpu()
 
-        steps = self._progress(self.optimisation_steps + 1, pictures)
+        steps = self._progress(updates + 1, pictures)
         for step in steps:
-            last = step == self.optimisation_steps
+            last = step == updates
             with torch.set_grad_enabled(not last):
                 latents = latents.detach().requires_grad_(not last)
                 image = self.backbone.decode_latents(
@@ -273,15 +287,15 @@ class Doodl(PictureTask):
                     self._perturbation(latents, generators),
                     norms,
                 )
-        if self.method == "one_step":
+        if method == "one_step":
             guided = self._guided_step_by_step(latents, prompt, rule)
             record(1, guided, self.loss(guided, 1))
             final = guided.clamp(0, 1).cpu()
         else:
-            final = images[self.optimisation_steps]
+            final = images[updates]
         strips = {
             caption: torch.stack([images[int(step)] for step in steps_shown], dim=1)
-            for caption, steps_shown in self.strip_scales.items()
+            for caption, steps_shown in strip_scales.items()
         }
         return [
             Edited(
@@ -396,8 +410,7 @@ def _judge(
     if label is None:
         raise UserError(f"the judge '{judge}' does not know what to look for; set model.judge_label")
     for guidance in guidances:
-        guide: Any = getattr(guidance, "classifier", None)
-        if guide is not None and is_same_model(guide.pretrained, judge):
+        if guidance.pretrained is not None and is_same_model(guidance.pretrained, judge):
             raise UserError(f"the judge '{judge}' is one of the guidances; a judge must be another model")
     classifier = TimmClassifier(judge)
     return classifier, classifier.label_index(label)

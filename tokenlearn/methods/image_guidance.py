@@ -35,7 +35,12 @@ class ImageGuidance(FrozenModule, ABC):
 
     Raises:
         UserError: if a number is out of range.
+
+    Attributes:
+        pretrained: name or folder of the model that guides, None without one.
     """
+
+    pretrained: str | None = None
 
     def __init__(self, weight: float = 1.0, crops: int = 0, smallest_crop: float = 0.3, crop_seed: int = 0) -> None:
         super().__init__()
@@ -111,7 +116,7 @@ class ClassGuidance(ImageGuidance):
         crop_seed: int = 0,
     ) -> None:
         super().__init__(weight, crops, smallest_crop, crop_seed)
-        self.classifier = TimmClassifier(classifier)
+        self.classifier, self.pretrained = TimmClassifier(classifier), classifier
         self.label = self.classifier.label_index(label)
 
     def loss(self, images: Tensor) -> Tensor:
@@ -127,7 +132,7 @@ class _ClipGuidance(ImageGuidance):
 
     def __init__(self, clip: str, weight: float, crops: int, smallest_crop: float, crop_seed: int) -> None:
         super().__init__(weight, crops, smallest_crop, crop_seed)
-        self.clip = ClipModel(clip)
+        self.clip, self.pretrained = ClipModel(clip), clip
 
     def loss(self, images: Tensor) -> Tensor:
         """Half of the squared angle to the target."""
@@ -233,7 +238,7 @@ class AestheticGuidance(ImageGuidance):
         super().__init__(weight, crops, smallest_crop, crop_seed)
         if target is not None and not math.isfinite(target):
             raise UserError(f"target of AestheticGuidance must be a finite number, got {target}")
-        self.head, self.target = AestheticHead(head, clip), target
+        self.head, self.pretrained, self.target = AestheticHead(head, clip), head, target
 
     def loss(self, images: Tensor) -> Tensor:
         """Minus the score, or how far it is from the target."""

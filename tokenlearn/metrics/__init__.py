@@ -2,6 +2,7 @@
 
 from tokenlearn.metrics.class_accuracy import ClassAccuracy, is_classified_as, wilson_interval
 from tokenlearn.metrics.group_means import GroupMeans
+from tokenlearn.metrics.kernel_distance import KernelDistances, kernel_distance
 from tokenlearn.metrics.neural_collapse import (
     CollapseStatistics,
     NeuralCollapse,
@@ -17,6 +18,7 @@ __all__ = [
     "ClassAccuracy",
     "CollapseStatistics",
     "GroupMeans",
+    "KernelDistances",
     "NeuralCollapse",
     "PictureRows",
     "Report",
@@ -26,6 +28,7 @@ __all__ = [
     "interval_columns",
     "is_classified_as",
     "is_share",
+    "kernel_distance",
     "mean_share",
     "perceptual_distance",
     "self_duality",

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from tokenlearn.metrics.class_accuracy import wilson_interval
 
+_NO_SHARES = ("loss", "psnr", "distance", "correlation", "similarity", "score", "seconds", "evaluations")
+
 
 @dataclass
 class Report:
@@ -22,6 +24,7 @@ class Report:
         plain: further columns for the text.
         curves: name to (kept, success) points, shares in [0, 1]: what each method changes at what cost.
         summary: flat figures for ``summary.json`` after a test; shares, but for names that :func:`is_share` tells.
+        kinds: name in a summary to the kind of figure that it is, where its own name does not tell.
         fit_summary: the same after a fit.
         pictures: file stem to rows of pictures, each row a caption and (n, 3, H, W) images in [0, 1].
     """
@@ -31,6 +34,7 @@ class Report:
     rows: list[list[str | float | None]]
     bars: list[str]
     summary: dict[str, float]
+    kinds: dict[str, str] = field(default_factory=dict)
     fit_summary: dict[str, float] = field(default_factory=dict)
     plain: list[str] = field(default_factory=list)
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
@@ -60,7 +64,7 @@ class PictureRows:
 
 def is_share(name: str) -> bool:
     """Whether a figure or column of this name is a share in [0, 1]; losses, distances, correlations, times are not."""
-    return not name.endswith(("loss", "psnr", "perceptual_distance", "rank_correlation", "seconds"))
+    return not name.endswith(_NO_SHARES)
 
 
 def interval_columns(name: str) -> list[str]:

@@ -1,0 +1,35 @@
+import pytest
+import torch
+from torchmetrics.image.kid import poly_mmd
+
+from tokenlearn.metrics import KernelDistances, kernel_distance
+
+
+def samples(count, shift=0.0, seed=0):
+    return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def test_equals_torchmetrics_where_that_takes_all_of_both():
+    ours = kernel_distance(samples(20), samples(20, 0.5, 1))
+    assert ours.item() == pytest.approx(poly_mmd(samples(20), samples(20, 0.5, 1)).item(), rel=1e-4)
+
+
+def test_is_unbiased_for_samples_of_different_sizes():
+    near = torch.stack([kernel_distance(samples(8, 0, seed), samples(50, 0, 100 + seed)) for seed in range(200)])
+    far = torch.stack([kernel_distance(samples(8, 0.5, seed), samples(50, 0, 100 + seed)) for seed in range(200)])
+    assert near.mean().abs() < 3 * near.std() / 200**0.5
+    assert far.mean() > 10 * near.mean().abs()
+
+
+def test_groups_are_apart_and_need_two_pictures():
+    reference = samples(30, 0, 9)
+    metric = KernelDistances(3, reference)
+    assert metric.compute().isnan().all()
+    metric.reset()
+    metric.update(samples(5), torch.tensor([0, 2, 0, 1, 2]))
+    metric.update(samples(3, 1, 1), torch.tensor([0, 0, 2]))
+    found = metric.compute()
+    own = torch.cat([samples(5)[[0, 2]], samples(3, 1, 1)[:2]])
+    assert found[0] == kernel_distance(own, reference)
+    assert found[1].isnan()
+    assert found[2].isfinite()
