@@ -1,6 +1,7 @@
 """What a training step of attributes costs: ``uv run python benchmarks/caso_step.py``.
 
-Three things are measured in one run, in turns so that other work on the machine hits all alike:
+Three things are measured in one run, ours in turns with each of the others so that other work on the machine hits
+both alike:
 
 ``ours``
     A step of :class:`tokenlearn.methods.Caso` with the settings of a config: draw classes and noise, encode prompts,
@@ -164,6 +165,7 @@ def main(
     pictures: Literal["latents", "pixels"] = "latents",
     num_inversion_steps: int = 50,
     repetitions: int = 5,
+    pairs: int = 25,
     threads: int | None = None,
     precision: Literal["32-true", "bf16-mixed"] = "32-true",
     accelerator: str = "auto",
@@ -176,7 +178,8 @@ def main(
         batch_size: images per step.
         pictures: what the step gets.
         num_inversion_steps: steps of the published code's inversion.
-        repetitions: rounds.
+        repetitions: rounds of our step and the published code's.
+        pairs: rounds of our step and the floor, which are short and near to each other, so they take more.
         threads: of the CPU; null for torch's own choice.
         precision: as the Trainer's.
         accelerator: as the Trainer's.
@@ -213,12 +216,15 @@ def main(
         counters = [RowCounter(floor.network) for _ in steps]
         for counter, step in zip(counters, steps.values(), strict=True):
             counter.count(step)  # also warms up
-        rounds = take_turns(list(steps.values()), repetitions, fabric.device)
-        for index, (name, rows) in enumerate(zip(steps, counters, strict=True)):
-            seconds = f"{median(turn[index] for turn in rounds):.4f}"
-            print(line.format(count, name, seconds, rows.without_gradient, rows.with_gradient))
-        results[f"step_over_floor_attributes{count}"] = median(turn[0] / turn[1] for turn in rounds)
-        results[f"official_over_ours_attributes{count}"] = median(turn[2] / turn[0] for turn in rounds)
+        beside_floor = take_turns([ours, floor], pairs, fabric.device)
+        beside_official = take_turns([ours, steps["official"]], repetitions, fabric.device)
+        seconds = [
+            median(column) for column in (*zip(*beside_floor, strict=True), [turn[1] for turn in beside_official])
+        ]
+        for name, rows, own in zip(steps, counters, seconds, strict=True):
+            print(line.format(count, name, f"{own:.4f}", rows.without_gradient, rows.with_gradient))
+        results[f"step_over_floor_attributes{count}"] = median(turn[0] / turn[1] for turn in beside_floor)
+        results[f"official_over_ours_attributes{count}"] = median(turn[1] / turn[0] for turn in beside_official)
 
     def of_all(key: str) -> list[float]:
         return [results[f"{key}_attributes{count}"] for count in num_attributes]

@@ -268,3 +268,18 @@ def test_unknown_models_are_one_line(monkeypatch):
     ) as caught:
         StableDiffusion("nobody/nothing")
     assert "\n" not in str(caught.value)
+
+
+def test_equal_prompts_are_encoded_once(backbone, bank):
+    backbone.inject(bank)
+    rows = []
+    backbone.text_encoders[0].register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    prompts = ["a <elf>", "a king", "a <elf>", "a <robot>", "a king"]
+    together = backbone.encode_prompts(prompts)
+    apart = [backbone.encode_prompts([prompt]) for prompt in prompts]
+    assert rows == [3, 1, 1, 1, 1, 1]
+    torch.testing.assert_close(together.prompt_embeds, torch.cat([row.prompt_embeds for row in apart]))
+    torch.testing.assert_close(together.pooled_prompt_embeds, torch.cat([row.pooled_prompt_embeds for row in apart]))
+    (gradient,) = torch.autograd.grad(together.prompt_embeds.square().sum(), bank.vectors[0])
+    (expected,) = torch.autograd.grad(sum(row.prompt_embeds.square().sum() for row in apart), bank.vectors[0])
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
