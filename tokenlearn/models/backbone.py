@@ -99,7 +99,7 @@ class DiffusionBackbone(FrozenModule, ABC):
     """A frozen text-to-image diffusion model, described by alpha and sigma at each timestep and a kind of prediction.
 
     An adapter for a family of models loads the parts, hands their description to this class, and implements
-    :meth:`encode_prompts`, :meth:`forward`, :meth:`encode_images` and :meth:`decode_latents`.
+    :meth:`_encode`, :meth:`forward`, :meth:`encode_images` and :meth:`decode_latents`.
 
     Args:
         pretrained: hub id or folder, as the user gave it.
@@ -175,12 +175,12 @@ class DiffusionBackbone(FrozenModule, ABC):
             self._injection = None
         self._injection = TokenInjection(bank, self.tokenizers, list(self.text_encoders))
 
-    @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts, padded to :attr:`max_prompt_length` in training as in inference.
 
-        Gradients reach the injected token bank, unless disabled by the caller. Prompts without any placeholder give a
-        conditioning that requires no gradient, so encode the empty prompt apart from those with placeholders.
+        Those that are the same, as in a batch for few tokens, are encoded once. Gradients reach the injected token
+        bank, unless disabled by the caller. Prompts without any placeholder give a conditioning that requires no
+        gradient, so encode the empty prompt apart from those with placeholders.
 
         Args:
             prompts: B prompts, with placeholders of the injected bank if wanted.
@@ -192,6 +192,15 @@ class DiffusionBackbone(FrozenModule, ABC):
             UserError: if a placeholder does not fit into the prompt length. A prompt of words alone that is too long
                 is cut with a warning.
         """
+        different = list(dict.fromkeys(prompts))
+        conditioning = self._encode(different)
+        if len(different) == len(prompts):
+            return conditioning
+        return conditioning[torch.tensor([different.index(prompt) for prompt in prompts], device=self.device)]
+
+    @abstractmethod
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        """See :meth:`encode_prompts`; all prompts are different."""
 
     @abstractmethod
     def forward(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:

@@ -89,7 +89,7 @@ class DeepFloydIF(DiffusionBackbone):
         if compile:
             self.unet.compile()  # in place, so that the names of the parameters stay
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
         """See :meth:`DiffusionBackbone.encode_prompts`; there is no pooled row.
 
         The encoder does not read the padding, but the network attends to the states there, as it did in training.

@@ -21,7 +21,7 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 
 class LatentDiffusion(DiffusionBackbone):
-    """A UNet and a VAE of diffusers, frozen. An adapter adds :meth:`encode_prompts`.
+    """A UNet and a VAE of diffusers, frozen. An adapter adds :meth:`_encode`.
 
     Args:
         pretrained: hub id or folder, as the user gave it.

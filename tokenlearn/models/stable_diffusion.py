@@ -61,20 +61,13 @@ class StableDiffusion(LatentDiffusion):
             compile=compile,
         )
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """See :meth:`DiffusionBackbone.encode_prompts`; the pooled row is the state at the true end of the text.
-
-        Prompts that are the same, as those of a batch for few tokens, are encoded once.
-        """
-        different = list(dict.fromkeys(prompts))
-        ids = self.tokenize(different)
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        """See :meth:`DiffusionBackbone.encode_prompts`; the pooled row is the state at the true end of the text."""
+        ids = self.tokenize(prompts)
         learned = not self.learned_ids().isdisjoint(ids.flatten().tolist())
         ids = ids.to(self.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and learned):
             states = self.text_encoders[0](ids).last_hidden_state.float()
         end_of_text = self.tokenizers[0].eos_token_id
         assert isinstance(end_of_text, int)
-        conditioning = Conditioning(states, pool_at_end_of_text(states, ids, end_of_text))
-        if len(different) == len(prompts):
-            return conditioning
-        return conditioning[torch.tensor([different.index(prompt) for prompt in prompts], device=states.device)]
+        return Conditioning(states, pool_at_end_of_text(states, ids, end_of_text))

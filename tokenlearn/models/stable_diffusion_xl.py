@@ -83,7 +83,7 @@ class StableDiffusionXL(LatentDiffusion):
         sizes = [*(original_size or (side, side)), *crop_top_left, *(target_size or (side, side))]
         self.register_buffer("time_ids", torch.tensor([sizes], dtype=torch.float32), persistent=False)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
         """See :meth:`DiffusionBackbone.encode_prompts`.
 
         The states are those before the last layer of each encoder, side by side. The pooled row is the second
