@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tokenlearn.errors import UserError
 from tokenlearn.methods.image_guidance import ClipImageGuidance, ClipTextGuidance
@@ -54,7 +54,7 @@ class ClassJudge(ImageJudge):
 
     def forward(self, images: Tensor) -> Tensor:
         """1 where all labels are seen, else 0."""
-        logits = self.classifier(images)
+        logits: Tensor = self.classifier(images)
         if self.classifier.multi_label:
             return (logits[:, self.classes] > 0).all(dim=1).float()
         return (logits.argmax(dim=1) == self.classes[0]).float()
@@ -71,9 +71,9 @@ class _ClipJudge(ImageJudge):
 
     def forward(self, images: Tensor) -> Tensor:
         """Cosine of pictures and target, in [-1, 1]."""
-        return torch.nn.functional.cosine_similarity(
-            self.guidance.clip.image_features(images), self.guidance.target[None]
-        )
+        features = self.guidance.clip.image_features(images)
+        similarity: Tensor = functional.cosine_similarity(features, self.guidance.target[None])
+        return similarity
 
 
 class ClipTextJudge(_ClipJudge):
