@@ -208,19 +208,14 @@ def main(
         batch = random_pictures(task, batch_size, pictures)
         ours.batches = [batch]
         floor = Floor(task, fabric, batch)
-        steps: dict[str, Callable[[], None]] = {
-            "ours": ours,
-            "floor": floor,
-            "official": OfficialStep(ours, task, batch, num_inversion_steps),
-        }
+        official = OfficialStep(ours, task, batch, num_inversion_steps)
+        steps: dict[str, Callable[[], None]] = {"ours": ours, "floor": floor, "official": official}
         counters = [RowCounter(floor.network) for _ in steps]
         for counter, step in zip(counters, steps.values(), strict=True):
             counter.count(step)  # also warms up
         beside_floor = take_turns([ours, floor], pairs, fabric.device)
-        beside_official = take_turns([ours, steps["official"]], repetitions, fabric.device)
-        seconds = [
-            median(column) for column in (*zip(*beside_floor, strict=True), [turn[1] for turn in beside_official])
-        ]
+        beside_official = take_turns([ours, official], repetitions, fabric.device)
+        seconds = [*map(median, zip(*beside_floor, strict=True)), median(turn[1] for turn in beside_official)]
         for name, rows, own in zip(steps, counters, seconds, strict=True):
             print(line.format(count, name, f"{own:.4f}", rows.without_gradient, rows.with_gradient))
         results[f"step_over_floor_attributes{count}"] = median(turn[0] / turn[1] for turn in beside_floor)

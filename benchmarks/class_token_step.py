@@ -45,10 +45,11 @@ from torch.nn import functional
 from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.common import BareParts, RowCounter, TaskStep, take_turns, timed
+from benchmarks.common import BareParts, RowCounter, TaskStep, take_turns
 from tokenlearn.data import PromptStream
 from tokenlearn.errors import UserError
 from tokenlearn.methods import ClassTokens
+from tokenlearn.metrics import timed
 from tokenlearn.models import StableDiffusion
 
 CLIP_TABLE = (49408, 768)
@@ -200,7 +201,7 @@ def clip_table_optimizer(num_tokens: int, repetitions: int, device: torch.device
         optimizer.step()
 
     step()
-    seconds = median(timed(step, device) for _ in range(repetitions))
+    seconds = median(timed(step, device)[1] for _ in range(repetitions))
     return seconds, state_bytes(optimizer)
 
 

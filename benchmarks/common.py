@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -18,6 +17,7 @@ from torch.optim import Optimizer
 # Imported so that configs may name their classes without a path.
 import tokenlearn.data  # noqa: F401
 from tokenlearn.methods import Caso, ClassTokens, TokenTask
+from tokenlearn.metrics import timed
 from tokenlearn.models import StableDiffusion
 
 
@@ -120,23 +120,12 @@ class RowCounter:
             handle.remove()
 
 
-def timed(step: Callable[[], None], device: torch.device) -> float:
-    """Seconds for one step."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 def take_turns(steps: Sequence[Callable[[], None]], repetitions: int, device: torch.device) -> list[tuple[float, ...]]:
     """Seconds of each step in each round; the order turns around every round."""
     rounds = []
     for repetition in range(repetitions):
         order = range(len(steps)) if repetition % 2 == 0 else reversed(range(len(steps)))
-        seconds = {index: timed(steps[index], device) for index in order}
+        seconds = {index: timed(steps[index], device)[1] for index in order}
         rounds.append(tuple(seconds[index] for index in range(len(steps))))
     return rounds
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -14,7 +14,7 @@ from tokenlearn.data.images import ImageBatch
 from tokenlearn.data.labels import UNKNOWN
 from tokenlearn.data.latent_cache import CacheDtype, LatentCache, build_latents, in_full_batches, weights_hash
 from tokenlearn.data.prompts import TEST_SEEDS, VALIDATION_SEEDS
-from tokenlearn.data.sharding import BatchStream, CountingSource, EvaluationBatches, Item, ShuffledSource
+from tokenlearn.data.sharding import BatchStream, CountingSource, EvaluationBatches, Item, ShuffledSource, items_below
 from tokenlearn.errors import UserError, check_at_least
 
 
@@ -155,7 +155,7 @@ class GeneratedDataModule(L.LightningDataModule):
         trainer = self._trainer()
         latents = self._cached_latents(trainer, first_seed, count, self.eval_batch_size)
         return EvaluationBatches(
-            partial(_items, count),
+            partial(items_below, count),
             count,
             partial(self._sample, first_seed, latents),
             collate_generated,
@@ -199,7 +199,7 @@ class GeneratedDataModule(L.LightningDataModule):
         def encode(items: Sequence[Item]) -> list[Tensor | None]:
             return [*in_full_batches(generate, (self._sample(first_seed, None, item) for item in items), batch_size)]
 
-        return build_latents(trainer, cache, _items(count), encode, count)
+        return build_latents(trainer, cache, items_below(count), encode, count)
 
     def _trainer(self) -> L.Trainer:
         if self.trainer is None:
@@ -207,7 +207,3 @@ class GeneratedDataModule(L.LightningDataModule):
                 "GeneratedDataModule reads ranks and the task from its trainer; hand it to Trainer.fit or test"
             )
         return self.trainer
-
-
-def _items(count: int) -> Iterator[Item]:
-    return (Item(0, index) for index in range(count))

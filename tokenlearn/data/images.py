@@ -37,6 +37,7 @@ from tokenlearn.data.sharding import (
     Skipped,
     StreamedSource,
     ahead,
+    items_below,
 )
 from tokenlearn.errors import UserError, check_at_least, reason_of
 from tokenlearn.files import atomic_write
@@ -140,7 +141,7 @@ class _IndexedRows:
         self.count = len(indices)
 
     def items(self) -> Iterator[Item]:
-        return (Item(0, index) for index in range(self.count))
+        return items_below(self.count)
 
     def source(self, seed: int, block_size: int) -> ItemSource:
         return ShuffledSource(self.count, seed)

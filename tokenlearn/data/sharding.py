@@ -40,6 +40,11 @@ class Item:
     row: Any = None
 
 
+def items_below(count: int) -> Iterator[Item]:
+    """The items of ``count`` data, once and in order."""
+    return (Item(0, index) for index in range(count))
+
+
 class Skipped(NamedTuple):
     """An item that gives no sample.
 

@@ -16,8 +16,7 @@ from tokenlearn.diffusion.latent_optimisation import latent_norms, optimisation_
 from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.guidance import ClassifierFreeGuidance
 from tokenlearn.methods.editing import check_timestep
-from tokenlearn.methods.image_guidance import ImageGuidance
-from tokenlearn.methods.learning import is_same_model
+from tokenlearn.methods.image_guidance import ImageGuidance, is_guide
 from tokenlearn.methods.one_step_guidance import OneStepGuidance
 from tokenlearn.methods.picture_task import Edited, PictureTask
 from tokenlearn.models import Conditioning, DiffusionBackbone, TimmClassifier
@@ -409,8 +408,7 @@ def _judge(
         return None, 0
     if label is None:
         raise UserError(f"the judge '{judge}' does not know what to look for; set model.judge_label")
-    for guidance in guidances:
-        if guidance.pretrained is not None and is_same_model(guidance.pretrained, judge):
-            raise UserError(f"the judge '{judge}' is one of the guidances; a judge must be another model")
+    if is_guide(judge, guidances):
+        raise UserError(f"the judge '{judge}' is one of the guidances; a judge must be another model")
     classifier = TimmClassifier(judge)
     return classifier, classifier.label_index(label)

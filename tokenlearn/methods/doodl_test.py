@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from typing import NamedTuple, cast
 
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from tokenlearn.data.image_source import open_images
 from tokenlearn.data.images import read_image, square_pixels, unit_range
 from tokenlearn.data.pictures import Picture
-from tokenlearn.data.sharding import EvaluationBatches, Item
+from tokenlearn.data.sharding import EvaluationBatches, Item, items_below
 from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.methods.doodl import Doodl, DoodlMethod
 from tokenlearn.methods.generate import Generate
+from tokenlearn.methods.image_guidance import ImageGuidance, is_guide
 from tokenlearn.methods.image_judges import ClassJudge, ImageJudge
-from tokenlearn.methods.learning import is_same_model
 from tokenlearn.methods.picture_task import file_stem
 from tokenlearn.metrics import (
     ClassAccuracy,
@@ -30,6 +30,7 @@ from tokenlearn.metrics import (
     Report,
     interval_cells,
     interval_columns,
+    timed,
 )
 from tokenlearn.models import Conditioning, DiffusionBackbone, TimmClassifier
 
@@ -134,12 +135,11 @@ class DoodlTest(Generate):
 
     def _check_judge(self, case: int) -> None:
         judge = self._judge(case).pretrained
-        for guidance in self._task(case).guidances:
-            if guidance.pretrained is not None and is_same_model(cast(str, guidance.pretrained), judge):
-                raise UserError(
-                    f"the judge '{judge}' of row '{self.row_names[self._rows[case]]}' is one of its guidances; a "
-                    "judge must be another model"
-                )
+        if is_guide(judge, cast(Iterable[ImageGuidance], self._task(case).guidances)):
+            raise UserError(
+                f"the judge '{judge}' of row '{self.row_names[self._rows[case]]}' is one of its guidances; a judge "
+                "must be another model"
+            )
 
     def _task(self, case: int) -> Doodl:
         return cast(Doodl, self.tasks[case])
@@ -182,7 +182,7 @@ class DoodlTest(Generate):
             return AskedPicture(case, self._task(case).pictures[index])
 
         return EvaluationBatches(
-            lambda: (Item(0, index) for index in range(len(asked))),
+            partial(items_below, len(asked)),
             len(asked),
             load,
             list,
@@ -207,11 +207,7 @@ class DoodlTest(Generate):
         """Make pictures of a case by one method, and count."""
         task, row, method = self._task(case), self._rows[case], self.methods[column]
         self._evaluations = 0
-        self._synchronise()
-        start = time.perf_counter()
-        edited = task.edited_by(method, pictures)
-        self._synchronise()
-        seconds = (time.perf_counter() - start) / len(pictures)
+        edited, seconds = timed(partial(task.edited_by, method, pictures), self.device)
         images = torch.stack([picture.edits[0] for picture in edited]).to(self.device)
         judged = self._judge(case)(images)
         cells = torch.full((len(images),), row * len(self.methods) + column, device=images.device)
@@ -220,7 +216,7 @@ class DoodlTest(Generate):
         found = {
             "judge": judged,
             "loss": task.loss(images, 0),
-            "seconds": torch.full_like(judged, seconds),
+            "seconds": torch.full_like(judged, seconds / len(pictures)),
             "evaluations": torch.full_like(judged, self._evaluations / len(pictures)),
         }
         for name, values in found.items():
@@ -228,10 +224,6 @@ class DoodlTest(Generate):
         if self.realism is not None and self.realism_judge is not None:
             self.realism.update(self.realism_judge.features(images), cells)
         self.shown[self.row_names[row]].add(method.replace("_", " "), images)
-
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def on_test_epoch_end(self) -> None:
         """Make the report, and log its figures."""

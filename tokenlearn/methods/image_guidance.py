@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from tokenlearn.data.images import to_rgb, unit_range
 from tokenlearn.errors import UserError, check_at_least, reason_of
 from tokenlearn.losses import aesthetic_loss, class_cross_entropy, mean_direction, mirror_error, spherical_distance
+from tokenlearn.methods.learning import is_same_model
 from tokenlearn.models import FrozenModule, TimmClassifier
 from tokenlearn.models.aesthetic import AestheticHead
 from tokenlearn.models.clip import ClipModel
@@ -70,6 +71,11 @@ class ImageGuidance(FrozenModule, ABC):
     @abstractmethod
     def loss(self, images: Tensor) -> Tensor:
         """Loss (B,) of pictures (B, 3, H, W), nominally in [0, 1]."""
+
+
+def is_guide(model: str, guidances: Iterable[ImageGuidance]) -> bool:
+    """Whether a model, by its name or folder, is that of one of the guidances."""
+    return any(own.pretrained is not None and is_same_model(own.pretrained, model) for own in guidances)
 
 
 def random_crops(images: Tensor, number: int, smallest: float, generator: random.Random) -> list[Tensor]:

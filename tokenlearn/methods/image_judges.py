@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tokenlearn.errors import UserError
 from tokenlearn.methods.image_guidance import ClipImageGuidance, ClipTextGuidance
+from tokenlearn.metrics import is_classified_as
 from tokenlearn.models import FrozenModule, TimmClassifier
 from tokenlearn.models.aesthetic import AestheticHead
 
@@ -55,9 +56,9 @@ class ClassJudge(ImageJudge):
     def forward(self, images: Tensor) -> Tensor:
         """1 where all labels are seen, else 0."""
         logits: Tensor = self.classifier(images)
-        if self.classifier.multi_label:
-            return (logits[:, self.classes] > 0).all(dim=1).float()
-        return (logits.argmax(dim=1) == self.classes[0]).float()
+        targets = [torch.full((len(images),), index, device=images.device) for index in self.classes]
+        seen = [is_classified_as(logits, target, self.classifier.multi_label) for target in targets]
+        return torch.stack(seen).all(dim=0).float()
 
 
 class _ClipJudge(ImageJudge):
@@ -71,9 +72,7 @@ class _ClipJudge(ImageJudge):
 
     def forward(self, images: Tensor) -> Tensor:
         """Cosine of pictures and target, in [-1, 1]."""
-        features = self.guidance.clip.image_features(images)
-        similarity: Tensor = functional.cosine_similarity(features, self.guidance.target[None])
-        return similarity
+        return self.guidance.clip.image_features(images) @ self.guidance.target  # both of length 1
 
 
 class ClipTextJudge(_ClipJudge):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
 
 from tokenlearn.data.pictures import FolderPictures, GeneratedPictures, Picture, Pictures
-from tokenlearn.data.sharding import EvaluationBatches, Item
+from tokenlearn.data.sharding import EvaluationBatches, Item, items_below
 from tokenlearn.errors import UserError
 from tokenlearn.methods.generate import Generate
 from tokenlearn.models import DiffusionBackbone
@@ -123,7 +124,7 @@ class PictureTask(Generate):
 
         count = len(self.pictures.names)
         return EvaluationBatches(
-            lambda: (Item(0, index) for index in range(count)),
+            partial(items_below, count),
             count,
             load,
             list,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.regression import spearman_corrcoef
 
-from tokenlearn.data.sharding import EvaluationBatches, Item
+from tokenlearn.data.sharding import EvaluationBatches, items_below
 from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.guidance import (
     SAFETY_PRESETS,
@@ -33,6 +32,7 @@ from tokenlearn.metrics import (
     interval_cells,
     interval_columns,
     mean_share,
+    timed,
 )
 from tokenlearn.models import DiffusionBackbone, TimmClassifier
 
@@ -264,7 +264,7 @@ class SegaTest(Generate):
     def test_dataloader(self) -> EvaluationBatches[int, list[int]]:
         """This rank's part of the seeds, numbered from 0."""
         return EvaluationBatches(
-            lambda: (Item(0, index) for index in range(self.num_seeds)),
+            partial(items_below, self.num_seeds),
             self.num_seeds,
             lambda item: item.index,
             list,
@@ -446,17 +446,10 @@ class SegaTest(Generate):
 
     def _timed(self, kind: int, seeds: Sequence[int], draw: Callable[[], Tensor]) -> Tensor:
         """What ``draw`` draws for seeds; its time per picture is that of a kind of pictures."""
-        self._synchronise()
-        start = time.perf_counter()
-        images = draw()
-        self._synchronise()
-        seconds = torch.full((len(seeds),), (time.perf_counter() - start) / len(seeds), device=images.device)
+        images, together = timed(draw, self.device)
+        seconds = torch.full((len(seeds),), together / len(seeds), device=images.device)
         self.seconds.update(seconds, torch.full_like(seconds, kind, dtype=torch.long))
         return images
-
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def on_test_epoch_end(self) -> None:
         """Make the report, and log its figures."""

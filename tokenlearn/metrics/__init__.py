@@ -13,6 +13,7 @@ from tokenlearn.metrics.neural_collapse import (
 )
 from tokenlearn.metrics.perceptual_distance import perceptual_distance
 from tokenlearn.metrics.report import PictureRows, Report, interval_cells, interval_columns, is_share, mean_share
+from tokenlearn.metrics.timing import timed
 
 __all__ = [
     "ClassAccuracy",
@@ -32,6 +33,7 @@ __all__ = [
     "mean_share",
     "perceptual_distance",
     "self_duality",
+    "timed",
     "wilson_interval",
     "within_class_variability",
 ]

@@ -209,7 +209,7 @@ class DiffusionBackbone(FrozenModule, ABC):
         Args:
             latents: (B, C, h, w).
             timesteps: () or (B,), as schedulers give them.
-            conditioning: B rows; where :attr:`takes_shared_latents`, also n B rows, n for each of the latents.
+            conditioning: B rows; where :attr:`takes_shared_latents`, also n B rows, B for each of n prompts.
 
         Returns:
             Float32 prediction of the kind :attr:`prediction_type` for each row of the conditioning, (B, C, h, w) or
