@@ -70,3 +70,36 @@ def test_recomputation_evaluates_all_rows(tmp_path):
     folder = tiny_pipeline(tmp_path)
     plain, recomputing = StableDiffusion(str(folder)), StableDiffusion(str(folder), gradient_checkpointing=True)
     assert (plain.takes_shared_latents, recomputing.takes_shared_latents) == (True, False)
+
+
+def test_evaluations_one_after_another_at_the_same_latents_compute_it_once(backbone):
+    first = next(block for block in backbone.unet.down_blocks if hasattr(block, "attentions"))
+    latents, timesteps = backbone.initial_latents([1, 2]), torch.tensor([601, 21])
+    plain, wanted = (backbone.encode_prompts([text]).expand(2) for text in ("", "a king"))
+    wanted.prompt_embeds.requires_grad_()
+
+    def gradient():
+        with torch.no_grad():
+            unconditional = backbone(latents, timesteps, plain)
+        conditional = backbone(latents, timesteps, wanted)
+        several = backbone(latents, timesteps, plain.cat([plain, wanted]))
+        return torch.autograd.grad(((conditional - unconditional) * several[2:]).sum(), wanted.prompt_embeds)[0]
+
+    expected, before = gradient(), Rows(first.resnets[0].conv2)
+    with backbone.same_latents():
+        kept = gradient()
+    torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-6)
+    assert before.rows == [2, 0, 0]
+    backbone(latents, timesteps, plain)
+    assert before.rows[3:] == [2]
+
+
+def test_what_latents_need_a_gradient_of_is_computed_again(backbone):
+    latents, timestep = backbone.initial_latents([1, 2]).requires_grad_(), torch.tensor(601)
+    prompt = backbone.encode_prompts(["a king"]).expand(2)
+    expected = torch.autograd.grad(backbone(latents, timestep, prompt).square().sum(), latents)[0]
+    with backbone.same_latents():
+        with torch.no_grad():
+            backbone(latents, timestep, prompt)
+        found = torch.autograd.grad(backbone(latents, timestep, prompt).square().sum(), latents)[0]
+    torch.testing.assert_close(found, expected)

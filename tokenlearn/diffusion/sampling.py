@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
@@ -186,16 +187,18 @@ def _evaluate(
     """Model outputs for each conditioning, rows that need a gradient in one call and the others in another."""
     needs_grad = [torch.is_grad_enabled() and (latents.requires_grad or item.requires_grad) for item in conditionings]
     outputs: dict[int, Tensor] = {}
-    for with_grad in sorted(set(needs_grad)):
-        members = [index for index, needed in enumerate(needs_grad) if needed == with_grad]
-        evaluate = partial(evaluate_together, model)
-        own = [conditionings[index] for index in members]
-        if with_grad and checkpointing:
-            found = checkpoint(evaluate, latents, timestep, own, use_reentrant=False, preserve_rng_state=False)
-        else:
-            with torch.set_grad_enabled(with_grad):
-                found = evaluate(latents, timestep, own)
-        outputs |= zip(members, found, strict=True)
+    same_latents = nullcontext if checkpointing else getattr(model, "same_latents", nullcontext)
+    with same_latents():
+        for with_grad in sorted(set(needs_grad)):
+            members = [index for index, needed in enumerate(needs_grad) if needed == with_grad]
+            evaluate = partial(evaluate_together, model)
+            own = [conditionings[index] for index in members]
+            if with_grad and checkpointing:
+                found = checkpoint(evaluate, latents, timestep, own, use_reentrant=False, preserve_rng_state=False)
+            else:
+                with torch.set_grad_enabled(with_grad):
+                    found = evaluate(latents, timestep, own)
+            outputs |= zip(members, found, strict=True)
     return [outputs[index] for index in range(len(conditionings))]
 
 

@@ -262,8 +262,9 @@ class Caso(TokenLearning):
         rows = {index: [row for row, draw in enumerate(draws) if draw.attribute == index] for index, *_ in draws}
 
         noisy = self.noisy_latents(latents, torch.stack([draw.noise for draw in draws]).to(self.device), timesteps)
-        unconditional = self.unconditional_noise(noisy, timesteps)
-        predicted = self.one_step_edit(noisy, timesteps, tokens, unconditional)
+        with self.backbone.same_latents():
+            unconditional = self.unconditional_noise(noisy, timesteps)
+            predicted = self.one_step_edit(noisy, timesteps, tokens, unconditional)
         features = self.classifier.features(self.backbone.decode_latents(predicted))
         outputs = self.classifier.classify(features).float()
         editing = latents.new_zeros(len(latents), dtype=torch.float32)

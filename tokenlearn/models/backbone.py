@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -215,6 +216,14 @@ class DiffusionBackbone(FrozenModule, ABC):
             Float32 prediction of the kind :attr:`prediction_type` for each row of the conditioning, (B, C, h, w) or
             (n B, C, h, w), whatever the network's precision.
         """
+
+    @contextmanager
+    def same_latents(self) -> Iterator[None]:
+        """While all evaluations are at the same latents and timesteps, for prompts that cannot go in one call.
+
+        What comes before the prompt in the network is then computed by the first of them alone.
+        """
+        yield
 
     @abstractmethod
     def encode_images(self, images: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -107,6 +107,12 @@ class LatentDiffusion(DiffusionBackbone):
                 return_dict=False,
             )[0]
         return output.float()
+
+    @contextmanager
+    def same_latents(self) -> Iterator[None]:
+        """See :meth:`DiffusionBackbone.same_latents`."""
+        with self._prefix.kept() if self._prefix else nullcontext():
+            yield
 
     def added_conditions(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
         """What the network takes besides the prompt's states, by its names for them."""

@@ -15,8 +15,8 @@ class SharedPrefix:
 
     Rows for several prompts at the same latents and timestep, as guidance needs them, differ from the first
     cross-attention on. Inside of :meth:`copies`, modules before it get the first copy of all rows alone, and their
-    outputs are repeated, so the UNet does not notice. Only for UNets whose timestep embedding has no part of the
-    prompt.
+    outputs are repeated; inside of :meth:`kept`, they get no rows at all after the first evaluation, whose outputs
+    are given again. The UNet does not notice. Only for UNets whose timestep embedding has no part of the prompt.
 
     Args:
         unet: a diffusers UNet with cross-attention. It gets hooks.
@@ -24,9 +24,10 @@ class SharedPrefix:
 
     def __init__(self, unet: Any) -> None:  # noqa: ANN401 - diffusers' models have no usable types
         self._copies = 1
+        self._kept: dict[nn.Module, Any] | None = None
         for module in _modules_before_the_prompt(unet):
             module.register_forward_pre_hook(self._take_first_copy, with_kwargs=True)
-            module.register_forward_hook(self._repeat_output)
+            module.register_forward_hook(self._repeat_output, with_kwargs=True)
 
     @contextmanager
     def copies(self, number: int) -> Iterator[None]:
@@ -37,21 +38,45 @@ class SharedPrefix:
         finally:
             self._copies = 1
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """While the UNet gets the same latents and timesteps again and again.
+
+        What needs a gradient with respect to the latents is computed each time.
+        """
+        self._kept = {}
+        try:
+            yield
+        finally:
+            self._kept = None
+
     def _take_first_copy(
         self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
     ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        return tuple(map(self._first_copy, args)), {name: self._first_copy(value) for name, value in kwargs.items()}
+        inputs = (*args, *kwargs.values())
+        differentiated = torch.is_grad_enabled() and any(rows.requires_grad for rows in inputs)
+        known = self._kept is not None and module in self._kept and not differentiated
+        count = 0 if known else len(inputs[0]) // self._copies
+        return tuple(rows[:count] for rows in args), {name: rows[:count] for name, rows in kwargs.items()}
 
-    def _first_copy(self, rows: Tensor) -> Tensor:
-        return rows[: len(rows) // self._copies]
+    def _repeat_output(
+        self,
+        module: nn.Module,
+        args: tuple[Tensor, ...],
+        kwargs: dict[str, Tensor],
+        output: Any,  # noqa: ANN401 - see _repeated
+    ) -> Any:  # noqa: ANN401
+        if self._kept is not None:
+            if any(map(len, (*args, *kwargs.values()))):
+                self._kept[module] = output
+            output = self._kept[module]
+        return output if self._copies == 1 else self._repeated(output)
 
-    def _repeat_output(self, module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:  # noqa: ANN401
+    def _repeated(self, output: Any) -> Any:  # noqa: ANN401
         """Blocks give their output and a tuple of all their layers' outputs, other modules a tensor."""
-        if self._copies == 1:
-            return output
         if isinstance(output, Tensor):
             return torch.cat([output] * self._copies)
-        return tuple(self._repeat_output(module, args, part) for part in output)
+        return tuple(map(self._repeated, output))
 
 
 def _modules_before_the_prompt(unet: Any) -> list[nn.Module]:  # noqa: ANN401 - see SharedPrefix
