@@ -29,15 +29,21 @@ def run(folder, *callbacks):
     return SimpleNamespace(default_root_dir=str(folder), callbacks=list(callbacks))
 
 
-def test_test_leaves_table_figure_pictures_and_summary(tmp_path, monkeypatch, capsys):
-    figures = []
+@pytest.fixture
+def figures(monkeypatch):
+    """Every figure that is drawn."""
+    drawn = []
 
     class Recorded(Figure):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
-            figures.append(self)
+            drawn.append(self)
 
     monkeypatch.setattr(report_writer, "Figure", Recorded)
+    return drawn
+
+
+def test_test_leaves_table_figure_pictures_and_summary(tmp_path, figures, capsys):
     ReportWriter().on_test_end(run(tmp_path), SimpleNamespace(report=report()))
     assert {path.name for path in tmp_path.iterdir()} == {"table.csv", "table.png", "before_after.png", "summary.json"}
 
@@ -67,15 +73,7 @@ def test_test_leaves_table_figure_pictures_and_summary(tmp_path, monkeypatch, ca
     assert next(line for line in out.splitlines() if line.startswith("pirate")).split()[1] == "-"
 
 
-def test_plain_columns_and_curves(tmp_path, monkeypatch, capsys):
-    figures = []
-
-    class Recorded(Figure):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            figures.append(self)
-
-    monkeypatch.setattr(report_writer, "Figure", Recorded)
+def test_plain_columns_and_curves(tmp_path, figures, capsys):
     made = Report(
         title="edits",
         columns=["direction", "add", "add_low", "add_high", "kept", "psnr"],
@@ -95,6 +93,19 @@ def test_plain_columns_and_curves(tmp_path, monkeypatch, capsys):
     _, curves = figures[0].axes
     (line,) = curves.lines
     assert line.get_xydata().tolist() == [[0.9, 0.5], [0.8, 1.0]]
+
+
+def test_many_rows_are_panels_below_each_other(tmp_path, figures):
+    rows = [[f"class {number}", 0.5, 0.25, 0.75] for number in range(20)]
+    columns, curves = ["class", "add", "add_low", "add_high"], {"caso": [(0.9, 0.5)]}
+    made = Report(title="edits", columns=columns, rows=rows, bars=["add"], summary={}, curves=curves)
+    ReportWriter().on_test_end(run(tmp_path), SimpleNamespace(report=made))
+    first, beside, second = figures[0].axes
+    names = [label.get_text() for axes in (first, second) for label in axes.get_xticklabels()]
+    assert names == [row[0] for row in rows]
+    assert [len(axes.patches) for axes in (first, second)] == [18, 2]
+    assert first.get_xlim() == second.get_xlim()
+    assert beside.get_xlabel() == "untouched attributes kept"
 
 
 def test_after_a_fit_it_says_what_the_fit_left(tmp_path, capsys):

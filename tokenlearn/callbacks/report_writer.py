@@ -21,6 +21,7 @@ from tokenlearn.files import atomic_write
 from tokenlearn.metrics import Report, is_share
 
 _PICTURE = "pictures/validation.png"
+_ROWS_PER_PANEL = 18
 
 
 class ReportWriter(L.Callback):
@@ -141,13 +142,21 @@ def _figure(name: str, value: float) -> str:
 
 
 def _draw(report: Report, path: Path) -> None:
-    names = [str(row[0]) for row in report.rows]
-    widths = [max(5.0, 0.9 * len(names)), *([4.0] if report.curves else [])]
-    figure = Figure(figsize=(sum(widths), 4.0), layout="constrained")
-    axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
-    _draw_bars(report, names, axes[0])
+    """Bars of many rows are panels below each other; curves stand beside the first."""
+    starts = range(0, max(1, len(report.rows)), _ROWS_PER_PANEL)
+    panels = [report.rows[start : start + _ROWS_PER_PANEL] for start in starts]
+    widths = [max(5.0, 0.9 * len(panels[0])), *([4.0] if report.curves else [])]
+    figure = Figure(figsize=(sum(widths), 4.0 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), len(widths), width_ratios=widths, squeeze=False)
+    for own, rows in zip(axes[:, 0], panels, strict=True):
+        _draw_bars(report, rows, own)
+        own.set_xlim(-0.6, len(panels[0]) - 0.4)
+    axes[0, 0].set_title(report.title)
+    axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     if report.curves:
-        _draw_curves(report, axes[1])
+        _draw_curves(report, axes[0, 1])
+        for spare in axes[1:, 1]:
+            spare.remove()
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
@@ -164,13 +173,13 @@ def _draw_curves(report: Report, axes: Axes) -> None:
     axes.legend(loc="lower left")
 
 
-def _draw_bars(report: Report, names: list[str], axes: Axes) -> None:
+def _draw_bars(report: Report, rows: Sequence[Sequence[str | float | None]], axes: Axes) -> None:
     index = {column: position for position, column in enumerate(report.columns)}
     width = 0.8 / max(1, len(report.bars))
     for offset, column in enumerate(report.bars):
         drawn = [
             (position + (offset + 0.5) * width - 0.4, row)
-            for position, row in enumerate(report.rows)
+            for position, row in enumerate(rows)
             if row[index[column]] is not None
         ]
         heights = [float(row[index[column]] or 0) for _, row in drawn]
@@ -181,8 +190,6 @@ def _draw_bars(report: Report, names: list[str], axes: Axes) -> None:
             float(row[index[f"{column}_high"]] or 0) - height for height, (_, row) in zip(heights, drawn, strict=True)
         ]
         axes.bar([place for place, _ in drawn], heights, width, yerr=(low, high), capsize=2, label=column)
-    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set_xticks(range(len(rows)), [str(row[0]) for row in rows], rotation=30, ha="right")
     axes.set_ylim(0, 1.05)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_title(report.title)
-    axes.legend(loc="lower right")
