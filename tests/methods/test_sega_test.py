@@ -64,7 +64,7 @@ def judge(tmp_path_factory):
 @pytest.fixture
 def make(tiny_models, judge, monkeypatch):
     def task(kind=World, **options):
-        if kind is World:
+        if issubclass(kind, World):
             monkeypatch.setattr(sega_test, "TimmClassifier", Judge)
         settings = {
             "attributes": [AttributeWords(label=label, concept=label, prompt=label) for label in LABELS],
@@ -153,6 +153,20 @@ def test_the_judge_is_ranked_against_the_scale(make):
     assert torch.tensor(row(report, "hat")["rank_correlation"]).isfinite()
     report = report_of(make(monotonicity_seeds=2, monotonicity_scales=[8.0, -8.0, 0.0]))
     assert report.summary["rank_correlation"] == pytest.approx(1, abs=1e-4)
+
+
+def test_rank_correlation_is_of_the_side_that_a_picture_needs(make):
+    class Saturated(World):
+        """More of what a picture shows already makes the judge less sure, as does less of what it does not show."""
+
+        def _guided(self, prompt, edits, seeds, sample_scales=None):
+            shown = self._plain(prompt, seeds)
+            return -shown * (super()._guided(prompt, edits, seeds, sample_scales) - shown).abs()
+
+    report = report_of(make(Saturated, monotonicity_seeds=2))
+    smile = row(report, "smile")
+    assert smile["rank_correlation"] == pytest.approx(1, abs=1e-4)
+    assert smile["both_sides_rank_correlation"] < 0.9
 
 
 def test_styles_arithmetic_and_suppression(make, judge):

@@ -141,7 +141,8 @@ class SegaTest(Generate):
         styles: further prompts, to whose pictures attributes are added too.
         arithmetic: a sum of concepts, or null.
         suppression: something that a prompt brings along unwanted, or null.
-        monotonicity_scales: scales among which the judge's logit should rise.
+        monotonicity_scales: scales among which the judge's logit should rise; the rank correlation is of those from 0
+            on, in the direction that a picture needs, and ``both_sides_rank_correlation`` of all.
         first_seed: first of the seeds; the paper chose its settings on seeds below 100.
         num_seeds: pictures of the neutral prompt.
         compared_seeds: how many of them the other methods are counted on.
@@ -227,7 +228,9 @@ class SegaTest(Generate):
         cells = len(_METHODS) * len(attributes) * len(_SIDES)
         self.success, self.kept = ClassAccuracy(cells), ClassAccuracy(cells)
         self.seconds = GroupMeans(1 + len(_METHODS))
-        self.rank_correlation = GroupMeans(len(attributes))
+        # Of the side of the scale that a picture needs: where the judge is sure already there is little to rank, so
+        # both sides together are a figure of their own.
+        self.rank_correlation, self.both_sides_rank_correlation = (GroupMeans(len(attributes)) for _ in range(2))
         self.in_styles, self.kept_in_styles = (ClassAccuracy(max(1, len(styles))) for _ in range(2))
         self._most = max([1, *map(len, self.combinations)])
         self.at_least, self.each = (ClassAccuracy(max(1, len(combinations)) * self._most) for _ in range(2))
@@ -284,7 +287,8 @@ class SegaTest(Generate):
         for number, parts in enumerate(self.combinations):
             self._count_combination(number, parts, seeds, before)
         if len(rows := [index for index in batch if index < self.monotonicity_seeds]):
-            self._rank([self.first_seed + index for index in rows])
+            chosen = torch.tensor([index < self.monotonicity_seeds for index in batch], device=before.device)
+            self._rank([self.first_seed + index for index in rows], before[chosen])
         if len(rows := [index for index in batch if index < self.style_seeds]):
             for style, prompt in enumerate(self.styles):
                 self._count_style(style, prompt, [self.first_seed + index for index in rows])
@@ -376,7 +380,7 @@ class SegaTest(Generate):
             self.at_least.update(reached.sum(dim=1) > index, cells)
             self.each.update(reached[:, index], cells)
 
-    def _rank(self, seeds: Sequence[int]) -> None:
+    def _rank(self, seeds: Sequence[int], before: Tensor) -> None:
         """Rank the judge's logit of each picture against the scale that it was drawn with."""
         scales = torch.tensor(self.scales, dtype=torch.float32, device=self.device)
         repeated = [seed for seed in seeds for _ in self.scales]
@@ -384,9 +388,14 @@ class SegaTest(Generate):
             edits = [self._edit(words.concept, self.edit)]
             images = self._guided(self.prompt, edits, repeated, [scales.repeat(len(seeds))])
             logits = attribute.logits(self.judge(images))
-            scores = (logits[:, 1] - logits[:, 0]).reshape(len(seeds), len(scales)).T
-            ranks = spearman_corrcoef(scores, scales[:, None].expand_as(scores).contiguous()).reshape(-1)
-            self.rank_correlation.update(ranks, torch.full_like(ranks, number, dtype=torch.long))
+            scores = (logits[:, 1] - logits[:, 0]).reshape(len(seeds), len(scales))
+            cell = torch.tensor([number], device=scores.device)
+            for own, shown in zip(scores, before[:, number].tolist(), strict=True):
+                needed = scales <= 0 if shown else scales >= 0
+                ranked = {self.rank_correlation: needed, self.both_sides_rank_correlation: torch.ones_like(needed)}
+                for metric, used in ranked.items():
+                    if used.sum() > 1:
+                        metric.update(spearman_corrcoef(own[used], scales[used])[None], cell)
 
     def _count_style(self, style: int, prompt: str, seeds: Sequence[int]) -> None:
         """Add each attribute to pictures of another prompt that lack it."""
@@ -454,7 +463,7 @@ class SegaTest(Generate):
     def on_test_epoch_end(self) -> None:
         """Make the report, and log its figures."""
         success, kept = (metric.compute().reshape(*self._cells, 2).cpu() for metric in (self.success, self.kept))
-        seconds, ranks = self.seconds.compute().cpu(), self.rank_correlation.compute().cpu()
+        seconds = self.seconds.compute().cpu()
         columns = ["attribute"]
         rows: list[list[str | float | None]] = [[attribute.name] for attribute in self.attributes]
         plain: list[str] = []
@@ -477,11 +486,17 @@ class SegaTest(Generate):
             summary[f"{prefix}untouched_kept"] = mean_share(kept[method].sum(dim=1))
             summary[f"{prefix}seconds"] = float(seconds[1 + method])
         summary["plain_seconds"] = float(seconds[0])
-        columns.append("rank_correlation")
-        plain.append("rank_correlation")
-        for row, rank in zip(rows, ranks.tolist(), strict=True):
-            row.append(rank)
-        summary["rank_correlation"] = float(ranks.nanmean())
+        rank_metrics = {
+            "rank_correlation": self.rank_correlation,
+            "both_sides_rank_correlation": self.both_sides_rank_correlation,
+        }
+        for name, metric in rank_metrics.items():
+            ranks = metric.compute().cpu()
+            columns.append(name)
+            plain.append(name)
+            for row, rank in zip(rows, ranks.tolist(), strict=True):
+                row.append(rank)
+            summary[name] = float(ranks.nanmean())
         for name, counts in self._more(summary):
             cells = interval_cells(*counts)
             rows.append([name, *cells, *[None] * (len(columns) - 1 - len(cells))])
