@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import lightning as L
@@ -22,6 +23,7 @@ from tokenlearn.metrics import Report, is_share
 
 _PICTURE = "pictures/validation.png"
 _ROWS_PER_PANEL = 18
+_LABEL_WIDTH = 12  # characters
 
 
 class ReportWriter(L.Callback):
@@ -190,6 +192,7 @@ def _draw_bars(report: Report, rows: Sequence[Sequence[str | float | None]], axe
             float(row[index[f"{column}_high"]] or 0) - height for height, (_, row) in zip(heights, drawn, strict=True)
         ]
         axes.bar([place for place, _ in drawn], heights, width, yerr=(low, high), capsize=2, label=column)
-    axes.set_xticks(range(len(rows)), [str(row[0]) for row in rows], rotation=30, ha="right")
+    names = [fill(str(row[0]), _LABEL_WIDTH, break_long_words=False) for row in rows]
+    axes.set_xticks(range(len(rows)), names, fontsize="x-small")
     axes.set_ylim(0, 1.05)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

@@ -533,7 +533,7 @@ class SegaTest(Generate):
                 yield f"{self.arithmetic.label}: {way}", counts.tolist()
                 summary[key] = mean_share(counts[None])
         if self.suppression is not None:
-            names = ("suppression_plain", "suppression", "suppression_safe")
-            for name, counts in zip(names, self.suppressed.compute(), strict=True):
-                yield f"{self.suppression.label} shown: {name}", counts.tolist()
-                summary[name] = mean_share(counts[None])
+            ways = {"suppression_plain": "plain", "suppression": _OWN, "suppression_safe": _SAFE}
+            for (key, way), counts in zip(ways.items(), self.suppressed.compute(), strict=True):
+                yield f"{self.suppression.label} shown: {way}", counts.tolist()
+                summary[key] = mean_share(counts[None])
