@@ -187,6 +187,7 @@ def _evaluate(
     """Model outputs for each conditioning, rows that need a gradient in one call and the others in another."""
     needs_grad = [torch.is_grad_enabled() and (latents.requires_grad or item.requires_grad) for item in conditionings]
     outputs: dict[int, Tensor] = {}
+    # What checkpointing computes again in the backward pass would come after the context.
     same_latents = nullcontext if checkpointing else getattr(model, "same_latents", nullcontext)
     with same_latents():
         for with_grad in sorted(set(needs_grad)):
