@@ -301,21 +301,22 @@ class Caso(TokenLearning):
         latents = self.clean_latents(batch)
         before = self.backbone.decode_latents(latents).clamp(0, 1)
         noisy, timesteps = self._always_the_same_noise(batch.names, latents)
-        unconditional = self.unconditional_noise(noisy, timesteps)
         observers = [(self.classifier, self.attributes, self.guided_accuracy)]
         if self.judge is not None:
             observers.append((self.judge, self.judge_attributes, self.judged_accuracy))
         outputs_before = [classifier(before) for classifier, *_ in observers]
         images, rows = [before[:_STRIP_PICTURES]], ["picture"]
-        for group, (token, (index, target)) in enumerate(zip(self.tokens, self._classes, strict=True)):
-            predicted = self.one_step_edit(noisy, timesteps, [token] * len(noisy), unconditional)
-            after = self.backbone.decode_latents(predicted).clamp(0, 1)
-            for (classifier, attributes, accuracy), outputs in zip(observers, outputs_before, strict=True):
-                needed = attributes[index].class_index(outputs) != target
-                shown = attributes[index].class_index(classifier(after)) == target
-                accuracy.update(shown[needed], torch.full_like(timesteps, group)[needed])
-            images.append(after[:_STRIP_PICTURES])
-            rows.append(token)
+        with self.backbone.same_latents():
+            unconditional = self.unconditional_noise(noisy, timesteps)
+            for group, (token, (index, target)) in enumerate(zip(self.tokens, self._classes, strict=True)):
+                predicted = self.one_step_edit(noisy, timesteps, [token] * len(noisy), unconditional)
+                after = self.backbone.decode_latents(predicted).clamp(0, 1)
+                for (classifier, attributes, accuracy), outputs in zip(observers, outputs_before, strict=True):
+                    needed = attributes[index].class_index(outputs) != target
+                    shown = attributes[index].class_index(classifier(after)) == target
+                    accuracy.update(shown[needed], torch.full_like(timesteps, group)[needed])
+                images.append(after[:_STRIP_PICTURES])
+                rows.append(token)
         if batch_idx > 0:
             return None
         return {"images": torch.cat(images), "rows": [row for row in rows for _ in images[0]]}

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio
-from torchmetrics.functional.regression import spearman_corrcoef
 
 from tokenlearn.diffusion import Inverted
 from tokenlearn.errors import UserError
@@ -21,6 +20,7 @@ from tokenlearn.metrics import (
     GroupMeans,
     PictureRows,
     Report,
+    ScaleRanks,
     interval_cells,
     interval_columns,
     mean_share,
@@ -145,9 +145,7 @@ class EditTally(nn.Module):
         cells = int(np.prod(self._cells))
         self.success, self.kept = ClassAccuracy(cells), ClassAccuracy(cells)
         self.psnr, self.distance = GroupMeans(cells), GroupMeans(cells)
-        # Over the scales that a picture needs, as the rest of the table; beyond these, what the picture shows already
-        # leaves little to rank, so both sides together are a figure of their own.
-        self.rank_correlation, self.both_sides_rank_correlation = (GroupMeans(len(self.directions)) for _ in range(2))
+        self.ranks = ScaleRanks(len(self.directions))
         self.reconstruction = GroupMeans(1)
         self.transfer = ClassAccuracy(max(1, len(groups)) * len(self.directions) * len(_DIRECTIONS))
         self._parts = [len(combination) for combination in self.combinations]
@@ -223,15 +221,9 @@ class EditTally(nn.Module):
                 if method == 0:
                     others = self._edit_each(noisy, own, -needed)
                     tried = [nothing, *edited.unbind(dim=1), *others.unbind(dim=1)]
-                    scores = torch.stack([self._scores(part, direction) for part in tried])
-                    scales = torch.cat([torch.zeros_like(needed[:, :1]), needed, -needed], dim=1).T.contiguous()
-                    side = 1 + len(self.settings.strengths)
-                    for metric, count in (
-                        (self.rank_correlation, side),
-                        (self.both_sides_rank_correlation, len(tried)),
-                    ):
-                        ranks = spearman_corrcoef(scores[:count], scales[:count])
-                        metric.update(ranks.reshape(-1), torch.full_like(shown[0], number))
+                    scores = torch.stack([self._scores(part, direction) for part in tried], dim=1)
+                    scales = torch.cat([torch.zeros_like(needed[:, :1]), needed, -needed], dim=1)
+                    self.ranks.update(scores, scales, present, number)
                     headline = edited[:, self.settings.strengths.index(self.settings.strength)]
                     self.pictures.add(direction.name, headline)
         self._update_combinations(noisy, before)
@@ -303,12 +295,7 @@ class EditTally(nn.Module):
         success, kept = (metric.compute().reshape(*self._cells, 2).cpu() for metric in (self.success, self.kept))
         psnr, distance = (metric.compute().reshape(self._cells).cpu() for metric in (self.psnr, self.distance))
         at = settings.strengths.index(settings.strength)
-        rank_metrics = {
-            "rank_correlation": self.rank_correlation,
-            "both_sides_rank_correlation": self.both_sides_rank_correlation,
-        }
-        # One alone comes without a dimension.
-        ranks = {name: metric.compute().reshape(-1).cpu() for name, metric in rank_metrics.items()}
+        ranks = self.ranks.compute()
 
         columns = ["direction"]
         rows: list[list[str | float | None]] = [[direction.name] for direction in self.directions]

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.regression import spearman_corrcoef
 
 from tokenlearn.data.sharding import EvaluationBatches, items_below
 from tokenlearn.errors import UserError, check_at_least
@@ -29,6 +28,7 @@ from tokenlearn.metrics import (
     GroupMeans,
     PictureRows,
     Report,
+    ScaleRanks,
     interval_cells,
     interval_columns,
     mean_share,
@@ -228,9 +228,7 @@ class SegaTest(Generate):
         cells = len(_METHODS) * len(attributes) * len(_SIDES)
         self.success, self.kept = ClassAccuracy(cells), ClassAccuracy(cells)
         self.seconds = GroupMeans(1 + len(_METHODS))
-        # Of the side of the scale that a picture needs: where the judge is sure already there is little to rank, so
-        # both sides together are a figure of their own.
-        self.rank_correlation, self.both_sides_rank_correlation = (GroupMeans(len(attributes)) for _ in range(2))
+        self.ranks = ScaleRanks(len(attributes))
         self.in_styles, self.kept_in_styles = (ClassAccuracy(max(1, len(styles))) for _ in range(2))
         self._most = max([1, *map(len, self.combinations)])
         self.at_least, self.each = (ClassAccuracy(max(1, len(combinations)) * self._most) for _ in range(2))
@@ -389,13 +387,7 @@ class SegaTest(Generate):
             images = self._guided(self.prompt, edits, repeated, [scales.repeat(len(seeds))])
             logits = attribute.logits(self.judge(images))
             scores = (logits[:, 1] - logits[:, 0]).reshape(len(seeds), len(scales))
-            cell = torch.tensor([number], device=scores.device)
-            for own, shown in zip(scores, before[:, number].tolist(), strict=True):
-                needed = scales <= 0 if shown else scales >= 0
-                ranked = {self.rank_correlation: needed, self.both_sides_rank_correlation: torch.ones_like(needed)}
-                for metric, used in ranked.items():
-                    if used.sum() > 1:
-                        metric.update(spearman_corrcoef(own[used], scales[used])[None], cell)
+            self.ranks.update(scores, scales.expand_as(scores), before[:, number], number)
 
     def _count_style(self, style: int, prompt: str, seeds: Sequence[int]) -> None:
         """Add each attribute to pictures of another prompt that lack it."""
@@ -486,12 +478,7 @@ class SegaTest(Generate):
             summary[f"{prefix}untouched_kept"] = mean_share(kept[method].sum(dim=1))
             summary[f"{prefix}seconds"] = float(seconds[1 + method])
         summary["plain_seconds"] = float(seconds[0])
-        rank_metrics = {
-            "rank_correlation": self.rank_correlation,
-            "both_sides_rank_correlation": self.both_sides_rank_correlation,
-        }
-        for name, metric in rank_metrics.items():
-            ranks = metric.compute().cpu()
+        for name, ranks in self.ranks.compute().items():
             columns.append(name)
             plain.append(name)
             for row, rank in zip(rows, ranks.tolist(), strict=True):

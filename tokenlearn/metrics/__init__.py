@@ -13,6 +13,7 @@ from tokenlearn.metrics.neural_collapse import (
 )
 from tokenlearn.metrics.perceptual_distance import perceptual_distance
 from tokenlearn.metrics.report import PictureRows, Report, interval_cells, interval_columns, is_share, mean_share
+from tokenlearn.metrics.scale_ranks import ScaleRanks
 from tokenlearn.metrics.timing import timed
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "NeuralCollapse",
     "PictureRows",
     "Report",
+    "ScaleRanks",
     "equiangularity",
     "equinorm",
     "interval_cells",
