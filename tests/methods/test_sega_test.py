@@ -169,6 +169,22 @@ def test_rank_correlation_is_of_the_side_that_a_picture_needs(make):
     assert smile["both_sides_rank_correlation"] < 0.9
 
 
+def test_ranks_may_have_an_edit_of_their_own(make):
+    class CompleteAtOnce(World):
+        """A concept that changes many elements is complete at any scale."""
+
+        def _guided(self, prompt, edits, seeds, sample_scales=None):
+            if sample_scales is not None and edits[0].threshold < 0.95:
+                sample_scales = [scales.sign() for scales in sample_scales]
+            return super()._guided(prompt, edits, seeds, sample_scales)
+
+    ranks = {"monotonicity_seeds": 2, "edit": EARLY}
+    assert report_of(make(CompleteAtOnce, **ranks)).summary["rank_correlation"] < 0.9
+    fewer = ConceptSettings(threshold=0.98, warmup_steps=1)
+    report = report_of(make(CompleteAtOnce, **ranks, monotonicity_edit=fewer))
+    assert row(report, "smile")["rank_correlation"] == pytest.approx(1, abs=1e-4)
+
+
 def test_styles_arithmetic_and_suppression(make, judge):
     sums = Arithmetic(prompt="a portrait", concept="smile", judge=judge, label="smile")
     unwanted = Suppression(prompt="beard", concept="beard", label="beard")

@@ -143,6 +143,8 @@ class SegaTest(Generate):
         suppression: something that a prompt brings along unwanted, or null.
         monotonicity_scales: scales among which the judge's logit should rise; the rank correlation is of those from 0
             on, in the direction that a picture needs, and ``both_sides_rank_correlation`` of all.
+        monotonicity_edit: how concepts are added at these scales; its own scale does not matter. Null for ``edit``,
+            which may complete a concept at a low scale already, so that higher ones have nothing to rank.
         first_seed: first of the seeds; the paper chose its settings on seeds below 100.
         num_seeds: pictures of the neutral prompt.
         compared_seeds: how many of them the other methods are counted on.
@@ -175,6 +177,7 @@ class SegaTest(Generate):
         arithmetic: Arithmetic | None = None,
         suppression: Suppression | None = None,
         monotonicity_scales: list[float] = [-8, -6, -4, -2, 0, 2, 4, 6, 8],  # noqa: B006 - as above
+        monotonicity_edit: ConceptSettings | None = None,
         first_seed: int = 100,
         num_seeds: int = 250,
         compared_seeds: int = 50,
@@ -208,13 +211,13 @@ class SegaTest(Generate):
         self.prompt, self.edit, self.removal, self.token_edit = prompt, edit, removal or edit, token_edit
         self.composable_scale, self.safety = composable_scale, safety
         self.styles, self.arithmetic, self.suppression = styles, arithmetic, suppression
-        self.scales = monotonicity_scales
+        self.scales, self.monotonicity_edit = monotonicity_scales, monotonicity_edit or edit
         self.first_seed, self.num_seeds, self.compared_seeds = first_seed, num_seeds, compared_seeds
         self.style_seeds, self.monotonicity_seeds, self.batch_size = style_seeds, monotonicity_seeds, batch_size
         edits = [
             self._edit(words.concept, settings)
             for words in attributes
-            for settings in (edit, self.removal, token_edit or edit)
+            for settings in (edit, self.removal, token_edit or edit, self.monotonicity_edit)
         ]
         check_steps(edits, num_inference_steps)
 
@@ -383,7 +386,7 @@ class SegaTest(Generate):
         scales = torch.tensor(self.scales, dtype=torch.float32, device=self.device)
         repeated = [seed for seed in seeds for _ in self.scales]
         for number, (words, attribute) in enumerate(zip(self.words, self.attributes, strict=True)):
-            edits = [self._edit(words.concept, self.edit)]
+            edits = [self._edit(words.concept, self.monotonicity_edit)]
             images = self._guided(self.prompt, edits, repeated, [scales.repeat(len(seeds))])
             logits = attribute.logits(self.judge(images))
             scores = (logits[:, 1] - logits[:, 0]).reshape(len(seeds), len(scales))
