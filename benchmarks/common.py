@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -157,6 +159,42 @@ def instantiate(settings: Namespace, changes: Mapping[str, Any]) -> Namespace:
     # Its new name came with jsonargparse 4.49, above our bound.
     made: Namespace = _parser().instantiate_classes(changed)
     return made
+
+
+def fit_quietly(
+    settings: Namespace, changes: Mapping[str, Any], seed: int, callback: L.Callback, max_steps: int, check_every: int
+) -> None:
+    """Train as ``tokenlearn fit`` does, without its files and bars, with the whole validation before the first step.
+
+    Args:
+        settings: of its config.
+        changes: key to value that is another in this training.
+        seed: of everything that is random.
+        callback: looks at the training.
+        max_steps: where it stops in any case.
+        check_every: steps between validations.
+    """
+    L.seed_everything(seed, verbose=False)
+    run = instantiate(settings, changes)
+    changed = {
+        "max_steps": max_steps,
+        "num_sanity_val_steps": -1,  # all of the validation, before the first step
+        "val_check_interval": check_every,
+        "check_val_every_n_epoch": None,  # the interval is in steps, over the ends of epochs
+        "callbacks": [callback],
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    # One line for each of many trainings says nothing.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        # Lightning's own code, which users cannot change.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+        # The frozen stack is in eval mode on purpose.
+        warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode.*")
+        L.Trainer(**(run.trainer.as_dict() | changed)).fit(run.model, datamodule=run.data)
 
 
 def _parser() -> LightningArgumentParser:

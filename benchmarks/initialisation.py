@@ -15,8 +15,6 @@ if only the latter is 0.
 from __future__ import annotations
 
 import json
-import logging
-import warnings
 from collections.abc import Mapping
 from statistics import median
 from typing import Any, get_args
@@ -25,7 +23,7 @@ import lightning as L
 from jsonargparse import Namespace, auto_cli
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from benchmarks.common import instantiate, parse_config
+from benchmarks.common import fit_quietly, parse_config
 from tokenlearn.errors import UserError
 from tokenlearn.tokens import ClassInitialiser
 
@@ -69,21 +67,9 @@ def steps_to_accuracy(
     Returns:
         A multiple of ``check_every``; None if the accuracy was at no validation high enough.
     """
-    L.seed_everything(seed, verbose=False)
-    run = instantiate(settings, {**changes, "model.init_args.seed": seed, "data.init_args.seed": seed})
     stop = StopAtAccuracy(accuracy)
-    changed = {
-        "max_steps": max_steps,
-        "num_sanity_val_steps": -1,  # all of the validation, before the first step
-        "val_check_interval": check_every,
-        "check_val_every_n_epoch": None,  # the interval is in steps, over the ends of epochs
-        "callbacks": [stop],
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    L.Trainer(**(run.trainer.as_dict() | changed)).fit(run.model, datamodule=run.data)
+    seeds = {"model.init_args.seed": seed, "data.init_args.seed": seed}
+    fit_quietly(settings, {**changes, **seeds}, seed, stop, max_steps, check_every)
     return stop.steps
 
 
@@ -125,12 +111,6 @@ def main(
     for name, number in counts_of.items():
         if number < 1:
             raise UserError(f"{name} must be at least 1, got {number}")
-    # One line for each training says nothing.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    # Lightning's own code, which users cannot change.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
-    # The frozen stack is in eval mode on purpose.
-    warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode.*")
 
     settings = parse_config(fit_config)
     known, default = settings["model.init_args.attributes"], settings["model.init_args.initialiser"]
