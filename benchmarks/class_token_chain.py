@@ -1,4 +1,4 @@
-"""Class tokens by the gradient through all of sampling, or its end: ``uv run python -m benchmarks.class_token_chain``.
+"""Class tokens by the gradient through all of sampling, or its end: ``uv run python benchmarks/class_token_chain.py``.
 
 Trainings as ``tokenlearn fit`` runs them, with the settings of a config but for how the gradient goes through
 sampling: back through the last K steps for several K, or through the full chain, checkpointed or invertible. Every

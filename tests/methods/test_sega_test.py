@@ -147,6 +147,14 @@ def test_combinations_count_pictures_that_lack_all_of_them(make):
     assert row(report, "smile + no hat + beard: no hat")["add"] == 1
 
 
+def test_combinations_may_have_an_edit_of_their_own(make):
+    report = report_of(
+        make(combinations=[["smile", "beard"]], combination_edit=ConceptSettings(scale=0.5, warmup_steps=1))
+    )
+    assert report.summary["combination_1_all"] == 0
+    assert report.summary["add_success"] == 1
+
+
 def test_the_judge_is_ranked_against_the_scale(make):
     report = report_of(make(monotonicity_seeds=2))
     assert row(report, "smile")["rank_correlation"] == pytest.approx(1, abs=1e-4)

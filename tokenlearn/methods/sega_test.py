@@ -138,6 +138,7 @@ class SegaTest(Generate):
         embeddings: embedding files of learned tokens.
         combinations: lists of attributes to change in one edit, of pictures that lack all of it; ``no smile`` asks for
             absence.
+        combination_edit: how concepts are added there, at their own scales; null for ``edit``.
         styles: further prompts, to whose pictures attributes are added too.
         arithmetic: a sum of concepts, or null.
         suppression: something that a prompt brings along unwanted, or null.
@@ -173,6 +174,7 @@ class SegaTest(Generate):
         safety: SafetySettings = SAFETY_PRESETS["strong"],
         embeddings: list[str] = [],  # noqa: B006 - read only; a list is what YAML shows
         combinations: list[list[str]] = [],  # noqa: B006 - as above
+        combination_edit: ConceptSettings | None = None,
         styles: list[str] = [],  # noqa: B006 - as above
         arithmetic: Arithmetic | None = None,
         suppression: Suppression | None = None,
@@ -209,6 +211,7 @@ class SegaTest(Generate):
         self.combinations = [self._parts(names) for names in combinations]
         self.combination_names = [" + ".join(names) for names in combinations]
         self.prompt, self.edit, self.removal, self.token_edit = prompt, edit, removal or edit, token_edit
+        self.combination_edit = combination_edit or edit
         self.composable_scale, self.safety = composable_scale, safety
         self.styles, self.arithmetic, self.suppression = styles, arithmetic, suppression
         self.scales, self.monotonicity_edit = monotonicity_scales, monotonicity_edit or edit
@@ -217,7 +220,7 @@ class SegaTest(Generate):
         edits = [
             self._edit(words.concept, settings)
             for words in attributes
-            for settings in (edit, self.removal, token_edit or edit, self.monotonicity_edit)
+            for settings in (edit, self.removal, token_edit or edit, self.combination_edit, self.monotonicity_edit)
         ]
         check_steps(edits, num_inference_steps)
 
@@ -369,7 +372,9 @@ class SegaTest(Generate):
         if not len(chosen):
             return
         edits = [
-            self._direction(self.words[part.attribute], part.wanted, self.edit if part.wanted else self.removal)
+            self._direction(
+                self.words[part.attribute], part.wanted, self.combination_edit if part.wanted else self.removal
+            )
             for part in parts
         ]
         edited = self._guided(self.prompt, edits, [seeds[row] for row in chosen.tolist()])
