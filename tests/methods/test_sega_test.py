@@ -10,6 +10,7 @@ from tokenlearn.errors import UserError
 from tokenlearn.guidance import ConceptSettings
 from tokenlearn.main import main
 from tokenlearn.methods import SegaTest, sega_test
+from tokenlearn.methods.concepts import SemanticEdit
 from tokenlearn.methods.sega_test import Arithmetic, AttributeWords, Suppression
 from tokenlearn.models import StableDiffusion, TimmClassifier
 
@@ -140,18 +141,19 @@ def test_other_methods_are_counted_on_fewer_seeds_and_where_they_can(make):
 
 
 def test_combinations_count_pictures_that_lack_all_of_them(make):
-    report = report_of(make(combinations=[["smile", "no hat", "beard"], ["beard", "smile"]]))
+    report = report_of(
+        make(combinations=[dict.fromkeys(["smile", "no hat", "beard"]), dict.fromkeys(["beard", "smile"])])
+    )
     assert row(report, "smile + no hat + beard: at least 3")["add_images"] == 1
     assert row(report, "beard + smile: at least 1")["add_images"] == 2
     assert report.summary["combination_1_all"] == 1
     assert row(report, "smile + no hat + beard: no hat")["add"] == 1
 
 
-def test_combinations_may_have_an_edit_of_their_own(make):
-    report = report_of(
-        make(combinations=[["smile", "beard"]], combination_edit=ConceptSettings(scale=0.5, warmup_steps=1))
-    )
-    assert report.summary["combination_1_all"] == 0
+def test_a_part_of_a_combination_may_have_an_edit_of_its_own(make):
+    weak = SemanticEdit(concept="beard", scale=0.5, warmup_steps=1)
+    report = report_of(make(combinations=[{"smile": None, "beard": weak}]))
+    assert [row(report, f"smile + beard: {name}")["add"] for name in ("smile", "beard")] == [1, 0]
     assert report.summary["add_success"] == 1
 
 
@@ -210,7 +212,7 @@ def test_styles_arithmetic_and_suppression(make, judge):
     [
         ({"attributes": []}, "attributes is empty"),
         ({"attributes": [AttributeWords(label="nose", concept="nose")]}, "nose"),
-        ({"combinations": [["smile", "nose"]]}, "'nose', which is none of no smile, smile"),
+        ({"combinations": [{"smile": None, "nose": None}]}, "'nose', which is none of no smile, smile"),
         ({"edit": ConceptSettings(warmup_steps=4)}, "warmup_steps 4"),
         ({"removal": ConceptSettings(warmup_steps=4)}, "warmup_steps 4"),
         ({"num_seeds": 0}, "num_seeds"),
@@ -248,7 +250,7 @@ def test_the_table_is_written_by_the_command(tiny_models, judge, tmp_path, capsy
         "prompt": "a portrait",
         "edit": {"scale": 4.0, "warmup_steps": 1},
         "safety": {"warmup_steps": 1},
-        "combinations": [["smile", "hat"]],
+        "combinations": [{"smile": None, "hat": None}],
         "styles": ["a sketch"],
         "suppression": {"prompt": "a king", "concept": "hat", "label": "beard"},
         "num_seeds": 3,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -112,10 +112,11 @@ class Suppression:
 
 
 class _Part(NamedTuple):
-    """One wanted part of a combination: an attribute and whether it should be there."""
+    """One wanted part of a combination: an attribute, whether it should be there, and an edit of its own."""
 
     attribute: int
     wanted: bool
+    edit: SemanticEdit | None
 
 
 class SegaTest(Generate):
@@ -136,9 +137,8 @@ class SegaTest(Generate):
         composable_scale: guidance scale of concepts in composable diffusion.
         safety: settings of safe latent diffusion, which removes only; its presets are for 50 steps.
         embeddings: embedding files of learned tokens.
-        combinations: lists of attributes to change in one edit, of pictures that lack all of it; ``no smile`` asks for
-            absence.
-        combination_edit: how concepts are added there, at their own scales; null for ``edit``.
+        combinations: attributes to change together, of pictures that lack all of it, each with the edit that changes
+            it, or null for the one that changes it alone; ``no smile`` asks for absence.
         styles: further prompts, to whose pictures attributes are added too.
         arithmetic: a sum of concepts, or null.
         suppression: something that a prompt brings along unwanted, or null.
@@ -173,8 +173,7 @@ class SegaTest(Generate):
         composable_scale: float = 5.0,
         safety: SafetySettings = SAFETY_PRESETS["strong"],
         embeddings: list[str] = [],  # noqa: B006 - read only; a list is what YAML shows
-        combinations: list[list[str]] = [],  # noqa: B006 - as above
-        combination_edit: ConceptSettings | None = None,
+        combinations: list[dict[str, SemanticEdit | None]] = [],  # noqa: B006 - as above
         styles: list[str] = [],  # noqa: B006 - as above
         arithmetic: Arithmetic | None = None,
         suppression: Suppression | None = None,
@@ -208,10 +207,9 @@ class SegaTest(Generate):
         self.judge = TimmClassifier(judge)
         self.words = attributes
         self.attributes = resolve_attributes({words.label: None for words in attributes}, self.judge)
-        self.combinations = [self._parts(names) for names in combinations]
-        self.combination_names = [" + ".join(names) for names in combinations]
+        self.combinations = [self._parts(combination) for combination in combinations]
+        self.combination_names = [" + ".join(combination) for combination in combinations]
         self.prompt, self.edit, self.removal, self.token_edit = prompt, edit, removal or edit, token_edit
-        self.combination_edit = combination_edit or edit
         self.composable_scale, self.safety = composable_scale, safety
         self.styles, self.arithmetic, self.suppression = styles, arithmetic, suppression
         self.scales, self.monotonicity_edit = monotonicity_scales, monotonicity_edit or edit
@@ -220,8 +218,9 @@ class SegaTest(Generate):
         edits = [
             self._edit(words.concept, settings)
             for words in attributes
-            for settings in (edit, self.removal, token_edit or edit, self.combination_edit, self.monotonicity_edit)
+            for settings in (edit, self.removal, token_edit or edit, self.monotonicity_edit)
         ]
+        edits += [part.edit for parts in self.combinations for part in parts if part.edit is not None]
         check_steps(edits, num_inference_steps)
 
         self.arithmetic_judge = None if arithmetic is None else TimmClassifier(arithmetic.judge)
@@ -242,16 +241,16 @@ class SegaTest(Generate):
         self.shown = PictureRows()
         self.report: Report | None = None
 
-    def _parts(self, names: Sequence[str]) -> list[_Part]:
+    def _parts(self, combination: Mapping[str, SemanticEdit | None]) -> list[_Part]:
         known = {
-            name: _Part(index, bool(wanted))
+            name: (index, bool(wanted))
             for index, attribute in enumerate(self.attributes)
             for wanted, name in enumerate(attribute.class_names)
         }
-        for name in names:
+        for name in combination:
             if name not in known:
                 raise UserError(f"model.combinations has '{name}', which is none of {', '.join(known)}")
-        return [known[name] for name in names]
+        return [_Part(*known[name], edit) for name, edit in combination.items()]
 
     def on_test_start(self) -> None:
         """Check that every learned token is loaded.
@@ -260,6 +259,7 @@ class SegaTest(Generate):
             UserError: if one is not.
         """
         concepts = [words.concept for words in self.words] + [words.opposite for words in self.words]
+        concepts += [part.edit.concept for parts in self.combinations for part in parts if part.edit is not None]
         concepts += [asked.concept for asked in (self.arithmetic, self.suppression) if asked is not None]
         if self.token_edit is not None:
             concepts += [concept for words in self.words for concept in (words.token, words.opposite_token)]
@@ -372,9 +372,8 @@ class SegaTest(Generate):
         if not len(chosen):
             return
         edits = [
-            self._direction(
-                self.words[part.attribute], part.wanted, self.combination_edit if part.wanted else self.removal
-            )
+            part.edit
+            or self._direction(self.words[part.attribute], part.wanted, self.edit if part.wanted else self.removal)
             for part in parts
         ]
         edited = self._guided(self.prompt, edits, [seeds[row] for row in chosen.tolist()])
