@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -489,7 +490,7 @@ class SegaTest(Generate):
             columns.append(name)
             plain.append(name)
             for row, rank in zip(rows, ranks.tolist(), strict=True):
-                row.append(rank)
+                row.append(None if math.isnan(rank) else rank)
             summary[name] = float(ranks.nanmean())
         for name, counts in self._more(summary):
             cells = interval_cells(*counts)
@@ -518,7 +519,7 @@ class SegaTest(Generate):
         in_styles, kept_in_styles = self.in_styles.compute(), self.kept_in_styles.compute()
         for style, counts in zip(self.styles, in_styles.tolist(), strict=False):
             yield style, counts
-        if self.styles:
+        if self.styles and self.style_seeds:
             summary["styles_add_success"] = mean_share(in_styles)
             summary["styles_untouched_kept"] = mean_share(kept_in_styles)
         if self.arithmetic is not None:
