@@ -169,13 +169,13 @@ def fit_quietly(
     Args:
         settings: of its config.
         changes: key to value that is another in this training.
-        seed: of everything that is random.
+        seed: of everything that is random, but for a seed that the task has of its own.
         callback: looks at the training.
         max_steps: where it stops in any case.
         check_every: steps between validations.
     """
     L.seed_everything(seed, verbose=False)
-    run = instantiate(settings, changes)
+    run = instantiate(settings, {**changes, "data.init_args.seed": seed})
     changed = {
         "max_steps": max_steps,
         "num_sanity_val_steps": -1,  # all of the validation, before the first step

@@ -68,8 +68,7 @@ def steps_to_accuracy(
         A multiple of ``check_every``; None if the accuracy was at no validation high enough.
     """
     stop = StopAtAccuracy(accuracy)
-    seeds = {"model.init_args.seed": seed, "data.init_args.seed": seed}
-    fit_quietly(settings, {**changes, **seeds}, seed, stop, max_steps, check_every)
+    fit_quietly(settings, {**changes, "model.init_args.seed": seed}, seed, stop, max_steps, check_every)
     return stop.steps
 
 
