@@ -105,6 +105,7 @@ def test_network_evaluations_are_counted_by_rows(make):
     # Four pictures of three steps and two of two, each with two prompts; those two begin with a step of the same.
     chain = (4 * 2 * STEPS + 2 * 2 * STEPS) / 6
     assert row["none_evaluations"] == chain
+    assert row["one_step_evaluations"] == chain  # the plain picture is not drawn for it
     assert row["best_of_evaluations"] == 2 * 2 * STEPS
     # An update evaluates a chain twice, since it is recomputed on the way back.
     assert row["doodl_evaluations"] == pytest.approx(chain + UPDATES * 2 * (4 * 2 * STEPS + 2 * 2 * 2) / 6)

@@ -181,12 +181,14 @@ class Doodl(PictureTask):
         """Optimise pictures of one size together, each for itself, by the task's method."""
         return self.edited_by(self.method, pictures)
 
-    def edited_by(self, method: DoodlMethod, pictures: Sequence[Picture]) -> list[Edited]:
+    def edited_by(self, method: DoodlMethod, pictures: Sequence[Picture], draws_start: bool = True) -> list[Edited]:
         """The same by any method; strips are the task's own method's alone.
 
         Args:
             method: ``best_of`` only where the task :attr:`chooses_latents`.
             pictures: of one size.
+            draws_start: whether ``one_step``, which does not need it, also draws the picture without guidance; else
+                generated pictures' ``before`` is what came out.
 
         Raises:
             UserError: if a loss is not finite; the files of pictures that are finished stay.
@@ -216,6 +218,8 @@ class Doodl(PictureTask):
                 )
             if method == "best_of":
                 return self._best_of(pictures, latents, prompt, rule, generators)
+            if method == "one_step":
+                return self._guided_step_by_step(pictures, latents, prompt, rule, draws_start)
             return self._optimise(pictures, latents, prompt, rule, generators, method)
 
     def _sample(
@@ -286,12 +290,6 @@ class Doodl(PictureTask):
                     self._perturbation(latents, generators),
                     norms,
                 )
-        if method == "one_step":
-            guided = self._guided_step_by_step(latents, prompt, rule)
-            record(1, guided, self.loss(guided, 1))
-            final = guided.clamp(0, 1).cpu()
-        else:
-            final = images[updates]
         strips = {
             caption: torch.stack([images[int(step)] for step in steps_shown], dim=1)
             for caption, steps_shown in strip_scales.items()
@@ -300,7 +298,7 @@ class Doodl(PictureTask):
             Edited(
                 picture,
                 images[0][index] if picture.image is None else picture.image[0],
-                final[index, None],
+                images[updates][index, None],
                 {caption: strip[index] for caption, strip in strips.items()},
                 {},
                 latents[index],
@@ -345,14 +343,43 @@ class Doodl(PictureTask):
     def _progress(self, count: int, pictures: Sequence[Picture]) -> trange:
         return trange(count, desc=pictures[0].name, leave=False, disable=not self._shows_progress)
 
-    def _guided_step_by_step(self, latents: Tensor, prompt: Conditioning, rule: ClassifierFreeGuidance) -> Tensor:
-        """Images (B, 3, H, W) by one-step classifier guidance."""
+    def _guided_step_by_step(
+        self,
+        pictures: Sequence[Picture],
+        latents: Tensor,
+        prompt: Conditioning,
+        rule: ClassifierFreeGuidance,
+        draws_start: bool,
+    ) -> list[Edited]:
+        """Pictures by one-step classifier guidance from (B, C, h, w) latents, or pairs (B, 2, C, h, w)."""
+        histories: list[list[dict[str, float]]] = [[] for _ in pictures]
+        plain = None
+        if draws_start:
+            plain = self.backbone.decode_latents(
+                self._sample(self.backbone, latents, prompt, rule, self.optimise_from)
+            )
+            self._record(histories, pictures, 0, plain, self.loss(plain, 0))
         model = OneStepGuidance(
             self.backbone, self.unconditional(), rule.guidance_scale, self.loss, self.one_step_scale
         )
         # The model combines the predictions for both prompts itself.
-        plain = ClassifierFreeGuidance(1.0)
-        return self.backbone.decode_latents(self._sample(model, latents, prompt, plain, self.optimise_from))
+        alone = ClassifierFreeGuidance(1.0)
+        guided = self.backbone.decode_latents(self._sample(model, latents, prompt, alone, self.optimise_from))
+        self._record(histories, pictures, 1, guided, self.loss(guided, 1))
+        final = guided.clamp(0, 1).cpu()
+        before = final if plain is None else plain.clamp(0, 1).cpu()
+        return [
+            Edited(
+                picture,
+                before[index] if picture.image is None else picture.image[0],
+                final[index, None],
+                {},
+                {},
+                latents[index],
+                histories[index],
+            )
+            for index, picture in enumerate(pictures)
+        ]
 
     def _perturbation(self, latents: Tensor, generators: Sequence[torch.Generator]) -> Tensor | None:
         """Noise of each picture's own, so that it does not depend on the pictures beside it."""
