@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from tokenlearn.diffusion.latent_optimisation import clip_elements, latent_norms, optimisation_step, renormalise
+from tokenlearn.diffusion.latent_optimisation import (
+    clip_elements,
+    keep_band_norms,
+    keep_norm,
+    latent_norms,
+    optimisation_step,
+)
 
 
 def ones(value=1.0, samples=2):
@@ -53,13 +59,13 @@ def test_every_sample_keeps_its_first_norm():
     latents, buffer = start, torch.zeros_like(start)
     for seed in range(3):
         gradient = torch.randn(start.shape, generator=torch.Generator().manual_seed(seed))
-        latents, buffer = optimisation_step(latents, gradient, buffer, clip=None, norms=norms)
+        latents, buffer = optimisation_step(latents, gradient, buffer, clip=None, renormalise=keep_norm(start))
         torch.testing.assert_close(latent_norms(latents), norms)
     assert not torch.allclose(latents, start)
     # The norm is kept after all else: a step from (6, 8) by (6, 0), back at norm 10.
     two = torch.tensor([6.0, 8.0]).reshape(1, 2, 1, 1)
     gradient = torch.tensor([6.0, 0.0]).reshape(1, 2, 1, 1)
-    moved, _ = optimisation_step(two, gradient, torch.zeros_like(two), clip=None, norms=latent_norms(two))
+    moved, _ = optimisation_step(two, gradient, torch.zeros_like(two), clip=None, renormalise=keep_norm(two))
     torch.testing.assert_close(moved.flatten(), torch.tensor([0.0, 10.0]))
 
 
@@ -67,6 +73,38 @@ def test_every_sample_keeps_its_first_norm():
 def test_pairs_have_a_norm_for_each_of_the_two(norm):
     pairs = torch.randn(3, 2, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     assert latent_norms(pairs).shape == (3, 2, 1, 1, 1)
-    scaled = renormalise(pairs, torch.full((3, 2, 1, 1, 1), norm))
+    scaled = keep_norm(norm * pairs / latent_norms(pairs))(pairs)
     for sample in scaled.flatten(0, 1):
         assert math.isclose(sample.norm().item(), norm, rel_tol=1e-5)
+
+
+def test_bands_keep_their_norms_and_phases():
+    generator = torch.Generator().manual_seed(0)
+    first, moved = torch.randn(2, 2, 3, 4, 8, 8, generator=generator)
+    kept = keep_band_norms(first)(moved + 3)
+    before, strange, after = (torch.fft.fft2(latents, norm="ortho") for latents in (first, moved + 3, kept))
+    down = right = torch.fft.fftfreq(8) * 8
+    waves = torch.hypot(down[:, None], right[None])
+    for low, high in ((0, 0), (0.5, 1), (1, 2), (2, 4), (4, 8)):
+        band = (waves >= low) & (waves <= high) if low in (0, 0.5) else (waves > low) & (waves <= high)
+        expected = before[..., band].abs().square().sum(dim=-1)
+        torch.testing.assert_close(after[..., band].abs().square().sum(dim=-1), expected)
+        ratio = after[..., band] / strange[..., band]
+        torch.testing.assert_close(
+            ratio, ratio[..., :1].real.expand(ratio.shape).to(ratio.dtype), rtol=1e-3, atol=1e-3
+        )
+    torch.testing.assert_close(latent_norms(kept), latent_norms(first))
+    torch.testing.assert_close(keep_band_norms(first)(first), first)
+
+
+def test_bands_of_latents_that_are_zero_stay_finite():
+    first = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert keep_band_norms(first)(torch.zeros_like(first)).isfinite().all()
+
+
+def test_bands_of_half_precision_latents_and_of_odd_sizes():
+    first = torch.randn(1, 4, 5, 7, generator=torch.Generator().manual_seed(0))
+    kept = keep_band_norms(first)(first.to(torch.bfloat16))
+    assert kept.dtype == torch.bfloat16
+    assert kept.shape == first.shape
+    torch.testing.assert_close(kept.float(), first, rtol=0.02, atol=0.02)

@@ -59,7 +59,7 @@ def symmetry(images):
 
 
 def test_a_step_descends_the_gradient_of_the_whole_chain(make):
-    task = make(optimisation_steps=2, clip=None, grad_scale=200.0, noise=0.0, renormalise=False)
+    task = make(optimisation_steps=2, clip=None, grad_scale=200.0, noise=0.0, renormalise=None)
     (edited,) = edit(task, 3)
     backbone = task.backbone
     assert (task.pictures[3].prompt, task.pictures[3].seed) == ("a king", 5)
@@ -114,7 +114,7 @@ def test_pictures_do_not_depend_on_the_others_in_the_batch(make):
 
 @torch.no_grad()
 def test_later_latents_can_be_optimised(make):
-    task = make(optimise_from=334, optimisation_steps=1, noise=0.0, renormalise=False, clip=0.01)
+    task = make(optimise_from=334, optimisation_steps=1, noise=0.0, renormalise=None, clip=0.01)
     (edited,) = edit(task, 0)
     backbone = task.backbone
     whole = drawn(backbone, backbone.initial_latents([3]), "a portrait").clamp(0, 1)
@@ -160,7 +160,7 @@ def test_guidances_are_summed_by_weight_and_a_judge_reports(make, tiny_models):
 def test_photographs_are_inverted_exactly_and_optimised(make, tmp_path):
     pixels = torch.randint(0, 255, (20, 30, 3), generator=torch.Generator().manual_seed(0))
     Image.fromarray(pixels.byte().numpy()).save(tmp_path / "photo.png")
-    options = {"prompts": [], "images": str(tmp_path / "photo.png"), "renormalise": False, "noise": 0.0}
+    options = {"prompts": [], "images": str(tmp_path / "photo.png"), "renormalise": None, "noise": 0.0}
     options |= {"clip": 1e-5, "momentum": 0.0}  # steps so small that each must lower the loss
     for settings in ({}, {"chain": "leapfrog", "optimise_from": 334}):
         task = make(**options, **settings, strip_images=3)

@@ -6,7 +6,7 @@ picture by the latents ``x`` that its sampling starts from,
     g <- clip(s g, -c, c)           element by element, after the scale s
     b <- m b + g                    momentum
     x <- x - b + d n                with a perturbation n of standard normal noise
-    x <- x |x_0| / |x|              at the norm of the first latents
+    x <- x |x_0| / |x|              at the norm of the first latents, or in each band of spatial frequencies
 
 in this order, which is the released code's. Clipping comes before momentum, so that a step is at most ``c / (1 - m)``
 for each element, ten times the limit at the usual ``m`` of 0.9. There ``s`` is called ``grad_scale``; its gradient is
@@ -15,6 +15,8 @@ means half of it here. Where all elements reach the limit, as with most publishe
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -38,12 +40,54 @@ def latent_norms(latents: Tensor) -> Tensor:
     return norms
 
 
-def renormalise(latents: Tensor, norms: Tensor) -> Tensor:
-    """Latents (..., C, h, w) scaled to given norms (..., 1, 1, 1).
+def keep_norm(first: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function that scales latents to the norms that the first ones have.
 
     Normal noise of many elements has nearly one norm, and the model has seen no other.
+
+    Args:
+        first: (..., C, h, w).
     """
-    return latents * (norms / latent_norms(latents))
+    norms = latent_norms(first)
+    return lambda latents: latents * (norms / latent_norms(latents))
+
+
+def keep_band_norms(first: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function that scales latents to the norms that the first ones have in each band of each channel.
+
+    Normal noise has the same strength at all frequencies. A gradient has most of its own at the low ones, which are
+    few, so that under one norm alone they come to outweigh the others: flat, glaring colours that the model never
+    started from. Bands are the mean, and octaves of the spatial frequency.
+
+    Args:
+        first: (..., C, h, w).
+    """
+    bands = _octaves(*first.shape[-2:]).to(first.device)
+    _, norms = _spectrum(first, bands)
+
+    def kept(latents: Tensor) -> Tensor:
+        spectrum, own = _spectrum(latents, bands)
+        factors = norms / own.clamp(min=torch.finfo(own.dtype).eps)
+        scaled = spectrum * factors[..., bands.flatten()].reshape(spectrum.shape)
+        restored: Tensor = torch.fft.ifft2(scaled, norm="ortho").real.to(latents)
+        return restored
+
+    return kept
+
+
+def _octaves(height: int, width: int) -> Tensor:
+    """Band (height, width) of each frequency: 0 for the mean, 1 up to one wave across a picture, 2 up to two."""
+    down, right = torch.fft.fftfreq(height) * height, torch.fft.fftfreq(width) * width
+    waves = torch.hypot(down[:, None], right[None])
+    return torch.where(waves == 0, 0, waves.clamp(min=1).log2().ceil() + 1).long()
+
+
+def _spectrum(latents: Tensor, bands: Tensor) -> tuple[Tensor, Tensor]:
+    """Fourier transform (..., h, w) of latents (..., h, w), and its norms (..., K) in K bands."""
+    spectrum = torch.fft.fft2(latents.to(torch.promote_types(latents.dtype, torch.float32)), norm="ortho")
+    energy = spectrum.abs().square().flatten(-2)
+    norms = energy.new_zeros(*latents.shape[:-2], int(bands.max()) + 1).index_add(-1, bands.flatten(), energy)
+    return spectrum, norms.sqrt()
 
 
 def optimisation_step(
@@ -54,7 +98,7 @@ def optimisation_step(
     clip: float | None = 1e-3,
     momentum: float = 0.9,
     perturbation: Tensor | None = None,
-    norms: Tensor | None = None,
+    renormalise: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of descent; see the module for its parts and their order.
 
@@ -66,7 +110,7 @@ def optimisation_step(
         clip: ``c``; None for no limit.
         momentum: ``m`` in [0, 1).
         perturbation: (..., C, h, w) ``d n``; None for none.
-        norms: (..., 1, 1, 1) norms to keep, of :func:`latent_norms`; None to let them go.
+        renormalise: what every step ends with, such as :func:`keep_norm`; None to let norms go.
 
     Returns:
         (..., C, h, w) latents and the momentum to give to the next step.
@@ -75,4 +119,4 @@ def optimisation_step(
     latents = latents - buffer
     if perturbation is not None:
         latents = latents + perturbation
-    return latents if norms is None else renormalise(latents, norms), buffer
+    return latents if renormalise is None else renormalise(latents), buffer

@@ -12,7 +12,7 @@ from tqdm import trange  # type: ignore[import-untyped]
 
 from tokenlearn.data.pictures import Picture
 from tokenlearn.diffusion import GradientChain, invert_full_chain, sample_full_chain
-from tokenlearn.diffusion.latent_optimisation import latent_norms, optimisation_step
+from tokenlearn.diffusion.latent_optimisation import keep_band_norms, keep_norm, optimisation_step
 from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.guidance import ClassifierFreeGuidance
 from tokenlearn.methods.editing import check_timestep
@@ -21,6 +21,7 @@ from tokenlearn.methods.one_step_guidance import OneStepGuidance
 from tokenlearn.methods.picture_task import Edited, PictureTask
 from tokenlearn.models import Conditioning, DiffusionBackbone, TimmClassifier
 
+KeptNorms = Literal["norm", "bands"]
 DoodlMethod = Literal["doodl", "one_step", "best_of", "none"]
 
 _STRIP = "optimisation"
@@ -58,7 +59,9 @@ class Doodl(PictureTask):
         clip: most that the scaled gradient may be in any element; null for no limit.
         momentum: share of the last update that an update keeps, in [0, 1).
         noise: standard deviation of the perturbation that every update ends with.
-        renormalise: whether to keep the norm of the first latents. Turn it off for photographs.
+        renormalise: what to keep of the first latents: their ``norm`` as published, the norms of their ``bands`` of
+            spatial frequencies, which keeps colours in bounds under large steps, or null for nothing, as for
+            photographs.
         optimise_from: timestep of the sampling steps' whose latents are optimised; null for the first. What is before
             it stays as it is, and photographs are inverted up to it: less changes less.
         one_step_scale: strength of ``one_step``.
@@ -98,7 +101,7 @@ class Doodl(PictureTask):
         clip: float | None = 1e-3,
         momentum: float = 0.9,
         noise: float = 1e-4,
-        renormalise: bool = True,
+        renormalise: KeptNorms | None = "norm",
         optimise_from: int | None = None,
         one_step_scale: float = 100.0,
         candidates: int | None = None,
@@ -259,7 +262,8 @@ class Doodl(PictureTask):
         shown = {0, updates, *strip_scales.get(_STRIP, ())}
         images: dict[int, Tensor] = {}
         histories: list[list[dict[str, float]]] = [[] for _ in pictures]
-        norms = latent_norms(latents) if self.renormalise else None
+        keep = {"norm": keep_norm, "bands": keep_band_norms}
+        renormalise = None if self.renormalise is None else keep[self.renormalise](latents)
         buffer = torch.zeros_like(latents)
 
         def record(step: int, image: Tensor, losses: Tensor) -> None:
@@ -288,7 +292,7 @@ class Doodl(PictureTask):
                     self.clip,
                     self.momentum,
                     self._perturbation(latents, generators),
-                    norms,
+                    renormalise,
                 )
         strips = {
             caption: torch.stack([images[int(step)] for step in steps_shown], dim=1)
