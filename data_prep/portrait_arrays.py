@@ -24,8 +24,7 @@ _HEADGEAR = {"wizard", "pirate", "chef", "viking", "cowboy", "nurse", "king", "q
 _ATTRIBUTES_UNCLEAR = {"clown", "astronaut", "punk"}
 """Personas whose paint, helmet or mohawk leaves open whether an attribute is there."""
 _HAIR_LABELS = tuple(f"{color} hair" for color in HAIR_COLORS)
-COLORED_STYLES = {"photo", "painting"}
-"""Styles that show colours as they are."""
+_COLORED_STYLES = {"photo", "painting"}
 
 PORTRAIT_LABELS = (*ATTRIBUTES, *_HAIR_LABELS, "pipe")
 """What the attribute classifiers know: with "gray hair", the hair colours are five classes."""
@@ -65,7 +64,7 @@ def _is_shown(scene: Scene, label: str) -> bool:
 
 def _is_known(scene: Scene, label: str) -> bool:
     if label in _HAIR_LABELS:
-        return scene.persona is None and scene.style in COLORED_STYLES
+        return scene.persona is None and scene.style in _COLORED_STYLES
     return scene.persona not in _ATTRIBUTES_UNCLEAR
 
 

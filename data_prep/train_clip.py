@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from jsonargparse import auto_cli
@@ -21,7 +20,7 @@ from torch.nn import functional
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from data_prep.evaluate_models import _HELD_OUT_SEED, _mean, _table, _write_card
-from data_prep.portrait_arrays import COLORED_STYLES, WORK_FOLDER, PortraitArrays, index_loader, portrait_arrays
+from data_prep.portrait_arrays import WORK_FOLDER, PortraitArrays, index_loader, portrait_arrays
 from data_prep.train_classifiers import (
     GUIDE_SEED,
     JUDGE_SEED,
@@ -36,10 +35,8 @@ from tokenlearn.data.portraits import (
     ATTRIBUTE_PHRASES,
     ATTRIBUTES,
     IMAGE_SIZE,
-    Scene,
     attribute_prompt,
     portrait_captions,
-    sample_scene,
 )
 from tokenlearn.models import StableDiffusion
 from tokenlearn.models.clip import ClipModel
@@ -52,7 +49,6 @@ _HEAD_WIDTH = 32
 _TEXT_WIDTH = 128
 _FEATURE_DIM = 128
 _CAPTIONS_PER_PORTRAIT = 4
-_WITH_DETAIL = 0.5
 _WITH_ABSENCES = 0.35
 _GREATEST_LOGIT_SCALE = 100.0
 
@@ -71,31 +67,16 @@ def _missing_thing(attribute: str) -> str:
 _ATTRIBUTE_PROMPTS = [prompt(name) for prompt in (attribute_prompt, absence_prompt) for name in ATTRIBUTES]
 
 
-def visible_details(scene: Scene) -> list[str]:
-    """What captions seldom say and is easily seen: colours, where the style has them, and a pipe."""
-    colors = [f"a {scene.background} background"]
-    if scene.persona is None:
-        colors.append(f"a {scene.shirt} shirt")
-    return [*(colors if scene.style in COLORED_STYLES else ()), *(["a pipe"] if scene.pipe else ())]
-
-
-def training_text(
-    captions: Sequence[str], details: Sequence[str], shown: Sequence[bool], known: Sequence[bool], rng: random.Random
-) -> str:
-    """A caption of a portrait, now and then followed by a detail, and by what the picture is without.
-
-    Captions hardly ever say what is missing, and seldom what they leave for a person's own taste to notice.
+def training_text(captions: Sequence[str], shown: Sequence[bool], known: Sequence[bool], rng: random.Random) -> str:
+    """A caption of a portrait, now and then followed by what the picture is without, which captions hardly ever say.
 
     Args:
         captions: captions of the portrait, one of which is taken.
-        details: phrases, of which one is taken if there are any.
         shown: whether each attribute is there.
         known: false where that is left open.
         rng: the source of every choice.
     """
     text = rng.choice(captions)
-    if details and rng.random() < _WITH_DETAIL:
-        text += f", {rng.choice(details)}"
     missing = [
         _missing_thing(name)
         for name, is_shown, is_known in zip(ATTRIBUTES, shown, known, strict=True)
@@ -190,7 +171,6 @@ class ClipTraining(TrainedBySteps):
         self,
         arrays: PortraitArrays,
         captions: Sequence[Sequence[str]],
-        details: Sequence[Sequence[str]],
         seen: Sequence[Tensor],
         tokenizer: CLIPTokenizer,
         width: int,
@@ -199,8 +179,7 @@ class ClipTraining(TrainedBySteps):
         seed: int,
     ) -> None:
         super().__init__(steps, learning_rate, weight_decay=0.1)
-        self.arrays, self.captions, self.details = arrays, captions, details
-        self.seen, self.tokenizer = seen, tokenizer
+        self.arrays, self.captions, self.seen, self.tokenizer = arrays, captions, seen, tokenizer
         self.rng = random.Random(seed)
         self.model = build_clip(tokenizer, width)
 
@@ -212,7 +191,7 @@ class ClipTraining(TrainedBySteps):
             pixels[replaced] = form[indices[replaced]].float() / 255
         shown, known = (flags[indices, : len(ATTRIBUTES)] for flags in (self.arrays.labels, self.arrays.labels_known))
         texts = [
-            training_text(self.captions[index], self.details[index], own_shown, own_known, self.rng)
+            training_text(self.captions[index], own_shown, own_known, self.rng)
             for index, own_shown, own_known in zip(indices.tolist(), shown.tolist(), known.tolist(), strict=True)
         ]
         with torch.no_grad():
@@ -332,7 +311,6 @@ def main(
     torch.manual_seed(seed)
     arrays = portrait_arrays(size, seed, work_folder)
     captions = [portrait_captions(seed, index, _CAPTIONS_PER_PORTRAIT) for index in range(size)]
-    details = [visible_details(sample_scene(np.random.default_rng([seed, index]))) for index in range(size)]
     tokenizer = CLIPTokenizer.from_pretrained(pipeline, subfolder="tokenizer")
     vae = AutoencoderKL.from_pretrained(pipeline, subfolder="vae").eval()
     cache = work_folder / "classifiers"  # the classifiers are shown the same
@@ -340,7 +318,7 @@ def main(
     if name == "clip_guide":
         one_step = cache / ("one-step.pt" if seed == GUIDE_SEED else f"one-step-{seed}.pt")
         seen.append(_cached(one_step, lambda: one_step_predictions(StableDiffusion(pipeline), arrays, blurred)))
-    module = ClipTraining(arrays, captions, details, seen, tokenizer, width, steps, learning_rate, seed)
+    module = ClipTraining(arrays, captions, seen, tokenizer, width, steps, learning_rate, seed)
     train(module, index_loader(size, batch_size), work_folder / "clip" / f"{name}-{seed}-{width}", ema_decay=None)
     save_clip(module.model.eval(), tokenizer, output_folder / name)
     evaluate(name, output_folder / name, work_folder)
