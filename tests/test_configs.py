@@ -74,6 +74,18 @@ def editing(model, folder):
     ]
 
 
+def shortened(settings, folder):
+    """A config whose cases have one picture, one update and few steps each."""
+    for case in settings["model"]["init_args"]["cases"]:
+        task = case["task"]["init_args"]
+        task |= {"optimisation_steps": 1, "candidates": 1, "seeds": [3]}
+        if "optimise_from" not in task:
+            task["num_inference_steps"] = 2
+    path = folder / "shortened.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
 def number_of_tokens(method, model):
     """One for each class; an attribute without a list of classes is there or not."""
     if method == "ClassTokens":
@@ -102,6 +114,12 @@ def test_bundled_configs_run(config, tmp_path, capsys):
         main(["predict", *common, *steps])
         for folder in ("images/before", "images/doodl", "strips", "latents", "losses"):
             assert len(list((run / folder).iterdir())) == len(model["prompts"])
+    elif method == "DoodlTest":
+        main(["test", "--config", str(shortened(settings, tmp_path)), *common[2:]])
+        rows = {case["row"].replace(" ", "_") for case in model["cases"]}
+        summary = json.loads((run / "summary.json").read_text())
+        assert {f"{row}_{name}" for row in rows for name in ("none", "one_step", "doodl")} <= summary.keys()
+        assert (run / "table.csv").is_file()
     elif method == "SegaTest":
         main(["test", *common, *SEGA_TEST])
         summary = json.loads((run / "summary.json").read_text())
