@@ -33,3 +33,14 @@ def test_groups_are_apart_and_need_two_pictures():
     assert found[0] == kernel_distance(own, reference)
     assert found[1].isnan()
     assert found[2].isfinite()
+
+
+def test_pictures_of_several_processes_count_together():
+    reference, features = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    alone = KernelDistances(1, reference)
+    alone.update(features.repeat(2, 1), torch.zeros(12, dtype=torch.long))
+    one_of_two = KernelDistances(1, reference)
+    one_of_two.distributed_available_fn = lambda: True
+    one_of_two.dist_sync_fn = lambda state, group: [state, state]
+    one_of_two.update(features, torch.zeros(6, dtype=torch.long))
+    torch.testing.assert_close(one_of_two.compute(), alone.compute())

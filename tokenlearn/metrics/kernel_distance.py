@@ -64,7 +64,7 @@ class KernelDistances(Metric):
     def compute(self) -> Tensor:
         """Distances (num_groups,), NaN for groups of fewer than two pictures."""
         distances = torch.full((self.num_groups,), torch.nan, dtype=torch.double, device=self.reference.device)
-        if self.groups:
+        if len(self.groups):  # a list, or one tensor after several processes have put theirs together
             features, groups = dim_zero_cat(self.features), dim_zero_cat(self.groups)
             for group in range(self.num_groups):
                 if int((groups == group).sum()) > 1:
