@@ -1,3 +1,4 @@
+import threading
 import warnings
 from itertools import chain, islice
 
@@ -222,3 +223,16 @@ def test_ahead_keeps_the_order_and_hands_on_errors():
     assert list(ahead(str, range(50), 4, 7)) == list(map(str, range(50)))
     with pytest.raises(ZeroDivisionError):
         list(ahead(lambda n: 1 // (5 - n), range(50), 4, 7))
+
+
+def test_closing_what_is_read_ahead_waits_for_no_thread():
+    busy = threading.Event()
+    stream = ahead(lambda number: number == 0 or busy.wait(20), range(5), 1, 2)
+    assert next(stream) is True
+    closing = threading.Thread(target=stream.close)
+    closing.start()
+    closing.join(5)
+    waits = closing.is_alive()
+    busy.set()
+    closing.join()
+    assert not waits

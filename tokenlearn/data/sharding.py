@@ -150,18 +150,19 @@ def ahead(function: Callable[[T], R], items: Iterable[T], workers: int, depth: i
     if workers == 0:
         yield from map(function, items)
         return
-    with ThreadPoolExecutor(workers) as pool:
-        pending: deque[Future[R]] = deque()
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) > depth:
-                    yield pending.popleft().result()
-            while pending:
+    pool = ThreadPoolExecutor(workers)
+    pending: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > depth:
                 yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        # Without waiting: an iterator that nobody needs is closed by the garbage collector, at any time and in any
+        # thread, even in one that is being started, which holds a lock that waiting for threads takes.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class BatchStream(Generic[Sample, Batch]):
