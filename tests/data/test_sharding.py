@@ -226,13 +226,21 @@ def test_ahead_keeps_the_order_and_hands_on_errors():
 
 
 def test_closing_what_is_read_ahead_waits_for_no_thread():
-    busy = threading.Event()
-    stream = ahead(lambda number: number == 0 or busy.wait(20), range(5), 1, 2)
-    assert next(stream) is True
+    working, done = threading.Event(), threading.Event()
+
+    def load(number):
+        if number == 1:
+            working.set()
+            done.wait(20)
+        return number
+
+    stream = ahead(load, range(5), 1, 2)
+    assert next(stream) == 0
+    assert working.wait(20)
     closing = threading.Thread(target=stream.close)
     closing.start()
     closing.join(5)
     waits = closing.is_alive()
-    busy.set()
+    done.set()
     closing.join()
     assert not waits
