@@ -16,7 +16,15 @@ from jsonargparse import auto_cli
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
-from tokenlearn.data.portraits import ATTRIBUTES, HAIR_COLORS, IMAGE_SIZE, PERSONA_LABELS, Scene, portrait
+from tokenlearn.data.portraits import (
+    ATTRIBUTES,
+    HAIR_COLORS,
+    IMAGE_SIZE,
+    PERSONA_LABELS,
+    Scene,
+    portrait,
+    sample_scene,
+)
 
 WORK_FOLDER = Path("work")
 _CHUNK = 2000
@@ -100,6 +108,12 @@ def portrait_arrays(size: int, seed: int, work_folder: Path = WORK_FOLDER, proce
         personas=torch.tensor([PERSONA_LABELS.index(name) if name else 0 for name in personas]),
         captions=list(captions),
     )
+
+
+def portrait_ratings(size: int, seed: int) -> Tensor:
+    """True ratings (size,), 1 to 10, of the first portraits of the stream named by ``seed``."""
+    scenes = (sample_scene(np.random.default_rng([seed, index])) for index in range(size))
+    return torch.tensor([scene.rating for scene in scenes])
 
 
 class IndexDataset(Dataset[Tensor]):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from jsonargparse import auto_cli
 from torch import Tensor, nn
@@ -18,9 +17,8 @@ from torch.optim import AdamW
 from torchmetrics.functional.regression import spearman_corrcoef
 
 from data_prep.evaluate_models import _HELD_OUT_SEED, _write_card
-from data_prep.portrait_arrays import WORK_FOLDER, PortraitArrays, portrait_arrays
+from data_prep.portrait_arrays import WORK_FOLDER, PortraitArrays, portrait_arrays, portrait_ratings
 from data_prep.train_classifiers import GUIDE_SEED, JUDGE_SEED
-from tokenlearn.data.portraits import sample_scene
 from tokenlearn.models.aesthetic import AestheticHead, build_aesthetic_head, save_aesthetic_head
 from tokenlearn.models.clip import ClipModel
 
@@ -29,12 +27,6 @@ Name = Literal["aesthetic_guide", "aesthetic_judge"]
 HIDDEN_SIZES = (64,)
 _CLIPS: dict[Name, str] = {"aesthetic_guide": "clip_guide", "aesthetic_judge": "clip_judge"}
 _SEEDS: dict[Name, int] = {"aesthetic_guide": GUIDE_SEED, "aesthetic_judge": JUDGE_SEED}
-
-
-def ratings(seed: int, size: int) -> Tensor:
-    """True ratings (size,), 1 to 10, of the first portraits of the stream named by ``seed``."""
-    scenes = (sample_scene(np.random.default_rng([seed, index])) for index in range(size))
-    return torch.tensor([scene.rating for scene in scenes])
 
 
 @torch.no_grad()
@@ -81,7 +73,7 @@ def evaluate(name: Name, folder: Path, work_folder: Path, held_out: int = 2000) 
     arrays = portrait_arrays(held_out, _HELD_OUT_SEED, work_folder)
     rows = torch.arange(held_out).split(200)
     scores = torch.cat([rater.score(arrays.pixels(part)) for part in rows])
-    truth = ratings(_HELD_OUT_SEED, held_out)
+    truth = portrait_ratings(held_out, _HELD_OUT_SEED)
     correlation = float(spearman_corrcoef(scores, truth))
     error = float((scores - truth).abs().mean())
     judge = " It must never be optimised against: it reports." if name == "aesthetic_judge" else ""
@@ -119,7 +111,7 @@ def main(
     torch.manual_seed(seed)
     clip = ClipModel(str(output_folder / _CLIPS[name]))
     features = image_features(clip, portrait_arrays(size, seed, work_folder))
-    head = fit_head(features, ratings(seed, size), steps, learning_rate)
+    head = fit_head(features, portrait_ratings(size, seed), steps, learning_rate)
     save_aesthetic_head(head, output_folder / name, f"../{_CLIPS[name]}", HIDDEN_SIZES)
     evaluate(name, output_folder / name, work_folder)
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from data_prep.evaluate_models import _HELD_OUT_SEED, _mean, _table, _write_card
-from data_prep.portrait_arrays import WORK_FOLDER, PortraitArrays, index_loader, portrait_arrays
+from data_prep.portrait_arrays import WORK_FOLDER, PortraitArrays, index_loader, portrait_arrays, portrait_ratings
 from data_prep.train_classifiers import (
     GUIDE_SEED,
     JUDGE_SEED,
@@ -65,6 +65,9 @@ def _missing_thing(attribute: str) -> str:
 
 
 _ATTRIBUTE_PROMPTS = [prompt(name) for prompt in (attribute_prompt, absence_prompt) for name in ATTRIBUTES]
+_RATING_PROMPTS = ["a pleasing portrait", "an unpleasing portrait"]
+"""Captions of the web praise pictures, from which CLIP knows what pleases; those of the portraits do not."""
+_RATING_WEIGHT = 0.3
 
 
 def training_text(captions: Sequence[str], shown: Sequence[bool], known: Sequence[bool], rng: random.Random) -> str:
@@ -103,25 +106,25 @@ def contrastive_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
     return (functional.cross_entropy(logits, targets) + functional.cross_entropy(logits.T, targets)) / 2
 
 
-def attribute_loss(features: Tensor, prompts: Tensor, logit_scale: Tensor, shown: Tensor, known: Tensor) -> Tensor:
-    """Cross-entropy of telling by prompts whether each attribute is there.
+def prompted_loss(features: Tensor, prompts: Tensor, logit_scale: Tensor, likely: Tensor, known: Tensor) -> Tensor:
+    """Cross-entropy of telling by pairs of prompts whether each of several things holds for a picture.
 
     Labels written out as texts are pairs of pictures and texts like any other (Yang et al., 2022,
     https://arxiv.org/abs/2204.03610). A caption names few of the attributes, so these teach most of them.
 
     Args:
         features: (B, D) unit features of pictures.
-        prompts: (2 K, D) unit features of the prompts of K attributes, then of those of their absence.
+        prompts: (2 K, D) unit features of the prompts of K things, then of those of their contrary.
         logit_scale: () inverse temperature.
-        shown: (B, K) bool, whether each attribute is there.
-        known: (B, K) bool, false where that is left open.
+        likely: (B, K) in [0, 1], how likely each holds; bool where that is certain.
+        known: (B, K) bool, false where it is left open.
 
     Returns:
         () mean over what is known.
     """
     present, absent = (features @ prompts.T).chunk(2, dim=1)
     logits = logit_scale * (present - absent)
-    return functional.binary_cross_entropy_with_logits(logits[known], shown[known].float())
+    return functional.binary_cross_entropy_with_logits(logits[known], likely[known].float())
 
 
 def build_clip(tokenizer: CLIPTokenizer, width: int) -> CLIPModel:
@@ -171,6 +174,7 @@ class ClipTraining(TrainedBySteps):
         self,
         arrays: PortraitArrays,
         captions: Sequence[Sequence[str]],
+        ratings: Tensor,
         seen: Sequence[Tensor],
         tokenizer: CLIPTokenizer,
         width: int,
@@ -180,6 +184,7 @@ class ClipTraining(TrainedBySteps):
     ) -> None:
         super().__init__(steps, learning_rate, weight_decay=0.1)
         self.arrays, self.captions, self.seen, self.tokenizer = arrays, captions, seen, tokenizer
+        self.rank = ratings.argsort().argsort() / (len(ratings) - 1)
         self.rng = random.Random(seed)
         self.model = build_clip(tokenizer, width)
 
@@ -196,14 +201,19 @@ class ClipTraining(TrainedBySteps):
         ]
         with torch.no_grad():
             self.model.logit_scale.clamp_(max=torch.tensor(_GREATEST_LOGIT_SCALE).log())
-        tokens = self.tokenizer([*texts, *_ATTRIBUTE_PROMPTS], padding=True, truncation=True, return_tensors="pt")
+        every_text = [*texts, *_ATTRIBUTE_PROMPTS, *_RATING_PROMPTS]
+        tokens = self.tokenizer(every_text, padding=True, truncation=True, return_tensors="pt")
         output = self.model(**tokens, pixel_values=_augment(pixels) * 2 - 1)
         pairs = len(texts)
-        scale, prompts = self.model.logit_scale.exp(), output.text_embeds[pairs:]
-        loss = contrastive_loss(output.logits_per_image[:, :pairs], tokens.input_ids[:pairs])
-        told = attribute_loss(output.image_embeds, prompts, scale, shown, known)
-        loss = loss + told
+        scale, features = self.model.logit_scale.exp(), output.image_embeds
+        _, attributes, rating = output.text_embeds.split([pairs, len(_ATTRIBUTE_PROMPTS), len(_RATING_PROMPTS)])
+        contrasted = contrastive_loss(output.logits_per_image[:, :pairs], tokens.input_ids[:pairs])
+        told = prompted_loss(features, attributes, scale, shown, known)
+        rank = self.rank[indices, None]
+        rated = prompted_loss(features, rating, scale, rank, torch.ones_like(rank, dtype=torch.bool))
+        loss = contrasted + told + _RATING_WEIGHT * rated
         self.log("attribute_loss", told, prog_bar=True)
+        self.log("rating_loss", rated, prog_bar=True)
         self.log("loss", loss, prog_bar=True)
         return loss
 
@@ -282,7 +292,7 @@ def main(
     name: Name,
     seed: int | None = None,
     width: int | None = None,
-    steps: int = 2000,
+    steps: int = 3000,
     batch_size: int = 128,
     learning_rate: float = 1e-3,
     size: int = 20000,
@@ -318,7 +328,8 @@ def main(
     if name == "clip_guide":
         one_step = cache / ("one-step.pt" if seed == GUIDE_SEED else f"one-step-{seed}.pt")
         seen.append(_cached(one_step, lambda: one_step_predictions(StableDiffusion(pipeline), arrays, blurred)))
-    module = ClipTraining(arrays, captions, seen, tokenizer, width, steps, learning_rate, seed)
+    ratings = portrait_ratings(size, seed)
+    module = ClipTraining(arrays, captions, ratings, seen, tokenizer, width, steps, learning_rate, seed)
     train(module, index_loader(size, batch_size), work_folder / "clip" / f"{name}-{seed}-{width}", ema_decay=None)
     save_clip(module.model.eval(), tokenizer, output_folder / name)
     evaluate(name, output_folder / name, work_folder)

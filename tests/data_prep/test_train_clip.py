@@ -10,9 +10,9 @@ from data_prep.portrait_arrays import PORTRAIT_LABELS, PortraitArrays, index_loa
 from data_prep.train_clip import (
     ClipTraining,
     absence_prompt,
-    attribute_loss,
     contrastive_loss,
     prompted_accuracy,
+    prompted_loss,
     save_clip,
     training_text,
 )
@@ -69,19 +69,31 @@ def test_absences_in_the_captions_own_words_or_with_without():
     assert absence_prompt("hat") == "a portrait of a person without a hat"
 
 
-def test_attribute_loss_compares_the_two_prompts_of_what_is_known():
+def test_prompted_loss_compares_the_two_prompts_of_what_is_known():
     prompts = torch.eye(4)  # two attributes, then their absence
     features = torch.tensor([[0.6, 0.0, 0.2, 0.0], [0.0, 0.3, 0.0, 0.5]])
     shown = torch.tensor([[True, True], [True, False]])
     known = torch.tensor([[True, False], [False, True]])
     expected = torch.tensor([4.0, 2.0])  # logits of what is: 10 times 0.6 - 0.2, and 10 times 0.5 - 0.3
-    loss = attribute_loss(features, prompts, torch.tensor(10.0), shown, known)
+    loss = prompted_loss(features, prompts, torch.tensor(10.0), shown, known)
     torch.testing.assert_close(loss, -functional.logsigmoid(expected).mean())
+
+
+def test_prompted_loss_of_what_is_likely_is_lowest_at_its_logit():
+    prompts, everything = torch.eye(2), torch.ones(1, 1, dtype=torch.bool)
+    likely = torch.tensor([[0.75]])
+    lowest = torch.tensor(3.0).log() / 10
+    features = [torch.tensor([[lowest + offset, 0.0]]) for offset in (-0.05, 0.0, 0.05)]
+    low, best, high = (prompted_loss(own, prompts, torch.tensor(10.0), likely, everything) for own in features)
+    assert best < low
+    assert best < high
+    torch.testing.assert_close(best, torch.distributions.Bernoulli(0.75).entropy())
 
 
 def test_a_trained_clip_is_saved_as_transformers_loads_it(arrays, tmp_path):
     tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
-    module = ClipTraining(arrays, [[text] for text in arrays.captions], [], tokenizer, 32, 2, 1e-3, seed=0)
+    captions, ratings = [[text] for text in arrays.captions], torch.arange(PORTRAITS) + 1.0
+    module = ClipTraining(arrays, captions, ratings, [], tokenizer, 32, 2, 1e-3, seed=0)
     before = {name: tensor.clone() for name, tensor in module.named_parameters()}
     train(module, index_loader(PORTRAITS, 4), tmp_path / "run", ema_decay=None)
     assert all(not torch.equal(before[name], tensor) for name, tensor in module.named_parameters())

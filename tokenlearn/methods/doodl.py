@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -182,16 +182,21 @@ class Doodl(PictureTask):
 
     def edit_pictures(self, pictures: Sequence[Picture]) -> list[Edited]:
         """Optimise pictures of one size together, each for itself, by the task's method."""
-        return self.edited_by(self.method, pictures)
+        edited = self.edited_by(self.method, pictures)
+        if self.method != "one_step":
+            return edited
+        return [
+            guided._replace(before=plain.before, history=[*plain.history, *guided.history])
+            for plain, guided in zip(self.edited_by("none", pictures), edited, strict=True)
+        ]
 
-    def edited_by(self, method: DoodlMethod, pictures: Sequence[Picture], draws_start: bool = True) -> list[Edited]:
+    def edited_by(self, method: DoodlMethod, pictures: Sequence[Picture]) -> list[Edited]:
         """The same by any method; strips are the task's own method's alone.
 
         Args:
-            method: ``best_of`` only where the task :attr:`chooses_latents`.
+            method: ``best_of`` only where the task :attr:`chooses_latents`. ``one_step`` needs no picture without
+                guidance and draws none, so that generated pictures' ``before`` is what comes out.
             pictures: of one size.
-            draws_start: whether ``one_step``, which does not need it, also draws the picture without guidance; else
-                generated pictures' ``before`` is what came out.
 
         Raises:
             UserError: if a loss is not finite; the files of pictures that are finished stay.
@@ -222,7 +227,7 @@ class Doodl(PictureTask):
             if method == "best_of":
                 return self._best_of(pictures, latents, prompt, rule, generators)
             if method == "one_step":
-                return self._guided_step_by_step(pictures, latents, prompt, rule, draws_start)
+                return self._guided_step_by_step(pictures, latents, prompt, rule)
             return self._optimise(pictures, latents, prompt, rule, generators, method)
 
     def _sample(
@@ -298,18 +303,7 @@ class Doodl(PictureTask):
             caption: torch.stack([images[int(step)] for step in steps_shown], dim=1)
             for caption, steps_shown in strip_scales.items()
         }
-        return [
-            Edited(
-                picture,
-                images[0][index] if picture.image is None else picture.image[0],
-                images[updates][index, None],
-                {caption: strip[index] for caption, strip in strips.items()},
-                {},
-                latents[index],
-                histories[index],
-            )
-            for index, picture in enumerate(pictures)
-        ]
+        return _edited(pictures, images[0], images[updates], latents, histories, strips)
 
     def _best_of(
         self,
@@ -339,10 +333,7 @@ class Doodl(PictureTask):
             best_latents = torch.where(better[:, None, None, None], latents, best_latents)
             best = torch.where(better.cpu()[:, None, None, None], images, best)
             candidates.set_postfix(loss=f"{lowest.mean().item():.4f}")
-        return [
-            Edited(picture, before[index], best[index, None], {}, {}, best_latents[index], histories[index])
-            for index, picture in enumerate(pictures)
-        ]
+        return _edited(pictures, before, best, best_latents, histories)
 
     def _progress(self, count: int, pictures: Sequence[Picture]) -> trange:
         return trange(count, desc=pictures[0].name, leave=False, disable=not self._shows_progress)
@@ -353,16 +344,9 @@ class Doodl(PictureTask):
         latents: Tensor,
         prompt: Conditioning,
         rule: ClassifierFreeGuidance,
-        draws_start: bool,
     ) -> list[Edited]:
         """Pictures by one-step classifier guidance from (B, C, h, w) latents, or pairs (B, 2, C, h, w)."""
         histories: list[list[dict[str, float]]] = [[] for _ in pictures]
-        plain = None
-        if draws_start:
-            plain = self.backbone.decode_latents(
-                self._sample(self.backbone, latents, prompt, rule, self.optimise_from)
-            )
-            self._record(histories, pictures, 0, plain, self.loss(plain, 0))
         model = OneStepGuidance(
             self.backbone, self.unconditional(), rule.guidance_scale, self.loss, self.one_step_scale
         )
@@ -370,20 +354,8 @@ class Doodl(PictureTask):
         alone = ClassifierFreeGuidance(1.0)
         guided = self.backbone.decode_latents(self._sample(model, latents, prompt, alone, self.optimise_from))
         self._record(histories, pictures, 1, guided, self.loss(guided, 1))
-        final = guided.clamp(0, 1).cpu()
-        before = final if plain is None else plain.clamp(0, 1).cpu()
-        return [
-            Edited(
-                picture,
-                before[index] if picture.image is None else picture.image[0],
-                final[index, None],
-                {},
-                {},
-                latents[index],
-                histories[index],
-            )
-            for index, picture in enumerate(pictures)
-        ]
+        guided = guided.clamp(0, 1).cpu()
+        return _edited(pictures, guided, guided, latents, histories)
 
     def _perturbation(self, latents: Tensor, generators: Sequence[torch.Generator]) -> Tensor | None:
         """Noise of each picture's own, so that it does not depend on the pictures beside it."""
@@ -427,6 +399,32 @@ class Doodl(PictureTask):
 def _image(picture: Picture) -> Tensor:
     assert picture.image is not None
     return picture.image
+
+
+def _edited(
+    pictures: Sequence[Picture],
+    before: Tensor,
+    after: Tensor,
+    latents: Tensor,
+    histories: Sequence[Sequence[Mapping[str, float]]],
+    strips: Mapping[str, Tensor] = {},
+) -> list[Edited]:
+    """Each picture's part of (B, 3, H, W) images, (B, ..., C, h, w) latents and (B, S, 3, H, W) strips.
+
+    Before are photographs themselves, and ``before`` is of generated pictures alone.
+    """
+    return [
+        Edited(
+            picture,
+            before[index] if picture.image is None else picture.image[0],
+            after[index, None],
+            {caption: strip[index] for caption, strip in strips.items()},
+            {},
+            latents[index],
+            histories[index],
+        )
+        for index, picture in enumerate(pictures)
+    ]
 
 
 def _judge(

@@ -207,7 +207,7 @@ class DoodlTest(Generate):
         """Make pictures of a case by one method, and count."""
         task, row, method = self._task(case), self._rows[case], self.methods[column]
         self._evaluations = 0
-        edited, seconds = timed(partial(task.edited_by, method, pictures, draws_start=False), self.device)
+        edited, seconds = timed(partial(task.edited_by, method, pictures), self.device)
         images = torch.stack([picture.edits[0] for picture in edited]).to(self.device)
         judged = self._judge(case)(images)
         cells = torch.full((len(images),), row * len(self.methods) + column, device=images.device)
