@@ -59,7 +59,7 @@ def test_pictures_are_upright(tmp_path):
 
 
 def test_errors_name_the_folder_or_the_picture(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere' does not exist; set model.images"):
+    with pytest.raises(UserError, match=r"nowhere' does not exist; name a folder"):
         FolderPictures(str(tmp_path / "nowhere"), 16, 4)
     with pytest.raises(UserError, match=r"has no pictures; put PNG or JPEG files there"):
         FolderPictures(str(tmp_path), 16, 4)

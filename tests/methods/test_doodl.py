@@ -160,7 +160,7 @@ def test_guidances_are_summed_by_weight_and_a_judge_reports(make, tiny_models):
 def test_photographs_are_inverted_exactly_and_optimised(make, tmp_path):
     pixels = torch.randint(0, 255, (20, 30, 3), generator=torch.Generator().manual_seed(0))
     Image.fromarray(pixels.byte().numpy()).save(tmp_path / "photo.png")
-    options = {"prompts": [], "images": str(tmp_path / "photo.png"), "renormalise": None, "noise": 0.0}
+    options = {"source": str(tmp_path / "photo.png"), "renormalise": None, "noise": 0.0}
     options |= {"clip": 1e-5, "momentum": 0.0}  # steps so small that each must lower the loss
     for settings in ({}, {"chain": "leapfrog", "optimise_from": 334}):
         task = make(**options, **settings, strip_images=3)
@@ -239,7 +239,7 @@ def test_a_loss_that_is_no_number_names_picture_and_step(make):
         ({"guidances": []}, r"model.guidances is empty"),
         ({"method": "best_of", "optimise_from": 334}, r"chooses among first latents"),
         ({"method": "best_of", "candidates": 0}, r"candidates must be at least 1, got 0"),
-        ({"prompts": []}, r"set either model.images"),
+        ({"prompts": []}, r"set model.prompts, to generate pictures, or model.source"),
         ({"optimisation_steps": 0}, r"model.optimisation_steps must be at least 1, got 0"),
         ({"pictures_at_once": 0}, r"model.pictures_at_once must be at least 1"),
         ({"strip_images": -1}, r"model.strip_images must be at least 0"),

@@ -79,7 +79,7 @@ class FolderPictures:
         elif root.is_dir():
             self.files = _picture_files(root)
         else:
-            raise UserError(f"'{source}' does not exist; set model.images to a folder of pictures or to one picture")
+            raise UserError(f"'{source}' does not exist; name a folder of pictures, or one picture")
         if not self.files:
             raise UserError(f"folder '{source}' has no pictures; put PNG or JPEG files there, or name another folder")
         self.short_side, self.multiple = short_side, multiple

@@ -42,8 +42,8 @@ class Doodl(PictureTask):
         backbone: frozen diffusion model.
         guidances: losses of the finished picture, see :mod:`tokenlearn.methods.image_guidance`; their weighted sum
             counts.
-        images: folder of pictures of any size, in any depth, or one picture.
-        prompts: pictures to generate, instead of a folder: each prompt with each seed.
+        source: picture, or folder of pictures of any size in any depth, to edit in place of generated ones.
+        prompts: pictures to generate where there is no ``source``: each prompt with each seed.
         seeds: seeds of the initial latents, and of the perturbations.
         embeddings: embedding files of learned tokens. A checkpoint's tokens take their place.
         num_inference_steps: sampling steps of DDIM, or of the chain.
@@ -86,7 +86,7 @@ class Doodl(PictureTask):
         self,
         backbone: DiffusionBackbone,
         guidances: list[ImageGuidance],
-        images: str | None = None,
+        source: str | None = None,
         prompts: list[str] = [],  # noqa: B006 - read only; a list is what YAML shows
         seeds: list[int] = [0],  # noqa: B006 - as above
         embeddings: list[str] = [],  # noqa: B006 - as above
@@ -110,17 +110,19 @@ class Doodl(PictureTask):
         judge_label: str | None = None,
         pictures_at_once: int = 1,
     ) -> None:
+        if source is None and not prompts:
+            raise UserError("set model.prompts, to generate pictures, or model.source, to a picture or a folder of them")
         super().__init__(
             backbone,
-            images,
-            prompts,
+            source,
+            prompts if source is None else [],
             seeds,
             embeddings,
             num_inference_steps,
             guidance_scale,
             "DDIM",
             negative_prompt,
-            pictures_at_once if images is None else 1,  # photographs have sizes of their own
+            pictures_at_once if source is None else 1,  # photographs have sizes of their own
         )
         if not guidances:
             raise UserError("model.guidances is empty; give one, such as {class_path: SymmetryGuidance}")
@@ -128,7 +130,7 @@ class Doodl(PictureTask):
         check_at_least("model", 0, noise=noise, strip_images=strip_images)
         self.candidates = _EVALUATIONS_PER_UPDATE * optimisation_steps if candidates is None else candidates
         check_at_least("model", 1, candidates=self.candidates)
-        self.chooses_latents = images is None and optimise_from is None
+        self.chooses_latents = source is None and optimise_from is None
         if method == "best_of" and not self.chooses_latents:
             raise UserError(
                 "method 'best_of' chooses among first latents, which photographs and model.optimise_from do not have; "
@@ -141,11 +143,11 @@ class Doodl(PictureTask):
             raise UserError(f"model.clip must be above 0, got {clip}; set it to null for no limit")
         if not 0 <= momentum < 1:
             raise UserError(f"model.momentum must be at least 0 and less than 1, got {momentum}")
-        if images is not None and chain == "checkpointed":
+        if source is not None and chain == "checkpointed":
             raise UserError(
                 "chain 'checkpointed' cannot invert photographs exactly; set model.chain to edict, leapfrog or o_belm"
             )
-        self.chain: GradientChain = chain or ("checkpointed" if images is None else "edict")
+        self.chain: GradientChain = chain or ("checkpointed" if source is None else "edict")
         self.guidances = nn.ModuleList(guidances)
         self.method, self.source_prompt, self.optimisation_steps = method, source_prompt, optimisation_steps
         self.grad_scale, self.clip, self.momentum, self.noise = grad_scale, clip, momentum, noise
