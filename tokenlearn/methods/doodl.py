@@ -111,7 +111,7 @@ class Doodl(PictureTask):
         pictures_at_once: int = 1,
     ) -> None:
         if source is None and not prompts:
-            raise UserError("set model.prompts, to generate pictures, or model.source, to a picture or a folder of them")
+            raise UserError("set model.prompts, to generate pictures, or model.source, to a picture or a folder")
         super().__init__(
             backbone,
             source,
