@@ -27,9 +27,10 @@ def portraits():
 
 @torch.no_grad()
 @pytest.mark.parametrize("timestep", [951, 101])
-def test_edit_friendly_inversion_of_a_portrait_is_exact_and_can_be_edited(portraits, timestep):
+@pytest.mark.parametrize("inversion", ["edit_friendly", "edict", "leapfrog", "o_belm"])
+def test_exact_inversion_of_a_portrait_can_be_edited(portraits, inversion, timestep):
     backbone, latents, roundtrip = portraits
-    editor = PictureEditor(backbone, STEPS, timestep, "timestep", "edit_friendly")
+    editor = PictureEditor(backbone, STEPS, timestep, "timestep", inversion)
     empty, smiling = backbone.encode_prompts([""]), backbone.encode_prompts(["a portrait of a smiling woman"])
     noisy = editor.invert(latents, empty)
     back, edited = editor.denoise(noisy.expand(2), empty, [smiling], [torch.tensor([0.0, 4.0])]).split(1)

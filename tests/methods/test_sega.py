@@ -89,9 +89,11 @@ def test_learned_tokens_are_concepts(make, tmp_path):
 
 
 @torch.no_grad()
-def test_photographs_come_back_where_no_concept_acts(make, photographs):
+@pytest.mark.parametrize("inversion", ["edit_friendly", "leapfrog"])
+def test_photographs_come_back_where_no_concept_acts(make, photographs, inversion):
     nothing = SemanticEdit(concept="red", scale=0.0, name="nothing", **EARLY)
-    task = make(prompts=[], images=str(photographs), edits=[nothing, EDITS[0]], timestep=501, together=False)
+    settings = {"prompts": [], "images": str(photographs), "timestep": 501, "inversion": inversion}
+    task = make(**settings, edits=[nothing, EDITS[0]], together=False)
     for picture in (task.pictures[0], task.pictures[1]):
         (edited,) = task.predict_step([picture])
         latents = task.backbone.encode_images(picture.image)

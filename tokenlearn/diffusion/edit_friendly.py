@@ -27,7 +27,8 @@ class Inverted:
     """Noise of given latents, and what sampling needs besides to lead back to them.
 
     Attributes:
-        latents: (B, C, h, w) at the noise level at which sampling starts.
+        latents: (B, C, h, w) at the noise level at which sampling starts, or pairs (B, 2, C, h, w) of
+            :func:`tokenlearn.diffusion.invert_full_chain`.
         step_noise: (B, T, C, h, w) noise that each of the T steps adds, in units of the step's own deviation; None for
             deterministic steps.
         remainder: (B, C, h, w) to be added to the sampled latents; None for nothing.

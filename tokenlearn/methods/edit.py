@@ -46,7 +46,8 @@ class Edit(PictureTask):
         batch_size: edits of a picture to make at once.
         inversion: ``ddim`` is deterministic and comes back to a picture only in the limit of many steps;
             ``edit_friendly`` (https://arxiv.org/abs/2304.06140) comes back exactly at scale 0, so that photographs
-            keep their details.
+            keep their details, and so do the invertible chains ``edict`` (https://arxiv.org/abs/2211.12446),
+            ``leapfrog`` and ``o_belm`` without noise.
 
     Raises:
         UserError: if there are no pictures or edits, an edit is there twice, or a number is out of range.

@@ -8,13 +8,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokenlearn.diffusion import Inverted, edit_friendly_noise, invert, sample
+from tokenlearn.diffusion import Inverted, edit_friendly_noise, invert, invert_full_chain, sample, sample_full_chain
 from tokenlearn.errors import UserError
 from tokenlearn.guidance import SummedGuidance
 from tokenlearn.methods.base import inverse_of
 from tokenlearn.models import Conditioning, DiffusionBackbone
 
-Inversion = Literal["ddim", "edit_friendly"]
+Inversion = Literal["ddim", "edit_friendly", "edict", "leapfrog", "o_belm"]
+"""How pictures are inverted.
+
+``ddim``
+    Deterministic; it comes back to a picture in the limit of many steps.
+``edit_friendly``
+    Noise for every step, which leads back exactly, see :func:`tokenlearn.diffusion.edit_friendly_noise`.
+``edict``, ``leapfrog``, ``o_belm``
+    Chains that are followed back exactly, without noise, see :data:`tokenlearn.diffusion.full_chain.GradientChain`.
+"""
 
 # Noise of every picture alike: its edits depend neither on the pictures beside it nor on those that are done.
 _SEED = 0
@@ -43,8 +52,7 @@ class PictureEditor:
             up to the timestep are made.
         timestep: noise level to invert to, one of the sampling steps'; more changes more.
         setting: the timestep's name in messages, such as ``model.timestep``.
-        inversion: deterministic by DDIM, which comes back to a picture in the limit of many steps; or edit-friendly,
-            see :func:`tokenlearn.diffusion.edit_friendly_noise`, which comes back exactly.
+        inversion: how.
 
     Raises:
         UserError: if the number of steps is out of range, or none of them is at the timestep.
@@ -70,12 +78,26 @@ class PictureEditor:
         if self.inversion == "ddim":
             steps = self.num_inference_steps
             return Inverted(invert(self.backbone, self._inverse, latents, [unconditional], steps, self.timestep))
+        plain = SummedGuidance([])
+        if self.inversion != "edit_friendly":
+            return Inverted(
+                invert_full_chain(
+                    self.backbone,
+                    self.scheduler,
+                    latents,
+                    [unconditional],
+                    plain,
+                    self.num_inference_steps,
+                    self.inversion,
+                    self.timestep,
+                )
+            )
         return edit_friendly_noise(
             self.backbone,
             self.scheduler,
             latents,
             [unconditional],
-            SummedGuidance([]),
+            plain,
             self.num_inference_steps,
             [torch.Generator().manual_seed(_SEED) for _ in latents],
             self.timestep,
@@ -112,15 +134,9 @@ class PictureEditor:
             conditionings: what the network is evaluated for, each of B rows or of one row.
             combine: see :func:`tokenlearn.diffusion.sample`.
         """
-        edited = sample(
-            self.backbone,
-            self.scheduler,
-            noisy.latents,
-            conditionings,
-            combine,
-            self.num_inference_steps,
-            gradient_steps=0,
-            step_options=noisy.step_options,
-            from_timestep=self.timestep,
-        )
+        settings = (self.backbone, self.scheduler, noisy.latents, conditionings, combine, self.num_inference_steps)
+        if self.inversion == "ddim" or self.inversion == "edit_friendly":
+            edited = sample(*settings, gradient_steps=0, step_options=noisy.step_options, from_timestep=self.timestep)
+        else:
+            edited = sample_full_chain(*settings, self.inversion, self.timestep)
         return self.backbone.decode_latents(noisy.finish(edited)).clamp(0, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -16,9 +16,13 @@ from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.guidance import RecordedGuidance, SemanticGuidance
 from tokenlearn.guidance.semantic import ThresholdOver
 from tokenlearn.methods.concepts import SemanticEdit, check_steps, check_tokens, encode_terms, semantic_guidance
-from tokenlearn.methods.editing import Inversion, PictureEditor
+from tokenlearn.methods.editing import PictureEditor
 from tokenlearn.methods.picture_task import Edited, PictureTask, file_stem
 from tokenlearn.models import Conditioning, DiffusionBackbone
+
+SteppedInversion = Literal["ddim", "edit_friendly", "leapfrog"]
+"""Those of :data:`tokenlearn.methods.editing.Inversion` that sample with one evaluation at every step, the first
+included, as the momentum of semantic guidance needs it."""
 
 ALL = "all"
 
@@ -53,7 +57,8 @@ class Sega(PictureTask):
             diffusers.
         timestep: noise level to invert photographs to, one of the sampling steps'; more changes more.
         inversion: of photographs: ``edit_friendly`` (https://arxiv.org/abs/2304.06140) gives a photograph back exactly
-            where no concept acts; ``ddim`` does so in the limit of many steps.
+            where no concept acts; so does the invertible chain ``leapfrog``, without noise, and ``ddim`` in the limit
+            of many steps.
         source_prompt: what photographs show, such as ``a portrait``; empty for the unconditional model.
         record_guidance: write the guidance of each edit, by seed, to use it again.
         recorded_guidance: folder ``guidance`` of an earlier run with ``record_guidance``, whose edits are applied to
@@ -82,7 +87,7 @@ class Sega(PictureTask):
         negative_prompt: str = "",
         threshold_over: ThresholdOver = "tensor",
         timestep: int = 801,
-        inversion: Inversion = "edit_friendly",
+        inversion: SteppedInversion = "edit_friendly",
         source_prompt: str = "",
         record_guidance: bool = False,
         recorded_guidance: str | None = None,
