@@ -2,7 +2,7 @@
 
 Guide and judge differ in width, seed and training portraits. Both see portraits as drawn and as the autoencoder gives
 them back; the guide also sees one-step predictions of the diffusion model from noisy latents. They share the tokenizer
-of the bundled pipeline.
+of the bundled pipeline, and both are taught by texts which portraits please, as captions of the web do.
 """
 
 from __future__ import annotations
@@ -278,7 +278,8 @@ def evaluate(name: Name, folder: Path, work_folder: Path, held_out: int = 2000) 
     )
     text = (
         f"A CLIP of portraits and their captions, {vision.num_hidden_layers} layers of width {vision.hidden_size} "
-        f"for {IMAGE_SIZE} x {IMAGE_SIZE} pixels, with the tokenizer of the pipeline in `portraits`. {role[name]}.\n\n"
+        f"for {IMAGE_SIZE} x {IMAGE_SIZE} pixels, with the tokenizer of the pipeline in `portraits`. {role[name]}. "
+        f'"{_RATING_PROMPTS[0]}" goes with high ratings, "{_RATING_PROMPTS[1]}" with low ones.\n\n'
         f"How often each attribute's prompt fits {held_out} held-out drawn portraits better than that of its absence, "
         f"or worse, as it should. The prompts were among the texts of the training, with captions; those of the last "
         f"column begin in other words:\n\n{table}"
