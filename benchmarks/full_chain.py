@@ -14,11 +14,12 @@ EDICT evaluates the network twice a step; its published use for gradients, DOODL
 (https://github.com/salesforce/DOODL), evaluates it as often as ours does. The decoder and the loss of a real objective
 cost the same after any chain and are left out.
 
-Rows are those that the network is evaluated for, without gradient and with; both count rows of both prompts, and
-those that the backward pass evaluates again. Peak memory is what a gradient has allocated at once beyond what is there
-before it, as :func:`benchmarks.class_token_step.peak_bytes` measures it, apart from time. A time ratio is the median
-over rounds of the ratio within one round; the key without suffix takes the worst number of steps, those with a suffix
-give each.
+Rows are those that the network is evaluated for, without gradient and with; both count rows of every prompt, and
+those that the backward pass evaluates again. The error is the relative distance of the gradient from that of the same
+chain with every activation stored: what rounding does to the states that a backward sweep rebuilds. Peak memory is
+what a gradient has allocated at once beyond what is there before it, as
+:func:`benchmarks.class_token_step.peak_bytes` measures it, apart from time. A time ratio is the median over rounds of
+the ratio within one round; the key without suffix takes the worst number of steps, those with a suffix give each.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class ChainGradient:
         fabric: precision.
         batch_size: images.
         prompt: prompt of all images.
-        guidance_scale: classifier-free guidance, not 1.
+        guidance_scale: classifier-free guidance.
         chain: from initial latents, conditionings and guidance to sampled latents.
     """
 
@@ -87,8 +88,16 @@ class ChainGradient:
         return torch.autograd.grad((latents * self.directions).sum(), leaves)
 
 
-def chains(backbone: StableDiffusion, steps: int) -> dict[str, Callable[..., Tensor]]:
-    """The five chains by name, each as :class:`ChainGradient` takes it."""
+def chains(
+    backbone: StableDiffusion, steps: int, stores_activations: bool = False
+) -> dict[str, Callable[..., Tensor]]:
+    """The five chains by name, each as :class:`ChainGradient` takes it.
+
+    Args:
+        backbone: where the network is.
+        steps: sampling steps.
+        stores_activations: whether all chains store every activation, as ``autograd`` always does.
+    """
     scheduler = backbone.make_scheduler("DDIM", steps)
     config = scheduler.config
     grid = leading_grid(backbone.alphas, backbone.sigmas, steps, config.steps_offset, config.set_alpha_to_one)
@@ -100,11 +109,11 @@ def chains(backbone: StableDiffusion, steps: int) -> dict[str, Callable[..., Ten
 
     def reversible(solver: ReversibleSolver) -> Callable[..., Tensor]:
         return lambda latents, conditionings, guidance: sample_reversible(
-            backbone.predict_noise, grid, latents, conditionings, guidance, solver
+            backbone.predict_noise, grid, latents, conditionings, guidance, solver, not stores_activations
         )
 
     invertible = {name: reversible(solver) for name, solver in SOLVERS.items()}
-    return {"autograd": ddim(checkpointing=False), "checkpointed": ddim(checkpointing=True)} | invertible
+    return {"autograd": ddim(checkpointing=False), "checkpointed": ddim(not stores_activations)} | invertible
 
 
 def main(
@@ -124,7 +133,7 @@ def main(
         pipeline: folder or hub id of the diffusion model.
         prompt: prompt.
         steps: numbers of sampling steps, at least two, from few to many.
-        guidance_scale: classifier-free guidance, not 1.
+        guidance_scale: classifier-free guidance; 1 evaluates the network for the prompt alone.
         batch_size: images per gradient.
         repetitions: rounds.
         threads: of the CPU; null for torch's own choice.
@@ -132,12 +141,10 @@ def main(
         accelerator: as the Trainer's.
 
     Raises:
-        UserError: if there are fewer than two numbers of steps, or no guidance.
+        UserError: if there are fewer than two numbers of steps.
     """
     if len(steps) < 2 or list(steps) != sorted(set(steps)):
         raise UserError(f"steps must be at least two numbers from few to many, got {steps}")
-    if guidance_scale == 1:
-        raise UserError("guidance_scale 1 evaluates no unconditional branch; take another")
     if threads is not None:
         torch.set_num_threads(threads)
     fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
@@ -145,14 +152,21 @@ def main(
 
     times: dict[int, list[tuple[float, ...]]] = {}
     peaks: dict[int, dict[str, int]] = {}
-    line = "{:>5}  {:<14} {:>9} {:>10} {:>14} {:>11}"
+    errors: dict[int, dict[str, float]] = {}
+    line = "{:>5}  {:<14} {:>9} {:>10} {:>14} {:>11} {:>9}"
     print(f"{pipeline}, {batch_size} images, guidance {guidance_scale:g}, {precision}, {fabric.device}")
-    print(line.format("steps", "", "seconds", "peak MiB", "rows, no grad", "rows, grad"))
-    for count in steps:
-        gradients = {
+    print(line.format("steps", "", "seconds", "peak MiB", "rows, no grad", "rows, grad", "error"))
+
+    def gradients_of(named: dict[str, Callable[..., Tensor]]) -> dict[str, ChainGradient]:
+        return {
             name: ChainGradient(backbone, fabric, batch_size, prompt, guidance_scale, chain)
-            for name, chain in chains(backbone, count).items()
+            for name, chain in named.items()
         }
+
+    for count in steps:
+        gradients = gradients_of(chains(backbone, count))
+        stored = gradients_of(chains(backbone, count, stores_activations=True))
+        errors[count] = {name: relative_error(gradients[name], stored[name]) for name in gradients}
         counters = {name: RowCounter(backbone.unet) for name in gradients}
         for name, gradient in gradients.items():
             counters[name].count(gradient)  # also warms up
@@ -161,7 +175,8 @@ def main(
         for index, (name, rows) in enumerate(counters.items()):
             seconds = f"{median(turn[index] for turn in times[count]):.3f}"
             peak = f"{peaks[count][name] / _MIB:.2f}"
-            print(line.format(count, name, seconds, peak, rows.without_gradient, rows.with_gradient))
+            error = f"{errors[count][name]:.1e}"
+            print(line.format(count, name, seconds, peak, rows.without_gradient, rows.with_gradient, error))
 
     names = list(peaks[steps[0]])
     default, edict = names.index("checkpointed"), names.index("EDICT")
@@ -170,12 +185,20 @@ def main(
         for count in steps
     }
     few, many = steps[0], steps[-1]
-    memory = {
-        f"{name.lower().replace('-', '_')}_memory_{many}_over_{few}": peaks[many][name] / peaks[few][name]
-        for name in names
-    }
-    results = {"default_over_edict_time": max(each.values())} | memory | each
-    print(json.dumps({key: round(value, 4) for key, value in results.items()}))
+    memory = {f"{_key(name)}_memory_{many}_over_{few}": peaks[many][name] / peaks[few][name] for name in names}
+    worst = {f"{_key(name)}_error": max(errors[count][name] for count in steps) for name in names}
+    results = {"default_over_edict_time": max(each.values())} | memory | each | worst
+    print(json.dumps({key: float(f"{value:.4g}") for key, value in results.items()}))
+
+
+def relative_error(gradient: ChainGradient, exact: ChainGradient) -> float:
+    """Distance of a gradient from another in units of the latter's norm; the worse of latents and prompt."""
+    pairs = zip(gradient.gradients(), exact.gradients(), strict=True)
+    return max(float((found - true).norm() / true.norm()) for found, true in pairs)
+
+
+def _key(name: str) -> str:
+    return name.lower().replace("-", "_")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,14 @@ def test_prints_ratios_and_evaluates_no_row_in_vain(tiny_models, capsys):
     results = json.loads(lines[-1])
     ratio = "default_over_edict_time"
     memory = {f"{name}_memory_10_over_2" for name in NAMES}
-    assert set(results) == {ratio, *memory, *(f"{ratio}_steps{count}" for count in (2, 4, 10))}
-    assert all(math.isfinite(value) and value > 0 for value in results.values())
+    errors = {f"{name}_error" for name in NAMES}
+    assert set(results) == {ratio, *memory, *errors, *(f"{ratio}_steps{count}" for count in (2, 4, 10))}
+    assert all(math.isfinite(value) for value in results.values())
+    assert all(results[key] > 0 for key in set(results) - errors)
+    assert results["autograd_error"] == 0
+    assert results["checkpointed_error"] < 1e-6
+    assert max(results["edict_error"], results["leapfrog_error"]) < 1e-3
+    assert results["o_belm_error"] < 0.1  # long steps: it amplifies rounding most
     assert results[ratio] == max(results[f"{ratio}_steps{count}"] for count in (2, 4, 10))
     # The chains that store their end alone need no more for more steps; autograd needs five times as much.
     assert all(results[f"{name}_memory_10_over_2"] < 1.05 for name in ("edict", "leapfrog", "o_belm"))
@@ -64,12 +70,18 @@ def test_all_chains_give_the_gradient_of_one_flow(tiny_models):
     assert all(1e-5 < difference < 0.2 for difference in differences.values()), differences
 
 
+def test_without_guidance_the_prompt_alone_is_evaluated(tiny_models, capsys):
+    pipeline = str(tiny_models / "pipeline")
+    full_chain.main(pipeline, steps=(1, 2), guidance_scale=1.0, repetitions=1, accelerator="cpu")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:-1]]
+    assert [int(row[5]) for row in rows if row[1] == "autograd"] == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"steps": (10,)}, r"at least two numbers from few to many, got \(10,\)"),
         ({"steps": (20, 10)}, r"from few to many, got \(20, 10\)"),
-        ({"guidance_scale": 1.0}, "guidance_scale 1 evaluates no unconditional branch"),
     ],
 )
 def test_bad_settings(options, words):
