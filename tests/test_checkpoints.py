@@ -2,24 +2,33 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
+import torch
 from diffusers import StableDiffusionPipeline
+from torchmetrics.functional.regression import spearman_corrcoef
 
 from data_prep.portrait_arrays import PORTRAIT_LABELS
-from tokenlearn.data.portraits import PERSONA_LABELS
+from data_prep.train_clip import absence_prompt
+from tokenlearn.data.images import unit_range
+from tokenlearn.data.portraits import ATTRIBUTES, PERSONA_LABELS, attribute_prompt, portrait
 from tokenlearn.models import StableDiffusion, TimmClassifier
+from tokenlearn.models.aesthetic import AestheticHead
+from tokenlearn.models.clip import ClipModel
 from tokenlearn.tokens import load_bank, vocabulary_hash
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 CLASSIFIERS = ["attribute_guide", "attribute_judge", "persona_guide", "persona_judge"]
+CLIPS = ["clip_guide", "clip_judge"]
+AESTHETIC_HEADS = ["aesthetic_guide", "aesthetic_judge"]
 
 
 def test_size():
     assert sum(path.stat().st_size for path in CHECKPOINTS.rglob("*") if path.is_file()) <= 64 * 2**20
 
 
-@pytest.mark.parametrize("name", ["portraits", *CLASSIFIERS])
+@pytest.mark.parametrize("name", ["portraits", *CLASSIFIERS, *CLIPS, *AESTHETIC_HEADS])
 def test_model_card(name):
     assert "%" in (CHECKPOINTS / name / "README.md").read_text()
 
@@ -43,6 +52,39 @@ def test_classifiers(name):
 def test_guide_and_judge_differ(task):
     guide, judge = (TimmClassifier(str(CHECKPOINTS / f"{task}_{role}")) for role in ("guide", "judge"))
     assert type(guide.model) is not type(judge.model)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Scenes of ordinary people in a stream that trained nothing, and their pictures (B, 3, H, W) in [0, 1]."""
+    portraits = [portrait(31337, index)[:2] for index in range(200)]
+    ordinary = [(scene, picture) for scene, picture in portraits if scene.persona is None]
+    pictures = unit_range([torch.from_numpy(np.array(picture)) for _, picture in ordinary])
+    return [scene for scene, _ in ordinary], pictures
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CLIPS)
+def test_clips_tell_attributes_by_prompts(name, drawn):
+    scenes, pictures = drawn
+    clip = ClipModel(str(CHECKPOINTS / name))
+    prompts = [prompt(attribute) for prompt in (attribute_prompt, absence_prompt) for attribute in ATTRIBUTES]
+    present, absent = (clip.image_features(pictures) @ clip.text_features(prompts).T).chunk(2, dim=1)
+    shown = torch.tensor([[scene.has(attribute) for attribute in ATTRIBUTES] for scene in scenes])
+    assert ((present > absent) == shown).float().mean() >= 0.9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", AESTHETIC_HEADS)
+def test_aesthetic_heads_rank_as_the_true_rating(name, drawn):
+    scenes, pictures = drawn
+    scores = AestheticHead(str(CHECKPOINTS / name)).score(pictures)
+    assert spearman_corrcoef(scores, torch.tensor([scene.rating for scene in scenes])) >= 0.8
+
+
+def test_clips_differ():
+    guide, judge = (ClipModel(str(CHECKPOINTS / name)).model.config.vision_config.hidden_size for name in CLIPS)
+    assert guide != judge
 
 
 @pytest.mark.parametrize("folder", ["class_tokens", "attribute_tokens"])
