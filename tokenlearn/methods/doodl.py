@@ -53,14 +53,15 @@ class Doodl(PictureTask):
         method: ``doodl``; or what to compare it with: ``one_step`` (classifier guidance by one-step predictions during
             sampling), ``best_of`` (of several first latents those whose picture has the lowest loss), ``none``.
         chain: how the gradient goes through sampling, see :data:`tokenlearn.diffusion.full_chain.GradientChain`; null
-            for ``checkpointed``, and for photographs ``edict``.
+            for ``checkpointed``, and for photographs ``edict``, whose pair is two copies of the latents: the others
+            carry what large steps turn into blobs.
         optimisation_steps: number of updates.
         grad_scale: learning rate; it comes before the clip.
         clip: most that the scaled gradient may be in any element; null for no limit.
         momentum: share of the last update that an update keeps, in [0, 1).
         noise: standard deviation of the perturbation that every update ends with.
         renormalise: what to keep of the first latents: their ``norm`` as published, the norms of their ``bands`` of
-            spatial frequencies, which keeps colours in bounds under large steps, or null for nothing, as for
+            spatial frequencies, which keeps colours in bounds under large steps, or null for nothing, as published for
             photographs.
         optimise_from: timestep of the sampling steps' whose latents are optimised; null for the first. What is before
             it stays as it is, and photographs are inverted up to it: less changes less.
