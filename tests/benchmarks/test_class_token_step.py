@@ -6,8 +6,8 @@ import pytest
 from benchmarks import class_token_step
 
 
-@pytest.mark.parametrize(("checkpointing", "recomputed"), [(False, 1), (True, 2)])
-def test_prints_ratios_and_evaluates_no_row_in_vain(tiny_models, capsys, monkeypatch, checkpointing, recomputed):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_prints_ratios_and_evaluates_no_row_in_vain(tiny_models, capsys, monkeypatch, checkpointing):
     monkeypatch.setattr(class_token_step, "CLIP_TABLE", (10, 4))
     class_token_step.main(
         pipeline=str(tiny_models / "pipeline"),
@@ -29,4 +29,9 @@ def test_prints_ratios_and_evaluates_no_row_in_vain(tiny_models, capsys, monkeyp
         for name in ("ours", "floor", "whole"):
             (row,) = [row for row in rows if row[:2] == [str(batch), name]]
             counts = row[5:7] if name == "whole" else row[4:6]
-            assert counts == [str(without_gradient), str(with_gradient * recomputed)]
+            expected = (without_gradient, with_gradient)
+            if checkpointing and name == "floor":  # torch's own records a graph both times
+                expected = (without_gradient, 2 * with_gradient)
+            elif checkpointing:
+                expected = (without_gradient + with_gradient, with_gradient)
+            assert counts == [str(count) for count in expected]

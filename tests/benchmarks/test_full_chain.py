@@ -45,7 +45,7 @@ def test_prints_ratios_and_evaluates_no_row_in_vain(tiny_models, capsys):
         once = count * both
         expected += [
             [str(count), "autograd", 0, once],
-            [str(count), "checkpointed", 0, 2 * once],
+            [str(count), "checkpointed", once, once],
             [str(count), "EDICT", 2 * once, 2 * once],
             [str(count), "leapfrog", once + both, once + both],
             [str(count), "O-BELM", once, once],

@@ -14,18 +14,16 @@ differ from those of the forward sweep as much as a round trip does; the gradien
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tokenlearn.diffusion.recomputation import autocast_settings, tensors_of, with_tensors
 from tokenlearn.diffusion.reversible_solvers import Pair, ReversibleGrid, ReversibleSolver, Stage
 from tokenlearn.diffusion.sampling import C, SteppedRule, evaluate_together
 from tokenlearn.errors import UserError
-
-T = TypeVar("T")
 
 
 class ReversibleState(NamedTuple):
@@ -162,7 +160,7 @@ def _run(
         return combine(evaluate_together(model, latents, timestep, rows), stage.step).to(point.dtype)
 
     if constant_memory and torch.is_grad_enabled():
-        tensors = _tensors(conditionings)
+        tensors = tensors_of(conditionings)
         return ReversibleState(*_ConstantMemoryChain.apply(predict, stages, conditionings, *state, *tensors))
     return _through(predict, stages, state, conditionings)
 
@@ -193,13 +191,7 @@ class _ConstantMemoryChain(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         state = _through(predict, stages, ReversibleState(first, second), conditionings)
         ctx.predict, ctx.stages, ctx.conditionings = predict, stages, conditionings
-        # The backward sweep must compute in the same precision, and autograd leaves autocast to whoever calls it.
-        device = first.device.type
-        ctx.autocast = {
-            "device_type": device,
-            "enabled": torch.is_autocast_enabled(device),
-            "dtype": torch.get_autocast_dtype(device),
-        }
+        ctx.autocast = autocast_settings(first.device.type)
         ctx.save_for_backward(*state, *tensors)
         return state
 
@@ -212,7 +204,7 @@ class _ConstantMemoryChain(torch.autograd.Function):
         tensors = [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needed, strict=True)]
         leaves = [tensor for tensor in tensors if tensor.requires_grad]
         totals = [torch.zeros_like(leaf) for leaf in leaves]
-        conditionings = _with_tensors(ctx.conditionings, tensors)
+        conditionings = with_tensors(ctx.conditionings, tensors)
 
         for stage in reversed(ctx.stages):
             inverse = stage.inverse()
@@ -245,34 +237,3 @@ def _mix(weights: Pair | tuple[float, ...], tensors: Sequence[Tensor]) -> Tensor
     """Weighted sum of tensors, without those whose weight is 0."""
     terms = [weight * tensor for weight, tensor in zip(weights, tensors, strict=True) if weight != 0]
     return sum(terms[1:], terms[0])
-
-
-def _tensors(items: Sequence[Any]) -> list[Tensor]:
-    """All tensors in conditionings, in an order that :func:`_with_tensors` knows."""
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    for item in items:
-        _map(item, note)
-    return found
-
-
-def _with_tensors(items: Sequence[T], tensors: Sequence[Tensor]) -> list[T]:
-    """The conditionings with other tensors in the place of theirs."""
-    remaining = iter(tensors)
-    return [_map(item, lambda _: next(remaining)) for item in items]
-
-
-def _map(item: T, function: Callable[[Tensor], Tensor]) -> T:
-    """A dataclass with each tensor in it, and in mappings in it, replaced."""
-    if isinstance(item, Tensor):
-        return cast(T, function(item))
-    if isinstance(item, Mapping):
-        return cast(T, {key: _map(value, function) for key, value in item.items()})
-    if dataclasses.is_dataclass(item) and not isinstance(item, type):
-        values = {field.name: _map(getattr(item, field.name), function) for field in dataclasses.fields(item)}
-        return dataclasses.replace(item, **values)
-    return item

@@ -11,8 +11,8 @@ from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from tokenlearn.diffusion.recomputation import recomputed
 from tokenlearn.errors import UserError
 
 
@@ -195,7 +195,7 @@ def _evaluate(
             evaluate = partial(evaluate_together, model)
             own = [conditionings[index] for index in members]
             if with_grad and checkpointing:
-                found = checkpoint(evaluate, latents, timestep, own, use_reentrant=False, preserve_rng_state=False)
+                found = recomputed(evaluate, latents, timestep, own)
             else:
                 with torch.set_grad_enabled(with_grad):
                     found = evaluate(latents, timestep, own)
