@@ -79,29 +79,11 @@ class PictureEditor:
             steps = self.num_inference_steps
             return Inverted(invert(self.backbone, self._inverse, latents, [unconditional], steps, self.timestep))
         plain = SummedGuidance([])
-        if self.inversion != "edit_friendly":
-            return Inverted(
-                invert_full_chain(
-                    self.backbone,
-                    self.scheduler,
-                    latents,
-                    [unconditional],
-                    plain,
-                    self.num_inference_steps,
-                    self.inversion,
-                    self.timestep,
-                )
-            )
-        return edit_friendly_noise(
-            self.backbone,
-            self.scheduler,
-            latents,
-            [unconditional],
-            plain,
-            self.num_inference_steps,
-            [torch.Generator().manual_seed(_SEED) for _ in latents],
-            self.timestep,
-        )
+        settings = (self.backbone, self.scheduler, latents, [unconditional], plain, self.num_inference_steps)
+        if self.inversion == "edit_friendly":
+            generators = [torch.Generator().manual_seed(_SEED) for _ in latents]
+            return edit_friendly_noise(*settings, generators, self.timestep)
+        return Inverted(invert_full_chain(*settings, self.inversion, self.timestep))
 
     def denoise(
         self,
