@@ -1,9 +1,9 @@
 """Class tokens by the gradient through all of sampling, or its end: ``uv run python benchmarks/class_token_chain.py``.
 
-Trainings as ``tokenlearn fit`` runs them, with the settings of a config but for how the gradient goes through
-sampling: back through the last K steps for several K, or through the full chain, checkpointed or invertible. Every
-few steps, from before the first one on, pictures of fresh seeds are drawn with the tokens by the scheduler and judged
-by a classifier that trains nothing (``val/judged_accuracy``).
+Trainings as ``tokenlearn fit`` runs them, with the settings of a config but for the words that tokens start from and
+how the gradient goes through sampling: back through the last K steps for several K, or through the full chain,
+checkpointed or invertible. Every few steps, from before the first one on, pictures of fresh seeds are drawn with the
+tokens by the scheduler and judged by a classifier that trains nothing (``val/judged_accuracy``).
 
 The table has a row for each way: the judged accuracy at these steps, seconds per training step without validation,
 and the accuracy gained by the best of the checks over the first, per step and per second until it. The last line is
@@ -86,12 +86,13 @@ def figures(checks: list[tuple[int, float, float]]) -> dict[str, Any]:
 
 
 def main(
-    fit_config: str = "configs/portraits/class_token.yaml",
+    fit_config: str = "configs/quickstart.yaml",
     last_k: tuple[int, ...] = (2, 8, 16),
     chains: tuple[GradientChain, ...] = ("checkpointed", "leapfrog"),
     max_steps: int = 20,
     check_every: int = 5,
     images: int = 8,
+    initial_words: str = "a",
     seed: int = 0,
 ) -> None:
     """Train, print the table, and its figures as JSON.
@@ -103,6 +104,7 @@ def main(
         max_steps: optimizer steps.
         check_every: optimizer steps between checks.
         images: pictures of each class in a check.
+        initial_words: what tokens start from; by default what knows no class, so that there is all to learn.
         seed: of everything that is random.
 
     Raises:
@@ -116,7 +118,11 @@ def main(
     found: dict[str, dict[str, Any]] = {}
     for name, changes in tqdm(ways(last_k, chains).items(), desc="Trainings", unit="training"):
         progress = AccuracyOverTime()
-        changed = {**changes, "data.init_args.validation_images": images}
+        changed = {
+            **changes,
+            "model.init_args.initial_words": initial_words,
+            "data.init_args.validation_images": images,
+        }
         fit_quietly(settings, changed, seed, progress, max_steps, check_every)
         found[name] = figures(progress.checks)
 

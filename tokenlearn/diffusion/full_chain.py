@@ -30,6 +30,12 @@ GradientChain = Literal["checkpointed", "edict", "leapfrog", "o_belm"]
     The exactly invertible chain that DOODL is published with, at two evaluations a step.
 ``leapfrog``, ``o_belm``
     Exactly invertible chains of second order at one evaluation a step.
+
+``checkpointed`` is the default wherever nothing has to be inverted. On the bundled model at guidance 1, 3 and 7.5 it
+takes 0.48, 0.53 and 0.51 of EDICT's time, as the other two do, and draws what DDIM draws. Its gradient is that of
+stored activations, to the bit; those of EDICT are 1e-6, 5e-6 and 2e-5 away, of leapfrog 2e-6, 8e-6 and 7e-5, of O-BELM
+1e-4, 1e-4 and 1e-3. The latents that it stores at each step are small beside one evaluation's activations: its peak
+memory at 50 steps is 1.01 times that at 10, with leapfrog's 1.00, and lower (``benchmarks/full_chain.py``).
 """
 
 REVERSIBLE: Mapping[GradientChain, ReversibleSolver] = {
