@@ -1,22 +1,29 @@
-"""Pixels, logits or features to a scalar per sample."""
+"""Losses: pure functions of images, logits, features or latents, and the interface of objectives."""
 
 from tokenlearn.losses.aesthetic import aesthetic_loss
 from tokenlearn.losses.attribute_logits import AttributeClass, attribute_directions, attribute_logits
 from tokenlearn.losses.class_cross_entropy import class_cross_entropy
 from tokenlearn.losses.class_mean_cosine import class_mean_cosine
+from tokenlearn.losses.classified_as import is_classified_as
 from tokenlearn.losses.clip_distance import mean_direction, spherical_distance
 from tokenlearn.losses.label_preservation import label_preservation
 from tokenlearn.losses.latent_reconstruction import latent_reconstruction
+from tokenlearn.losses.objective import Crops, Objective, ObjectiveSum, as_objective
 from tokenlearn.losses.probability_error import probability_error
 from tokenlearn.losses.symmetry import mirror_error
 
 __all__ = [
     "AttributeClass",
+    "Crops",
+    "Objective",
+    "ObjectiveSum",
     "aesthetic_loss",
+    "as_objective",
     "attribute_directions",
     "attribute_logits",
     "class_cross_entropy",
     "class_mean_cosine",
+    "is_classified_as",
     "label_preservation",
     "latent_reconstruction",
     "mean_direction",

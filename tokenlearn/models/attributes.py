@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenlearn.errors import UserError
 from tokenlearn.losses import AttributeClass, attribute_directions, attribute_logits
-from tokenlearn.models import TimmClassifier
+from tokenlearn.models.classifier import TimmClassifier
 
 
 @dataclass(frozen=True)
