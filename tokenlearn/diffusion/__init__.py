@@ -1,20 +1,42 @@
-"""Diffusion maths on tensors: conversions between kinds of prediction, sampling and inversion with a gradient path."""
+"""Diffusion maths on tensors: noise processes, sampling and inversion by any solver, with a gradient."""
 
 from tokenlearn.diffusion.edit_friendly import Inverted, edit_friendly_noise
-from tokenlearn.diffusion.full_chain import GradientChain, invert_full_chain, sample_full_chain
+from tokenlearn.diffusion.gradients import Checkpointed, Detached, Gradient, LastK, Reversible, Stored
 from tokenlearn.diffusion.inversion import invert
+from tokenlearn.diffusion.process import DiscreteProcess, FlowProcess, Kind, Process, add_noise, convert
 from tokenlearn.diffusion.sampling import sample
-from tokenlearn.diffusion.schedule import PredictionType, add_noise, convert
+from tokenlearn.diffusion.solvers import (
+    EDICT,
+    OBELM,
+    GridSolver,
+    Leapfrog,
+    ReversibleSolver,
+    SchedulerSolver,
+    Solver,
+)
 
 __all__ = [
-    "GradientChain",
+    "EDICT",
+    "OBELM",
+    "Checkpointed",
+    "Detached",
+    "DiscreteProcess",
+    "FlowProcess",
+    "Gradient",
+    "GridSolver",
     "Inverted",
-    "PredictionType",
+    "Kind",
+    "LastK",
+    "Leapfrog",
+    "Process",
+    "Reversible",
+    "ReversibleSolver",
+    "SchedulerSolver",
+    "Solver",
+    "Stored",
     "add_noise",
     "convert",
     "edit_friendly_noise",
     "invert",
-    "invert_full_chain",
     "sample",
-    "sample_full_chain",
 ]

@@ -1,34 +1,30 @@
-"""From images back to noise from which DDPM's sampler reproduces them exactly."""
+"""Edit-friendly inversion: noise for every step, from which DDPM's sampler reproduces an image exactly."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenlearn.diffusion.sampling import C, Scheduler, sample
-from tokenlearn.diffusion.schedule import add_noise
+from tokenlearn.diffusion.process import add_noise
+from tokenlearn.diffusion.sampling import sample
+from tokenlearn.diffusion.solvers.base import Model
+from tokenlearn.diffusion.solvers.scheduler import SchedulerSolver
 
 _DDPM = 1.0  # eta at which a step of DDIM's scheduler adds as much noise as DDPM does
 
 
-class NoisyScheduler(Scheduler, Protocol):
-    """A scheduler whose step takes ``eta`` and ``variance_noise``, as diffusers' DDIMScheduler does."""
-
-    alphas_cumprod: Tensor
-
-
 @dataclass(frozen=True)
 class Inverted:
-    """Noise of given latents, and what sampling needs besides to lead back to them.
+    """Noise of given latents, with everything that sampling needs to lead back to them.
 
     Attributes:
-        latents: (B, C, h, w) at the noise level at which sampling starts, or pairs (B, 2, C, h, w) of
-            :func:`tokenlearn.diffusion.invert_full_chain`.
+        latents: (B, C, h, w) at the noise level at which sampling starts, or pairs (B, 2, C, h, w) of a reversible
+            solver, see :func:`tokenlearn.diffusion.invert`.
         step_noise: (B, T, C, h, w) noise that each of the T steps adds, in units of the step's own deviation; None for
             deterministic steps.
         remainder: (B, C, h, w) to be added to the sampled latents; None for nothing.
@@ -40,7 +36,7 @@ class Inverted:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """Device of the tensors."""
         return self.latents.device
 
     def __len__(self) -> int:
@@ -72,46 +68,40 @@ class Inverted:
 
 
 def edit_friendly_noise(
-    model: Callable[[Tensor, Tensor, C], Tensor],
-    scheduler: NoisyScheduler,
+    model: Model,
     latents: Tensor,
-    conditionings: Sequence[C],
-    combine: Callable[[Sequence[Tensor], int], Tensor],
-    num_inference_steps: int,
+    *,
+    solver: SchedulerSolver,
     generators: Sequence[torch.Generator],
     from_timestep: int | None = None,
 ) -> Inverted:
     """Noise with which DDPM's sampler gives the latents back, exactly with any number of steps.
 
-    Algorithm 1 of Huberman-Spiegelglas et al., 2024 (https://arxiv.org/abs/2304.06140). Every timestep's latents are
-    drawn from the clean ones, each with noise ``e_t`` of its own, and the noise of a step is what leads from one to
-    the next::
+    Algorithm 1 of Huberman-Spiegelglas et al., 2024 (https://arxiv.org/abs/2304.06140). The latents of every timestep
+    are sampled from the clean latents, each with independent noise ``e_t``, and the noise of a step is the one that
+    leads from one timestep's latents to the next::
 
         x_t = alpha_t x_0 + sigma_t e_t,    z_t = (x_{t-1} - mean_t(x_t)) / deviation_t
 
-    Since the ``e_t`` are independent, a step's noise is larger than DDPM's own and holds the image's structure, which
+    Since the ``e_t`` are independent, a step's noise is larger than DDPM's and holds the image's structure, which
     stays when the same noise is sampled with under another guidance::
 
-        noisy = edit_friendly_noise(backbone, ddim, latents, [empty], rule, 50, generators, from_timestep=801)
+        noisy = edit_friendly_noise(unguided, latents, solver=ddim, generators=generators, from_timestep=801)
         edited = noisy.finish(
-            sample(backbone, ddim, noisy.latents, [empty, prompt], guidance, 50,
-                   step_options=noisy.step_options, from_timestep=801)
+            sample(guided, noisy.latents, solver=ddim, step_options=noisy.step_options, from_timestep=801)
         )
 
-    A prompt that describes the image, with its guidance, can be a part of ``conditionings`` and ``combine``: the same
-    then gives the image back. Each step starts at what the one before it led to, not at what was drawn, so that
-    rounding errors do not add up. The last step has no deviation where a schedule ends without any noise; what the
-    mean lacks there is the :attr:`Inverted.remainder`, which otherwise is a rounding error.
+    The model may be guided by a prompt that describes the image; the same guided model then gives the image back. Each
+    step starts at the result of the step before it, not at the sampled latents, so that rounding errors do not add up.
+    The last step has no deviation where a schedule ends without any noise; the :attr:`Inverted.remainder` is what the
+    mean lacks there, and otherwise a rounding error.
 
     Args:
-        model: network, see :func:`tokenlearn.diffusion.sample`.
-        scheduler: the DDIM scheduler that will denoise.
+        model: guided model from which the means of the steps are computed.
         latents: (B, C, h, w) clean latents ``x_0``.
-        conditionings: what the network is evaluated for, each of B rows, or of one row that all samples share.
-        combine: guidance rule of what the steps' means are computed from.
-        num_inference_steps: number of steps asked of the scheduler.
+        solver: the DDIM scheduler that will denoise, with its steps.
         generators: one per sample, so that a batch is the same as its samples one by one.
-        from_timestep: noise level of the result, one of the scheduler's timesteps; None for its own first.
+        from_timestep: noise level of the result, one of the scheduler's timesteps; None for its first.
 
     Returns:
         Float32 latents, and noise of as many steps as there are from ``from_timestep`` on; constants.
@@ -123,8 +113,8 @@ def edit_friendly_noise(
     if len(generators) != len(latents):
         raise ValueError(f"{len(generators)} generators for {len(latents)} latents")
     latents = latents.float()
-    scheduler = copy.copy(scheduler)
-    scheduler.set_timesteps(num_inference_steps)
+    scheduler: Any = copy.copy(solver.scheduler)
+    scheduler.set_timesteps(solver.steps)
     timesteps: Tensor = scheduler.timesteps
     if from_timestep is not None:
         timesteps = timesteps[timesteps <= from_timestep]
@@ -138,27 +128,20 @@ def edit_friendly_noise(
         return result[0]
 
     def step_to_target(output: Tensor, timestep: Tensor, current: Tensor, return_dict: bool) -> tuple[Tensor]:
-        """The scheduler's step with that noise which leads to the next target."""
+        """The scheduler's step with the noise that leads to the next target."""
         nothing = current.new_zeros(())
-        # Of an output 0 at 0 the mean is 0 too, whatever kind of prediction it is.
+        # The mean for output 0 at latents 0 is 0, whatever the kind of prediction.
         deviation = step_with(nothing + 1, nothing, timestep, nothing)
         missing = next(targets) - step_with(nothing, output, timestep, current)
         step_noise.append(missing / deviation if deviation > 0 else torch.zeros_like(missing))
         return (step_with(step_noise[-1], output, timestep, current),)
 
-    # Sampling itself runs the steps, so that it meets the very same numbers when it runs them again.
+    # The sampler itself makes the steps, so that it meets the very same numbers when it makes them again.
     towards_targets = copy.copy(scheduler)
     towards_targets.step = step_to_target
     start = next(targets)
     arrived = sample(
-        model,
-        towards_targets,
-        start,
-        conditionings,
-        combine,
-        num_inference_steps,
-        gradient_steps=0,
-        from_timestep=from_timestep,
+        model, start, solver=SchedulerSolver(towards_targets, solver.steps), from_timestep=from_timestep
     )
     return Inverted(start, torch.stack(step_noise, dim=1), latents - arrived)
 

@@ -1,4 +1,4 @@
-"""Gradients of what is computed again in the backward pass instead of being stored."""
+"""Recomputation: activations are computed again in the backward pass instead of being stored."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 
 def recomputed(function: Callable[..., tuple[Tensor, ...]], *items: Any) -> tuple[Tensor, ...]:  # noqa: ANN401 - any of what tensors_of finds
-    """Outputs of a function whose activations are not kept but computed again for the gradient.
+    """Outputs of a function whose activations are computed again for the gradient.
 
-    Like ``torch.utils.checkpoint`` it stores its inputs alone. It never records a graph in the forward pass, which
-    that does only to throw it away, and works with ``torch.autograd.grad``.
+    Like ``torch.utils.checkpoint`` it stores the inputs alone. Unlike it, it records no graph in the forward pass, and
+    works with ``torch.autograd.grad``.
 
     Args:
-        function: deterministic. What it needs besides its arguments gets no gradient.
+        function: a deterministic function. Tensors that it closes over get no gradient.
         items: its arguments: tensors, dataclasses of tensors, sequences and mappings of these, or anything without
             tensors.
     """
@@ -27,9 +27,9 @@ def recomputed(function: Callable[..., tuple[Tensor, ...]], *items: Any) -> tupl
 
 
 def autocast_settings(device_type: str) -> dict[str, Any]:
-    """The autocast now in effect, as arguments of ``torch.autocast``.
+    """The autocast in effect, as arguments of ``torch.autocast``.
 
-    A backward pass must compute in the same precision, and autograd leaves autocast to whoever calls it.
+    A backward pass must compute in the same precision, and autograd does not restore autocast.
     """
     return {
         "device_type": device_type,
@@ -55,19 +55,22 @@ class _Recomputed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - see forward
         needed = ctx.needs_input_grad[2:]
-        tensors = [
-            tensor.detach().requires_grad_(need) for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
-        ]
+        tensors = leaves_of(ctx.saved_tensors, needed)
         leaves = [tensor for tensor in tensors if tensor.requires_grad]
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
             outputs = ctx.function(*with_tensors(ctx.items, tensors))
-        # What a network does not use of its conditioning gets zeros.
+        # Conditioning that the network does not use gets zeros.
         remaining = iter(torch.autograd.grad(outputs, leaves, gradients, materialize_grads=True))
         return None, None, *(next(remaining) if need else None for need in needed)
 
 
+def leaves_of(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    """The same values as leaves of a new graph, of which those that are needed require a gradient."""
+    return [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needed, strict=True)]
+
+
 def tensors_of(items: Sequence[Any]) -> list[Tensor]:
-    """All tensors in conditionings, in an order that :func:`with_tensors` knows."""
+    """All tensors in items, in the order that :func:`with_tensors` takes them."""
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -80,7 +83,7 @@ def tensors_of(items: Sequence[Any]) -> list[Tensor]:
 
 
 def with_tensors(items: Sequence[T], tensors: Sequence[Tensor]) -> list[T]:
-    """The conditionings with other tensors in the place of theirs."""
+    """The items with other tensors in place of theirs."""
     remaining = iter(tensors)
     return [_map(item, lambda _: next(remaining)) for item in items]
 

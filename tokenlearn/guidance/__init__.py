@@ -1,6 +1,11 @@
-"""How several noise predictions become one."""
+"""Guidance rules: how several predictions become one."""
 
+from tokenlearn.guidance.base import GuidanceRule
+from tokenlearn.guidance.classifier import ClassifierGuidance
 from tokenlearn.guidance.classifier_free import ClassifierFreeGuidance, classifier_free_guidance
+from tokenlearn.guidance.composable import ComposableGuidance, composable_guidance
+from tokenlearn.guidance.concepts import SEGA, SemanticEdit, check_tokens, parse_concept
+from tokenlearn.guidance.guided_model import GuidedModel
 from tokenlearn.guidance.safe import (
     SAFETY_PRESETS,
     SafeGuidance,
@@ -22,26 +27,32 @@ from tokenlearn.guidance.semantic import (
     update_momentum,
     with_momentum,
 )
-from tokenlearn.guidance.summed import SummedGuidance, summed_guidance
 
 __all__ = [
     "SAFETY_PRESETS",
+    "SEGA",
     "ClassifierFreeGuidance",
+    "ClassifierGuidance",
+    "ComposableGuidance",
     "Concept",
     "ConceptSettings",
+    "GuidanceRule",
+    "GuidedModel",
     "RecordedGuidance",
     "SafeGuidance",
     "SafetySettings",
+    "SemanticEdit",
     "SemanticGuidance",
-    "SummedGuidance",
+    "check_tokens",
     "classifier_free_guidance",
+    "composable_guidance",
     "concept_guidance",
+    "parse_concept",
     "safely_guided",
     "safety_guidance",
     "safety_scale",
     "semantic_direction",
     "semantically_guided",
-    "summed_guidance",
     "tail_mask",
     "total_guidance",
     "update_momentum",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TypeVar
 
 from torch import Tensor
 
-C = TypeVar("C")
+from tokenlearn.errors import UserError
+from tokenlearn.guidance.base import C, GuidanceRule
 
 
 def classifier_free_guidance(unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
@@ -28,30 +29,27 @@ def classifier_free_guidance(unconditional: Tensor, conditional: Tensor, guidanc
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
-class ClassifierFreeGuidance:
-    """Classifier-free guidance as the ``combine`` argument of :func:`tokenlearn.diffusion.sample`.
+class ClassifierFreeGuidance(GuidanceRule):
+    """Classifier-free guidance.
 
     Args:
         guidance_scale: 1 is no guidance, and then the unconditional prediction is never evaluated.
+
+    Raises:
+        UserError: if the scale is not finite.
     """
 
-    def __init__(self, guidance_scale: float) -> None:
+    def __init__(self, guidance_scale: float = 7.5) -> None:
+        if not math.isfinite(guidance_scale):
+            raise UserError(f"guidance_scale must be a finite number, got {guidance_scale}")
         self.guidance_scale = guidance_scale
 
-    def conditionings(self, unconditional: C, conditional: C) -> list[C]:
-        """What the network has to be evaluated for, in the order in which ``__call__`` takes the predictions."""
-        return [conditional] if self.guidance_scale == 1 else [unconditional, conditional]
+    def conditionings(self, unconditional: C, prompt: C, *concepts: C) -> list[C]:
+        """See :class:`GuidanceRule`; the prompt alone at scale 1."""
+        return [prompt] if self.guidance_scale == 1 else [unconditional, prompt]
 
     def __call__(self, predictions: Sequence[Tensor], step: int) -> Tensor:
-        """Guided prediction.
-
-        Args:
-            predictions: (B, C, h, w) for each of :meth:`conditionings`.
-            step: index of the sampling step; the rule is the same at every step.
-
-        Returns:
-            (B, C, h, w) guided prediction.
-        """
+        """See :class:`GuidanceRule`; the rule is the same at every step."""
         if self.guidance_scale == 1:
             (conditional,) = predictions
             return conditional

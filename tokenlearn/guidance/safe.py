@@ -1,4 +1,4 @@
-"""Safe latent diffusion: steer away from an unwanted concept, only where a picture comes close to it.
+"""Safe latent diffusion: steer away from an unwanted concept, only where an image comes close to it.
 
 Equation numbers are those of Schramowski et al., "Safe Latent Diffusion" (https://arxiv.org/abs/2211.05105).
 """
@@ -9,16 +9,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from tokenlearn.errors import UserError
+from tokenlearn.guidance.base import C, GuidanceRule
 from tokenlearn.guidance.classifier_free import classifier_free_guidance
 from tokenlearn.guidance.semantic import check_momentum, update_momentum, with_momentum
-
-C = TypeVar("C")
 
 
 def safety_scale(conditional: Tensor, unwanted: Tensor, scale: float, threshold: float) -> Tensor:
@@ -113,30 +112,45 @@ SAFETY_PRESETS: Mapping[str, SafetySettings] = MappingProxyType(
 """The paper's four strengths, for 50 steps."""
 
 
-class SafeGuidance:
-    """Safe latent diffusion as the ``combine`` argument of :func:`tokenlearn.diffusion.sample`.
+class SafeGuidance(GuidanceRule):
+    """Safe latent diffusion.
 
-    Momentum (equations 7 and 8) is built up from the first step on and applied after the warm-up. The rule keeps it
-    between steps, on the device and with its graph, and forgets it at step 0.
+    Momentum (equations 7 and 8) is built up from the first step on and applied after the warm-up. Each run of the
+    sampler has a momentum, on the device and with its graph.
 
     Args:
         guidance_scale: ``s_g`` of the prompt, which multiplies the safety guidance too; at 1 the unconditional
             prediction is evaluated only for the safety guidance.
         settings: how strongly the concept is avoided.
+        concept: the unwanted concept.
 
     Raises:
         UserError: if the guidance scale is not finite.
     """
 
-    def __init__(self, guidance_scale: float, settings: SafetySettings = SAFETY_PRESETS["medium"]) -> None:
+    def __init__(
+        self, guidance_scale: float = 7.5, settings: SafetySettings = SAFETY_PRESETS["medium"], concept: str = ""
+    ) -> None:
         if not math.isfinite(guidance_scale):
             raise UserError(f"guidance_scale must be a finite number, got {guidance_scale}")
-        self.guidance_scale, self.settings = guidance_scale, settings
+        self.guidance_scale, self.settings, self.concept = guidance_scale, settings, concept
         self._momentum: Tensor | None = None
 
-    def conditionings(self, unconditional: C, prompt: C, unwanted: C) -> list[C]:
-        """What the network has to be evaluated for, in the order of the indices of :meth:`needed`."""
+    @property
+    def concept_prompts(self) -> Sequence[str]:
+        """See :class:`GuidanceRule`."""
+        return (self.concept,)
+
+    def conditionings(self, unconditional: C, prompt: C, *concepts: C) -> list[C]:
+        """See :class:`GuidanceRule`."""
+        (unwanted,) = concepts
         return [unconditional, prompt, unwanted]
+
+    def fresh(self) -> Self:
+        """See :class:`GuidanceRule`."""
+        fresh = super().fresh()
+        fresh._momentum = None
+        return fresh
 
     def needed(self, step: int) -> list[int]:
         """Indices of :meth:`conditionings` that matter at a step or, through momentum, at a later one."""
@@ -145,15 +159,7 @@ class SafeGuidance:
         return [1] if self.guidance_scale == 1 else [0, 1]
 
     def __call__(self, predictions: Sequence[Tensor], step: int) -> Tensor:
-        """Guided prediction.
-
-        Args:
-            predictions: (B, C, h, w) for each of :meth:`needed`.
-            step: index of the sampling step; 0 forgets everything before it.
-
-        Returns:
-            (B, C, h, w) guided prediction.
-        """
+        """See :class:`GuidanceRule`; step 0 forgets everything before it."""
         if len(predictions) == 1:
             return predictions[0]
         unconditional, conditional, *rest = predictions

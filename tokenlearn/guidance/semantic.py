@@ -1,4 +1,4 @@
-"""Semantic guidance: steer a picture along directions that prompts or learned tokens stand for.
+"""Semantic guidance: steer an image along directions that prompts or learned tokens stand for.
 
 Equation numbers are those of SEGA (Brack et al., 2023, https://arxiv.org/abs/2301.12247).
 """
@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import islice
-from typing import Literal, TypeVar
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from tokenlearn.errors import UserError
+from tokenlearn.guidance.base import C, GuidanceRule
 from tokenlearn.guidance.classifier_free import ClassifierFreeGuidance, classifier_free_guidance
 
-C = TypeVar("C")
 ThresholdOver = Literal["tensor", "channel"]
 
 
@@ -157,7 +157,7 @@ class ConceptSettings:
     Attributes:
         scale: ``s_e``, 3 to 20; a negative one removes the concept.
         threshold: ``lambda`` in (0, 1), the share of latent elements that the concept leaves alone: 0.95 to 0.99 for
-            parts of a picture, 0.9 for its style; None to change all.
+            parts of an image, 0.9 for its style; None to change all.
         warmup_steps: ``delta``, steps before the concept is applied; more of them keep more of the composition.
         cooldown_step: first step at which it is not applied any more, or None.
         weight: ``g``, its share in the sum over concepts.
@@ -206,8 +206,8 @@ class Concept:
     Attributes:
         settings: how it is applied.
         signs: 1 or -1 for each term.
-        sample_scales: (B,) scale of each sample in place of the settings' one, so that one batch can have pictures
-            with and without the concept.
+        sample_scales: (B,) scale of each sample in place of the scale in the settings, so that one batch can have
+            images with and without the concept.
 
     Raises:
         UserError: if there is no term, a sign is neither 1 nor -1, or scales are not (B,) finite numbers.
@@ -235,8 +235,9 @@ class Concept:
         return self.settings.weight > 0 and bool(self.scales.any())
 
 
-class SemanticGuidance:
-    """Semantic guidance (SEGA) as the ``combine`` argument of :func:`tokenlearn.diffusion.sample`.
+class SemanticGuidance(GuidanceRule):
+    """Semantic guidance (SEGA) by concepts whose conditionings are given; :class:`tokenlearn.guidance.SEGA` is the rule
+    with concepts as words.
 
     Every sample is treated by itself: a batch gives what its samples give one by one. Momentum is kept for each
     concept, ``nu_i <- beta_i nu_i + (1 - beta_i) gamma_i`` from the first step on, and applied with the concept after
@@ -245,8 +246,7 @@ class SemanticGuidance:
     concept waits for the slowest one or changes in strength when that sets in. From its cool-down on, a concept and
     its momentum are gone.
 
-    The rule keeps its state between steps, on the device and with its graph, and forgets it at step 0. One instance
-    serves one call of the sampler at a time.
+    Each run of the sampler has its momentum and recording, on the device and with their graph; step 0 forgets them.
 
     Args:
         guidance_scale: ``s_g`` of the prompt; at 1 the unconditional prediction is evaluated only for concepts.
@@ -274,13 +274,14 @@ class SemanticGuidance:
         self._momenta: dict[int, Tensor] = {}
         self._recorded: list[Tensor] = []
 
-    def conditionings(self, unconditional: C, prompt: C, *terms: C) -> list[C]:
-        """What the network has to be evaluated for, in the order of the indices of :meth:`needed`.
+    def fresh(self) -> Self:
+        """See :class:`GuidanceRule`."""
+        fresh = super().fresh()
+        fresh._scales, fresh._momenta, fresh._recorded = [], {}, []
+        return fresh
 
-        Args:
-            unconditional: of the empty or negative prompt.
-            prompt: of the prompt.
-            terms: of each term of the first concept, then of the second, and so on.
+    def conditionings(self, unconditional: C, prompt: C, *terms: C) -> list[C]:
+        """See :class:`GuidanceRule`; terms are those of the first concept, then of the second, and so on.
 
         Raises:
             ValueError: if there are not as many terms as the concepts have.
@@ -301,14 +302,7 @@ class SemanticGuidance:
         return [1] if self.guidance_scale == 1 and not terms else [0, 1, *terms]
 
     def __call__(self, predictions: Sequence[Tensor], step: int) -> Tensor:
-        """Guided prediction.
-
-        Args:
-            predictions: (B, C, h, w) for each of :meth:`needed`.
-            step: index of the sampling step; 0 forgets everything before it.
-
-        Returns:
-            (B, C, h, w) guided prediction.
+        """See :class:`GuidanceRule`; step 0 forgets everything before it.
 
         Raises:
             UserError: if a concept has scales for another number of samples.
@@ -378,7 +372,7 @@ class SemanticGuidance:
 
 
 class RecordedGuidance(ClassifierFreeGuidance):
-    """Classifier-free guidance plus the semantic guidance that another picture with the same seed was edited by.
+    """Classifier-free guidance plus semantic guidance that was recorded for another image with the same seed.
 
     A concept's guidance is nearly the same for other prompts as long as the initial noise is the same (uniqueness,
     section 4 of SEGA), so it can be used again without evaluating the concept.
@@ -398,14 +392,7 @@ class RecordedGuidance(ClassifierFreeGuidance):
         self.vectors = vectors
 
     def __call__(self, predictions: Sequence[Tensor], step: int) -> Tensor:
-        """Guided prediction.
-
-        Args:
-            predictions: (B, C, h, w) for each of :meth:`conditionings`.
-            step: index of the sampling step.
-
-        Returns:
-            (B, C, h, w) guided prediction.
+        """See :class:`GuidanceRule`.
 
         Raises:
             UserError: if the guidance was recorded with fewer steps or for other samples.

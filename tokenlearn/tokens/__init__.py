@@ -8,29 +8,32 @@ from tokenlearn.tokens.class_initialisation import (
     with_vectors,
     word_ids,
 )
-from tokenlearn.tokens.embedding_files import (
+from tokenlearn.tokens.embeddings import Embeddings, LearnedTokens, load_bank, load_embeddings
+from tokenlearn.tokens.files import (
     EmbeddingFile,
     EmbeddingFormat,
     embedding_file_name,
-    load_bank,
     load_embedding,
     save_embedding,
-    vocabulary_hash,
 )
 from tokenlearn.tokens.initialisation import vectors_from_words, vocabulary_norm_range
-from tokenlearn.tokens.injection import TokenInjection, input_embedding
+from tokenlearn.tokens.injection import PlaceholderVocabulary, input_embedding
+from tokenlearn.tokens.vocabulary import vocabulary_hash
 
 __all__ = [
     "ClassInitialiser",
     "EmbeddingFile",
     "EmbeddingFormat",
+    "Embeddings",
+    "LearnedTokens",
     "TokenBank",
-    "TokenInjection",
+    "PlaceholderVocabulary",
     "class_vectors",
     "embedding_file_name",
     "input_embedding",
     "load_bank",
     "load_embedding",
+    "load_embeddings",
     "save_embedding",
     "vectors_from_words",
     "vocabulary_hash",

@@ -1,11 +1,18 @@
-"""Placeholder tokens in prompts: ids of their own that are looked up in the token bank."""
+"""Placeholder tokens in prompts: ids that are looked up in a token bank, for one call of a text encoder at a time.
+
+Nothing of a shared model changes when a bank is used. Tokenizers are copied before placeholders are added, and the
+encoder's input embedding keeps its table and its parameter. A hook on it answers placeholder positions from the bank
+while :func:`learned_embeddings` is in effect, which holds for the calling thread alone.
+"""
 
 from __future__ import annotations
 
-import json
+import copy
 import re
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,114 +25,93 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+class _Lookup(NamedTuple):
+    """Rows (B, L) of a bank, -1 for words, and the bank's vectors (V, width)."""
+
+    rows: Tensor
+    vectors: Tensor
+
+
+_LOOKUP: ContextVar[_Lookup | None] = ContextVar("learned_embeddings", default=None)
+
+
 def input_embedding(text_encoder: nn.Module) -> nn.Embedding:
     """Input embedding of a ``transformers`` text encoder, wherever its version keeps it."""
     return cast(nn.Embedding, cast(Any, text_encoder).get_input_embeddings())
 
 
-class InjectedEmbedding(nn.Embedding):
-    """An input embedding that answers the ids of placeholders from a token bank and all others from its table.
+def accept_learned_embeddings(text_encoder: nn.Module) -> None:
+    """Let a text encoder read placeholder positions from :func:`learned_embeddings`; words are its own matter.
 
-    It shares the table's parameter and keeps its name, so the encoder's state dict is unchanged; the bank is not a
-    submodule, so its vectors are listed once, by whoever trains them.
-
-    Args:
-        table: the embedding to stand in for.
-        bank: token bank.
-        encoder_index: which of the bank's parameters is for this text encoder.
-        unit_ids: vocabulary ids of the bank's rows, in their order.
+    Whatever the encoder's embedding does with words, such as Gemma's scaling, it keeps doing.
     """
-
-    rows: Tensor
-
-    def __init__(self, table: nn.Embedding, bank: TokenBank, encoder_index: int, unit_ids: Sequence[int]) -> None:
-        super().__init__(table.num_embeddings, table.embedding_dim, table.padding_idx, _weight=table.weight.data)
-        self.weight = table.weight
-        self.train(table.training)
-        self._bank = (bank,)  # in a tuple, which nn.Module does not register
-        self.encoder_index = encoder_index
-        rows = torch.full((max(table.num_embeddings, max(unit_ids) + 1),), -1, device=table.weight.device)
-        rows[list(unit_ids)] = torch.arange(len(unit_ids), device=rows.device)
-        self.register_buffer("rows", rows, persistent=False)  # id to row of the bank, -1 for words
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Look up ids.
-
-        Args:
-            input: (...) ids of words and placeholders.
-
-        Returns:
-            (..., width) embeddings in the table's dtype.
-        """
-        rows = self.rows[input]
-        learned = rows >= 0
-        words = super().forward(input.masked_fill(learned, 0))
-        vectors = self._bank[0].vectors[self.encoder_index].to(words)
-        return torch.where(learned[..., None], functional.embedding(rows.clamp_min(0), vectors), words)
+    weight = input_embedding(text_encoder).weight
+    for module in text_encoder.modules():
+        # T5 reads through a second module that shares the table's parameter.
+        if isinstance(module, nn.Embedding) and module.weight is weight:
+            module.register_forward_hook(_answer_placeholders)
 
 
-class TokenInjection:
-    """Make tokenizers and text encoders understand the placeholders of a token bank.
+def _answer_placeholders(module: nn.Module, inputs: tuple[Tensor, ...], words: Tensor) -> Tensor | None:
+    if (lookup := _LOOKUP.get()) is None:
+        return None
+    vectors = functional.embedding(lookup.rows.clamp_min(0), lookup.vectors.to(words))
+    return torch.where((lookup.rows >= 0)[..., None], vectors, words)
 
-    The units of all placeholders are added to each tokenizer, and each encoder's input embedding is replaced by an
-    :class:`InjectedEmbedding`. No table is resized, and every word keeps its row, bit for bit.
+
+@contextmanager
+def learned_embeddings(rows: Tensor, vectors: Tensor) -> Iterator[None]:
+    """While the calling thread's text encoder reads placeholder positions from vectors.
 
     Args:
-        bank: token bank; it is read at each use, so later changes of its vectors take effect.
+        rows: (B, L) row of ``vectors`` at each position of the ids, -1 for words.
+        vectors: (V, width), differentiable.
+    """
+    token = _LOOKUP.set(_Lookup(rows, vectors))
+    try:
+        yield
+    finally:
+        _LOOKUP.reset(token)
+
+
+class PlaceholderVocabulary:
+    """Tokenizers that know the placeholders of a bank besides their words.
+
+    The units of all placeholders are added to copies of the tokenizers. Words keep their ids.
+
+    Args:
+        bank: token bank.
         tokenizers: one per text encoder.
-        text_encoders: ``transformers`` text encoders, in the order of the bank's widths.
+
+    Attributes:
+        tokenizers: the copies.
 
     Raises:
-        UserError: if a width does not fit its encoder, a placeholder means something already, or a tokenizer does not
-            keep it as one unit. Tokenizers and encoders are left as they were.
-        ValueError: if an encoder has an injection already; remove that first.
+        UserError: if the bank is for another number of text encoders, a placeholder means something already, or a
+            tokenizer does not keep it as one unit.
     """
 
-    def __init__(
-        self, bank: TokenBank, tokenizers: Sequence[PreTrainedTokenizerBase], text_encoders: Sequence[nn.Module]
-    ) -> None:
-        if not len(bank.embedding_widths) == len(tokenizers) == len(text_encoders):
+    def __init__(self, bank: TokenBank, tokenizers: Sequence[PreTrainedTokenizerBase]) -> None:
+        if len(bank.embedding_widths) != len(tokenizers):
             raise UserError(
                 f"the embedding is for {len(bank.embedding_widths)} text encoder(s), this backbone has "
-                f"{len(text_encoders)} with {len(tokenizers)} tokenizer(s)"
+                f"{len(tokenizers)}; use one that was made for this model family"
             )
-        tables = [input_embedding(text_encoder) for text_encoder in text_encoders]
-        for table, width in zip(tables, bank.embedding_widths, strict=True):
-            if isinstance(table, InjectedEmbedding):
-                raise ValueError("the text encoder has a token injection already; call its remove() first")
-            if table.embedding_dim != width:
-                raise UserError(
-                    f"the embedding has width {width}, this backbone's text encoder has {table.embedding_dim}; "
-                    "use one that was made for this model family"
-                )
         units = [unit for placeholder in bank.placeholders for unit in bank.unit_names(placeholder)]
         for tokenizer in tokenizers:
             _check_new(tokenizer, units)
-
-        self.bank = bank
-        self.tokenizers = list(tokenizers)
-        self.text_encoders = list(text_encoders)
-        self._units = units
-        self._tables = tables
+        self.tokenizers = [copy.deepcopy(tokenizer) for tokenizer in tokenizers]
+        self._ids = [torch.tensor(_add_units(tokenizer, units)) for tokenizer in self.tokenizers]
         # Longest first: a unit before the placeholder it starts with, and a whole expansion before its first unit.
         expansions = {name: " ".join(bank.unit_names(name)) for name in bank.placeholders}
         self._expansions = {name.casefold(): expansion for name, expansion in expansions.items()}
         texts = sorted({*units, *expansions.values()}, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, texts)), re.IGNORECASE)
 
-        try:
-            ids = [_add_units(tokenizer, units) for tokenizer in tokenizers]
-        except UserError:
-            self.remove()
-            raise
-        for index, text_encoder in enumerate(text_encoders):
-            injected = InjectedEmbedding(tables[index], bank, index, ids[index])
-            cast(Any, text_encoder).set_input_embeddings(injected)
-
     def expand(self, prompt: str) -> str:
         """Replace each placeholder by its units, ``<wizard>`` by ``<wizard> <wizard>_1 ...``.
 
-        Upper and lower case are the same, because CLIP's tokenizers lower prompts first. A unit of its own such as
+        Upper and lower case are the same, because CLIP's tokenizers lower prompts first. A single unit such as
         ``<wizard>_1``, and units that are written out in full already, stay as they are: expanding twice is expanding
         once.
 
@@ -133,7 +119,7 @@ class TokenInjection:
             prompt: any text.
 
         Returns:
-            The prompt that the tokenizers of this injection split into one id per vector.
+            The prompt that :attr:`tokenizers` split into one id per vector.
         """
 
         def expansion(found: re.Match[str]) -> str:
@@ -141,15 +127,10 @@ class TokenInjection:
 
         return self._pattern.sub(expansion, prompt)
 
-    def remove(self) -> None:
-        """Give encoders their embeddings and tokenizers their vocabulary back; doing so again changes nothing."""
-        for text_encoder, table in zip(self.text_encoders, self._tables, strict=True):
-            current = input_embedding(text_encoder)
-            if isinstance(current, InjectedEmbedding) and current._bank[0] is self.bank:
-                table.weight = current.weight  # a conversion in between may have made a new parameter
-                cast(Any, text_encoder).set_input_embeddings(table)
-        for tokenizer in self.tokenizers:
-            _remove_units(tokenizer, self._units)
+    def rows(self, ids: Tensor, encoder_index: int) -> Tensor:
+        """Row (B, L) of the bank's vectors for each of the ids (B, L), -1 for words."""
+        matches = ids[..., None] == self._ids[encoder_index].to(ids.device)
+        return torch.where(matches.any(dim=-1), matches.int().argmax(dim=-1), -1)
 
 
 def _check_new(tokenizer: PreTrainedTokenizerBase, units: Iterable[str]) -> None:
@@ -165,7 +146,7 @@ def _check_new(tokenizer: PreTrainedTokenizerBase, units: Iterable[str]) -> None
 
 
 def _add_units(tokenizer: PreTrainedTokenizerBase, units: list[str]) -> list[int]:
-    """Add units and return their ids; UserError when the tokenizer does not keep one of them whole."""
+    """Add units and return their ids; UserError when the tokenizer splits one of them."""
     tokenizer.add_tokens(units)
     ids = cast(list[int], tokenizer.convert_tokens_to_ids(units))
     for unit, unit_id in zip(units, ids, strict=True):
@@ -176,20 +157,3 @@ def _add_units(tokenizer: PreTrainedTokenizerBase, units: list[str]) -> list[int
                 "in lower-case letters, such as '<wizard>'"
             )
     return ids
-
-
-def _remove_units(tokenizer: Any, units: Iterable[str]) -> None:  # noqa: ANN401 - reaches into both kinds of tokenizer
-    """Undo ``add_tokens``, for which ``transformers`` has no public call."""
-    removed = set(units)
-    if tokenizer.is_fast:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in removed]
-        tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
-        if hasattr(tokenizer, "_wrap_decode_method_backend_tokenizer"):  # CLIP patches the object just replaced
-            tokenizer._wrap_decode_method_backend_tokenizer()
-        return
-    for unit in removed & set(tokenizer._added_tokens_encoder):
-        del tokenizer._added_tokens_decoder[tokenizer._added_tokens_encoder.pop(unit)]
-    tokenizer.tokens_trie = type(tokenizer.tokens_trie)()
-    tokenizer._update_trie()
-    tokenizer._update_total_vocab_size()

@@ -1,4 +1,4 @@
-"""Pipelines from folders or the hub, with errors that say what to do."""
+"""Loading of diffusers pipelines from folders or the hub."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from tokenlearn.errors import UserError, reason_of
+from tokenlearn.paths import resolve
 
 
 def load_pipeline(
@@ -20,7 +19,7 @@ def load_pipeline(
     models: Sequence[str],
     **options: object,
 ) -> Any:  # noqa: ANN401
-    """Load a diffusers pipeline in the precision of its files, or raise a UserError that says what to do.
+    """Load a diffusers pipeline in the precision of its files.
 
     Args:
         pipeline_class: diffusers class that loads it.
@@ -29,7 +28,7 @@ def load_pipeline(
         variant: variant of the weight files, such as ``fp16``.
         models: components that must be there, by the pipeline's names; beside a ``text_encoder`` there must be its
             ``tokenizer``, and beside a ``text_encoder_2`` its ``tokenizer_2``.
-        options: further arguments of the class, such as components that are not to be loaded.
+        options: further arguments of the class, such as components to leave out.
 
     Returns:
         The pipeline.
@@ -38,7 +37,9 @@ def load_pipeline(
         UserError: if the folder or one of its files is missing or unreadable, the hub cannot provide the model, or the
             model is of a family without one of ``models``.
     """
-    folder = Path(pretrained).expanduser()
+    from safetensors import SafetensorError
+
+    folder = Path(resolve(pretrained)).expanduser()
     local = folder.is_dir()
     if not local and (pretrained.startswith((".", "/", "~")) or pretrained.count("/") != 1):
         # Some old hub ids have no slash, but all models of these layouts that still load have an owner.
@@ -67,6 +68,29 @@ def load_pipeline(
             "the network, or give a local folder"
         ) from error
     return pipeline
+
+
+def download_index(pretrained: str, revision: str | None) -> Path:
+    """The index of a hub model's components, ``model_index.json``.
+
+    Raises:
+        UserError: if the name is not a hub id, or the hub cannot provide the file.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if pretrained.startswith((".", "/", "~")) or pretrained.count("/") != 1:
+        raise UserError(
+            f"model folder '{pretrained}' has no model_index.json; give a folder of a diffusers pipeline or a hub id "
+            "(owner/name)"
+        )
+    try:
+        return Path(hf_hub_download(pretrained, "model_index.json", revision=revision))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise UserError(
+            f"model '{pretrained}' is neither a folder nor can it be had from the hub ({reason_of(error)}); check its "
+            "name and the network, or give a local folder"
+        ) from error
 
 
 def _check_family(pretrained: str, index: Mapping[str, Any], models: Sequence[str]) -> None:

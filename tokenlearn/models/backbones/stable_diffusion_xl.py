@@ -1,4 +1,4 @@
-"""Stable Diffusion XL and SDXL Turbo, and every other pipeline of their layout."""
+"""Adapter of Stable Diffusion XL and SDXL Turbo, and of every other pipeline of their layout."""
 
 from __future__ import annotations
 
@@ -6,36 +6,37 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from tokenlearn.models.backbone import Conditioning, pool_at_end_of_text
-from tokenlearn.models.latent_diffusion import LatentDiffusion, Precision
-from tokenlearn.models.loading import load_pipeline
+from tokenlearn.models.backbones.base import pool_at_end_of_text
+from tokenlearn.models.backbones.conditioning import Conditioning
+from tokenlearn.models.backbones.latent_diffusion import LatentDiffusion, Precision
+from tokenlearn.models.backbones.loading import load_pipeline
+from tokenlearn.tokens.bank import TokenBank
 
 
 class StableDiffusionXL(LatentDiffusion):
     """A pipeline that diffusers' ``StableDiffusionXLPipeline`` loads, frozen (https://arxiv.org/abs/2307.01952).
 
     Two text encoders, CLIP-L and CLIP-G, read each prompt, so a learned token has vectors in both. The network also
-    takes the size and cropping of the picture (section 2.2 of the paper), which are the same for all prompts here.
+    takes the size and cropping of the image (section 2.2 of the paper), which are the same for all prompts here.
     There is no refiner.
 
     The VAE works in float32 whatever ``dtype`` says, also under a caller's autocast, because its activations overflow
     in float16.
 
     Args:
-        pretrained: hub id or folder. No watermark is added to pictures.
+        pretrained: hub id or folder. No watermark is added to images.
         revision: branch, tag or commit of the hub repository.
         variant: variant of the weight files, such as ``fp16``.
         dtype: precision of the network and the text encoders.
         gradient_checkpointing: recompute activations inside of the network and the VAE in the backward pass; less
             memory, about a third more time.
         compile: compile the network with ``torch.compile`` on first use.
-        original_size: (height, width) in pixels that the picture claims to have had before it was scaled; small ones
-            look blurred. Null for the size the model was trained for.
-        crop_top_left: (top, left) in pixels of the picture's corner in the scaled one; (0, 0) centres objects.
-        target_size: (height, width) in pixels that the picture claims to have. Null for the size the model was trained
+        original_size: (height, width) in pixels that the image claims to have had before scaling; small sizes look
+            blurred. Null for the size the model was trained for.
+        crop_top_left: (top, left) in pixels of the image's corner in the scaled image; (0, 0) centres objects.
+        target_size: (height, width) in pixels that the image claims to have. Null for the size the model was trained
             for.
 
     Raises:
@@ -58,6 +59,8 @@ class StableDiffusionXL(LatentDiffusion):
         crop_top_left: tuple[int, int] = (0, 0),
         target_size: tuple[int, int] | None = None,
     ) -> None:
+        from diffusers import StableDiffusionXLPipeline
+
         pipeline = load_pipeline(
             StableDiffusionXLPipeline,
             pretrained,
@@ -83,29 +86,26 @@ class StableDiffusionXL(LatentDiffusion):
         sizes = [*(original_size or (side, side)), *crop_top_left, *(target_size or (side, side))]
         self.register_buffer("time_ids", torch.tensor([sizes], dtype=torch.float32), persistent=False)
 
-    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+    def _encode(self, prompts: Sequence[str], tokens: TokenBank | None) -> Conditioning:
         """See :meth:`DiffusionBackbone.encode_prompts`.
 
-        The states are those before the last layer of each encoder, side by side. The pooled row is the second
-        encoder's projection of its last state at the true end of the text. If the pipeline says so, as that of SDXL
-        does, both are zero for an empty prompt; diffusers does the same for a negative prompt that is not given.
+        The states are the inputs of the last layer of each encoder, side by side. The pooled row is the second
+        encoder's projection of its last state at the true end of the text. If the pipeline says so, as SDXL's does,
+        both are zero for an empty prompt; diffusers does the same for a missing negative prompt.
 
         Returns:
             Conditioning of B rows, with the (B, 6) ``time_ids``: original height and width, top and left of the crop,
             target height and width.
         """
         states = []
-        for index, encoder in enumerate(self.text_encoders):
-            ids = self.tokenize(prompts, index)
-            learned = not self.learned_ids(index).isdisjoint(ids.flatten().tolist())
-            ids = ids.to(self.device)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and learned):
-                output = encoder(ids, output_hidden_states=True)
+        for index in range(len(self.text_encoders)):
+            ids = self.tokenize(prompts, tokens, index)
+            output = self.run_text_encoder(ids, tokens, index, output_hidden_states=True)
             states.append(output.hidden_states[-2].float())
         end_of_text = self.tokenizers[-1].eos_token_id
         assert isinstance(end_of_text, int)
         projection = cast(nn.Linear, self.text_encoders[-1].text_projection)
-        pooled: Tensor = projection(pool_at_end_of_text(output.last_hidden_state, ids, end_of_text))
+        pooled: Tensor = projection(pool_at_end_of_text(output.last_hidden_state, ids.to(self.device), end_of_text))
         dropped = torch.tensor([self._zeros_for_empty_prompt and not prompt for prompt in prompts], device=self.device)
         return Conditioning(
             torch.cat(states, dim=2).masked_fill(dropped[:, None, None], 0),

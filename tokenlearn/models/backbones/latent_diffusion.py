@@ -1,4 +1,4 @@
-"""What all Stable Diffusion pipelines have in common: a UNet that works on the latents of a VAE."""
+"""Base of all Stable Diffusion adapters: a UNet that works on the latents of a VAE."""
 
 from __future__ import annotations
 
@@ -9,15 +9,42 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from tokenlearn.diffusion.process import DiscreteProcess, Kind
 from tokenlearn.errors import UserError
-from tokenlearn.models.backbone import Conditioning, DiffusionBackbone
+from tokenlearn.models.backbones.base import DiffusionBackbone
+from tokenlearn.models.backbones.conditioning import Conditioning
+from tokenlearn.models.backbones.prefix_cache import PrefixCache
 from tokenlearn.models.frozen import freeze
-from tokenlearn.models.shared_prefix import SharedPrefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Precision = Literal["float32", "bfloat16", "float16"]
+
+
+_KINDS: dict[str, Kind] = {"epsilon": "noise", "v_prediction": "velocity", "sample": "x0"}
+
+
+def ddpm_process(scheduler: Any, pretrained: str) -> DiscreteProcess:  # noqa: ANN401 - schedulers share no base class
+    """The noise process of a network that was trained as a DDPM, which the pipeline's scheduler states in full.
+
+    Raises:
+        UserError: if the scheduler states no such process, as a flow-matching scheduler does.
+    """
+    from diffusers import DDPMScheduler
+
+    config = scheduler.config
+    for key in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type"):
+        if key not in config:
+            raise UserError(
+                f"the {type(scheduler).__name__} of '{pretrained}' states no '{key}', so the model is of another "
+                "family; choose another model.backbone.class_path"
+            )
+    if (prediction := config["prediction_type"]) not in _KINDS:
+        raise UserError(f"the network of '{pretrained}' predicts '{prediction}', not {', '.join(_KINDS)}")
+    # Not every scheduler keeps alphas_cumprod as in training (Euler's are changed for zero terminal SNR).
+    schedule_class: Any = DDPMScheduler
+    return DiscreteProcess(schedule_class.from_config(config).alphas_cumprod, _KINDS[prediction])
 
 
 class LatentDiffusion(DiffusionBackbone):
@@ -34,10 +61,10 @@ class LatentDiffusion(DiffusionBackbone):
         compile: compile the network with ``torch.compile`` on first use.
 
     Attributes:
-        addition_embed_type: what the network takes besides the prompt's states, by diffusers' name for it.
+        addition_embed_type: input of the network besides the prompt's states, by diffusers' name for it.
 
     Raises:
-        UserError: if the network takes something else.
+        UserError: if the network takes another one.
     """
 
     addition_embed_type: ClassVar[str | None] = None
@@ -62,6 +89,7 @@ class LatentDiffusion(DiffusionBackbone):
         size = unet_config.sample_size
         super().__init__(
             pretrained=pretrained,
+            process=ddpm_process(pipeline.scheduler, pretrained),
             scheduler=pipeline.scheduler,
             tokenizers=tokenizers,
             text_encoders=text_encoders,
@@ -79,7 +107,7 @@ class LatentDiffusion(DiffusionBackbone):
         # loader's argument, whose name is `torch_dtype` or `dtype` by the version of diffusers.
         nn.Module.to(self.unet, getattr(torch, dtype))
         self.text_encoders.to(getattr(torch, dtype))
-        # In half precision it overflows on some images, and the little that classifiers send back is lost.
+        # In half precision the VAE overflows on some images, and loses the small gradients of classifiers.
         self.vae.float()
         self._scaling = float(vae_config.scaling_factor)
         self._shift = float(vae_config.get("shift_factor") or 0.0)
@@ -89,10 +117,10 @@ class LatentDiffusion(DiffusionBackbone):
         freeze(self)
         if compile:
             self.unet.compile()  # in place, so that the names of the parameters stay
-        # Not where the prompt is in the embedding of the timestep. Recomputation would not know of the copies, and
+        # Not where the embedding of the timestep depends on the prompt. Recomputation would miss the copies, and
         # compilation would break at the hooks.
         self.takes_shared_latents = not (self.addition_embed_type or gradient_checkpointing or compile)
-        self._prefix = SharedPrefix(self.unet) if self.takes_shared_latents else None
+        self._prefix = PrefixCache(self.unet) if self.takes_shared_latents else None
 
     def forward(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """See :meth:`DiffusionBackbone.forward`."""
@@ -111,11 +139,11 @@ class LatentDiffusion(DiffusionBackbone):
     @contextmanager
     def same_latents(self) -> Iterator[None]:
         """See :meth:`DiffusionBackbone.same_latents`."""
-        with self._prefix.kept() if self._prefix else nullcontext():
+        with self._prefix.cache() if self._prefix else nullcontext():
             yield
 
     def added_conditions(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
-        """What the network takes besides the prompt's states, by its names for them."""
+        """Inputs of the network besides the prompt's states, by its names for them."""
         return None
 
     def encode_images(self, images: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""DeepFloyd IF's first stage, and every other pixel diffusion pipeline of its layout."""
+"""Adapter of DeepFloyd IF's first stage, and of every other pixel diffusion pipeline of its layout."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from diffusers import IFPipeline
-from tokenizers import normalizers
 from torch import Tensor, nn
 
 from tokenlearn.errors import UserError
-from tokenlearn.models.backbone import Conditioning, DiffusionBackbone
+from tokenlearn.models.backbones.base import DiffusionBackbone
+from tokenlearn.models.backbones.conditioning import Conditioning
+from tokenlearn.models.backbones.latent_diffusion import Precision, ddpm_process
+from tokenlearn.models.backbones.loading import load_pipeline
 from tokenlearn.models.frozen import freeze
-from tokenlearn.models.latent_diffusion import Precision
-from tokenlearn.models.loading import load_pipeline
+from tokenlearn.tokens.bank import TokenBank
 
 _CHANNELS = 3
 _MAX_PROMPT_LENGTH = 77  # what the network was trained with; T5 itself has no limit
@@ -29,10 +29,10 @@ class DeepFloydIF(DiffusionBackbone):
     pixels themselves, so its latents are images in [-1, 1] and no VAE stands between a loss and the network.
 
     The network also predicts a variance (https://arxiv.org/abs/2102.09672, equation 15). It is left out: guidance and
-    deterministic samplers have no use for it, and the DDPM sampler takes the smaller fixed variance instead. All else
-    in the pipeline's scheduler stays, such as dynamic thresholding (Imagen, section 2.3).
+    deterministic samplers have no use for it, and the DDPM sampler takes the smaller fixed variance instead. All other
+    settings of the pipeline's scheduler stay, such as dynamic thresholding (Imagen, section 2.3).
 
-    Prompts are lowered, as in the pipeline. Its optional cleaning of captions is not done: it would take ``<wizard>``
+    Prompts are lowered, as in the pipeline. Its optional cleaning of captions is left out: it would take ``<wizard>``
     for HTML.
 
     Args:
@@ -62,12 +62,13 @@ class DeepFloydIF(DiffusionBackbone):
         unet_config = pipeline.unet.config
         if unet_config.in_channels != _CHANNELS:
             raise UserError(
-                f"the network of '{pretrained}' takes {unet_config.in_channels} channels, not the {_CHANNELS} of a "
-                "picture; give a first stage, such as DeepFloyd/IF-I-XL-v1.0"
+                f"the network of '{pretrained}' takes {unet_config.in_channels} channels, not the {_CHANNELS} of an "
+                "image; give a first stage, such as DeepFloyd/IF-I-XL-v1.0"
             )
         size = unet_config.sample_size
         super().__init__(
             pretrained=pretrained,
+            process=ddpm_process(pipeline.scheduler, pretrained),
             scheduler=_with_fixed_variance(pipeline.scheduler),
             tokenizers=[_lowering(pipeline.tokenizer)],
             text_encoders=[pipeline.text_encoder],
@@ -89,17 +90,14 @@ class DeepFloydIF(DiffusionBackbone):
         if compile:
             self.unet.compile()  # in place, so that the names of the parameters stay
 
-    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+    def _encode(self, prompts: Sequence[str], tokens: TokenBank | None) -> Conditioning:
         """See :meth:`DiffusionBackbone.encode_prompts`; there is no pooled row.
 
         The encoder does not read the padding, but the network attends to the states there, as it did in training.
         """
-        ids = self.tokenize(prompts)
-        learned = not self.learned_ids().isdisjoint(ids.flatten().tolist())
-        ids = ids.to(self.device)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learned):
-            mask = ids != self.tokenizers[0].pad_token_id
-            states = self.text_encoders[0](ids, attention_mask=mask).last_hidden_state
+        ids = self.tokenize(prompts, tokens)
+        mask = (ids != self.tokenizers[0].pad_token_id).to(self.device)
+        states = self.run_text_encoder(ids, tokens, attention_mask=mask).last_hidden_state
         return Conditioning(states.float())
 
     def forward(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -120,6 +118,8 @@ class DeepFloydIF(DiffusionBackbone):
 
 def _load(pretrained: str, revision: str | None, variant: str | None) -> Any:  # noqa: ANN401
     """Load the pipeline; UserError if that fails."""
+    from diffusers import IFPipeline
+
     try:
         return load_pipeline(
             IFPipeline,
@@ -151,7 +151,9 @@ def _with_fixed_variance(scheduler: Any) -> Any:  # noqa: ANN401 - diffusers' sc
 
 
 def _lowering(tokenizer: Any) -> Any:  # noqa: ANN401 - reaches into the tokenizer's backend
-    """The tokenizer, changed to lower all text, as CLIP's do: words that tokens start from and placeholders too."""
+    """The tokenizer, changed to lower all text as CLIP's tokenizers do, initial words and placeholders included."""
+    from tokenizers import normalizers
+
     if not tokenizer.is_fast:
         raise UserError(f"the {type(tokenizer).__name__} of this transformers is too old; install transformers 5")
     backend = tokenizer.backend_tokenizer

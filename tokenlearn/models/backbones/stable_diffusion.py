@@ -1,22 +1,21 @@
-"""Stable Diffusion 1.x and 2.x, and every other pipeline of their layout."""
+"""Adapter of Stable Diffusion 1.x and 2.x, and of every other pipeline of their layout."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from diffusers import StableDiffusionPipeline
-
-from tokenlearn.models.backbone import Conditioning, pool_at_end_of_text
-from tokenlearn.models.latent_diffusion import LatentDiffusion, Precision
-from tokenlearn.models.loading import load_pipeline
+from tokenlearn.models.backbones.base import pool_at_end_of_text
+from tokenlearn.models.backbones.conditioning import Conditioning
+from tokenlearn.models.backbones.latent_diffusion import LatentDiffusion, Precision
+from tokenlearn.models.backbones.loading import load_pipeline
+from tokenlearn.tokens.bank import TokenBank
 
 
 class StableDiffusion(LatentDiffusion):
     """A pipeline that diffusers' ``StableDiffusionPipeline`` loads, frozen, for noise, velocity or x0 prediction.
 
     The VAE stays in float32 whatever ``dtype`` says, because in half precision its activations overflow on some images
-    and its gradients lose the little that classifiers send back; only an autocast of the caller changes that.
+    and small gradients of classifiers are lost; only an autocast of the caller changes its precision.
 
     Args:
         pretrained: hub id or folder. The safety checker is not loaded.
@@ -41,6 +40,8 @@ class StableDiffusion(LatentDiffusion):
         gradient_checkpointing: bool = False,
         compile: bool = False,
     ) -> None:
+        from diffusers import StableDiffusionPipeline
+
         pipeline = load_pipeline(
             StableDiffusionPipeline,
             pretrained,
@@ -61,13 +62,10 @@ class StableDiffusion(LatentDiffusion):
             compile=compile,
         )
 
-    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+    def _encode(self, prompts: Sequence[str], tokens: TokenBank | None) -> Conditioning:
         """See :meth:`DiffusionBackbone.encode_prompts`; the pooled row is the state at the true end of the text."""
-        ids = self.tokenize(prompts)
-        learned = not self.learned_ids().isdisjoint(ids.flatten().tolist())
-        ids = ids.to(self.device)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learned):
-            states = self.text_encoders[0](ids).last_hidden_state.float()
+        ids = self.tokenize(prompts, tokens)
+        states = self.run_text_encoder(ids, tokens).last_hidden_state.float()
         end_of_text = self.tokenizers[0].eos_token_id
         assert isinstance(end_of_text, int)
-        return Conditioning(states, pool_at_end_of_text(states, ids, end_of_text))
+        return Conditioning(states, pool_at_end_of_text(states, ids.to(self.device), end_of_text))

@@ -1,18 +1,18 @@
-"""Several guidance terms at once."""
+"""Composable guidance: several conditions at once, each with a signed scale."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-C = TypeVar("C")
+from tokenlearn.errors import UserError
+from tokenlearn.guidance.base import C, GuidanceRule
 
 
-def summed_guidance(unconditional: Tensor, conditionals: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
-    """Add the direction of every condition, each with its own signed scale.
+def composable_guidance(unconditional: Tensor, conditionals: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
+    """Add the direction of every condition, each with its signed scale.
 
     ``e = e_0 + sum_a s_a (e_a - e_0)``, the conjunction of Composable Diffusion (Liu et al., 2022,
     https://arxiv.org/abs/2206.01714, equation 11) and, for ``s_a < 0``, its negation. One term is classifier-free
@@ -33,29 +33,41 @@ def summed_guidance(unconditional: Tensor, conditionals: Sequence[Tensor], scale
     return guided
 
 
-class SummedGuidance:
-    """Summed guidance as the ``combine`` argument of :func:`tokenlearn.diffusion.sample`.
+class ComposableGuidance(GuidanceRule):
+    """Composable guidance by a prompt and any number of concepts.
 
-    A prompt that the picture is drawn from is a condition like the others, with its usual scale; or it takes the place
-    of the empty prompt, and the conditions are then directions away from it.
+    The prompt is a condition like the others, with its usual scale. Alternatively the first conditioning stands for
+    the image itself, and all conditions are directions away from it.
 
     Args:
         scales: one per condition: a number, or (B,) one for each sample, as an interpolation strip needs. A condition
-            whose scale is 0 for all samples is never evaluated.
+            whose scale is 0 for all samples is never evaluated. With ``concepts``, the first scale is the prompt's.
+        concepts: prompts of the conditions after the first.
 
     Raises:
-        ValueError: if a scale has more than one dimension or is not finite.
+        UserError: if a scale has more than one dimension or is not finite, or the concepts do not match the scales.
     """
 
-    def __init__(self, scales: Sequence[float | Tensor]) -> None:
+    def __init__(self, scales: Sequence[float | Tensor], concepts: Sequence[str] = ()) -> None:
         self.scales = [torch.as_tensor(scale, dtype=torch.float32) for scale in scales]
         for scale in self.scales:
             if scale.ndim > 1 or not scale.isfinite().all():
-                raise ValueError(f"a guidance scale must be a finite number or one per sample, got {scale.tolist()}")
+                raise UserError(f"a guidance scale must be a finite number or one per sample, got {scale.tolist()}")
+        if concepts and len(concepts) != len(scales) - 1:
+            raise UserError(
+                f"ComposableGuidance has {len(scales)} scales for a prompt and {len(concepts)} concepts; give one for "
+                "the prompt and one for each concept"
+            )
+        self.concepts = tuple(concepts)
         self.active = [index for index, scale in enumerate(self.scales) if scale.any()]
 
+    @property
+    def concept_prompts(self) -> Sequence[str]:
+        """See :class:`GuidanceRule`."""
+        return self.concepts
+
     def conditionings(self, unconditional: C, *conditionals: C) -> list[C]:
-        """What the network has to be evaluated for, in the order in which ``__call__`` takes the predictions.
+        """See :class:`GuidanceRule`; conditions with scale 0 are left out.
 
         Raises:
             ValueError: if there are not as many conditions as scales.
@@ -65,14 +77,6 @@ class SummedGuidance:
         return [unconditional, *(conditionals[index] for index in self.active)]
 
     def __call__(self, predictions: Sequence[Tensor], step: int) -> Tensor:
-        """Guided prediction.
-
-        Args:
-            predictions: (B, C, h, w) for each of :meth:`conditionings`.
-            step: index of the sampling step; the rule is the same at every step.
-
-        Returns:
-            (B, C, h, w) guided prediction.
-        """
+        """See :class:`GuidanceRule`; the rule is the same at every step."""
         unconditional, *conditionals = predictions
-        return summed_guidance(unconditional, conditionals, [self.scales[index] for index in self.active])
+        return composable_guidance(unconditional, conditionals, [self.scales[index] for index in self.active])

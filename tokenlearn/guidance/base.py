@@ -1,0 +1,105 @@
+"""What a guidance rule is: one prediction out of several, for any sampler and any method."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Protocol, Self, TypeVar
+
+from torch import Tensor
+
+from tokenlearn.diffusion.process import Process
+
+C = TypeVar("C")
+
+
+class Predictor(Protocol):
+    """A network at given conditionings, as a rule sees it; :class:`tokenlearn.guidance.GuidedModel` is one.
+
+    Attributes:
+        process: noise process of the network.
+    """
+
+    process: Process
+
+    def predictions(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        step: int,
+        recompute: bool = False,
+        known: Mapping[int, Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Predictions (B, C, h, w) for the conditionings that the rule needs at a step."""
+
+    def prediction(self, index: int, latents: Tensor, timestep: Tensor) -> Tensor:
+        """Prediction (B, C, h, w) for the conditioning with an index."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W), nominally in [0, 1], of clean latents (B, C, h, w)."""
+
+
+class GuidanceRule(ABC):
+    """A rule that combines the predictions for several prompts into one.
+
+    A new rule overrides :meth:`__call__`; with further prompts :attr:`concept_prompts` and :meth:`conditionings` too; with
+    evaluations of the network of its own :meth:`guide`. Rules are settings: a state between steps belongs to the copy
+    that :meth:`fresh` makes for one run of the sampler.
+    """
+
+    @property
+    def concept_prompts(self) -> Sequence[str]:
+        """Prompts that the rule evaluates besides the prompt and the negative prompt."""
+        return ()
+
+    def conditionings(self, unconditional: C, prompt: C, *concepts: C) -> list[C]:
+        """The conditionings that the network is evaluated for, in the order of the predictions.
+
+        Args:
+            unconditional: of the negative prompt, one row.
+            prompt: of the prompt.
+            concepts: of each of :attr:`concept_prompts`.
+        """
+        return [unconditional, prompt, *concepts]
+
+    def needed(self, step: int) -> Sequence[int] | None:
+        """Indices of :meth:`conditionings` that the rule needs at a step, at least one; None for all."""
+        return None
+
+    @abstractmethod
+    def __call__(self, predictions: Sequence[Tensor], step: int) -> Tensor:
+        """Guided prediction.
+
+        Args:
+            predictions: (B, C, h, w) for each conditioning that is :meth:`needed`.
+            step: index of the sampling step.
+
+        Returns:
+            (B, C, h, w) guided prediction.
+        """
+
+    def guide(
+        self, model: Predictor, latents: Tensor, timestep: Tensor, step: int, recompute: bool = False
+    ) -> Tensor:
+        """Guided prediction (B, C, h, w) at latents (B, C, h, w), with the network at hand.
+
+        Args:
+            model: the network.
+            latents: (B, C, h, w).
+            timestep: () or (B,) noise level of the latents.
+            step: index of the sampling step.
+            recompute: whether activations are computed again in the backward pass.
+        """
+        return self(model.predictions(latents, timestep, step, recompute), step)
+
+    def fresh(self) -> Self:
+        """A copy of the rule for one run of the sampler, which shares the settings and no state."""
+        return copy.copy(self)
+
+    def check_steps(self, steps: int) -> None:  # noqa: B027 - most rules act at any number of steps
+        """Refuse a number of sampling steps at which the rule would never act.
+
+        Raises:
+            UserError: naming the setting.
+        """

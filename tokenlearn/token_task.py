@@ -1,0 +1,154 @@
+"""Base of every task of the Trainer: a frozen backbone, a token bank, and checkpoints of the bank alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from tokenlearn.data.interfaces import ImageConsumer
+from tokenlearn.data.latent_cache import weights_hash
+from tokenlearn.errors import UserError
+from tokenlearn.models import DiffusionBackbone
+from tokenlearn.pipeline import Pipeline, Sampling
+from tokenlearn.tokens import Embeddings, TokenBank, load_bank, vocabulary_hash
+from tokenlearn.tokens.checkpoint import CHECKPOINT_KEY, checkpoint_about
+
+
+class TokenTask(L.LightningModule, ImageConsumer):
+    """A task with a frozen backbone and the tokens of a bank.
+
+    Its state is the bank: checkpoints hold a few kilobytes, and the identity of the backbone that they belong to.
+
+    Args:
+        backbone: frozen diffusion model.
+        sampling: settings of the sampler.
+
+    Attributes:
+        backbone: as given.
+        bank: token bank, None until tokens are known.
+        pipeline: backbone, bank and settings of the sampler: what generates images.
+        vocabulary_hash: fingerprint of the backbone's vocabulary.
+    """
+
+    bank: TokenBank | None
+
+    def __init__(self, backbone: DiffusionBackbone, sampling: Sampling) -> None:
+        super().__init__()
+        self.strict_loading = False  # checkpoints hold the bank only; on_load_checkpoint checks that they do
+        self.backbone = backbone
+        self.bank = None
+        self.vocabulary_hash = vocabulary_hash(backbone.text_encoders[0])
+        backbone.make_solver(sampling.solver, sampling.steps)  # refuses now what would fail at the first image
+        self.pipeline = Pipeline(backbone, sampling=sampling)
+
+    @property
+    def sampling(self) -> Sampling:
+        """Settings of the sampler."""
+        return self.pipeline.sampling
+
+    def use_bank(self, bank: TokenBank) -> None:
+        """Make the bank this task's state and its placeholders part of prompts."""
+        self.bank = bank
+        self.pipeline = Pipeline(self.backbone, tokens=bank, sampling=self.sampling)
+        # The frozen stack is the same on all ranks, so DDP neither broadcasts nor watches it.
+        frozen = [*self.named_parameters(), *self.named_buffers()]
+        names = [name for name, _ in frozen if not name.startswith("bank.")]
+        self._ddp_params_and_buffers_to_ignore = names
+
+    def load_embeddings(self, embeddings: Embeddings) -> None:
+        """Make the tokens of embedding files this task's bank; none leaves it without tokens.
+
+        Raises:
+            UserError: if a file cannot be read, has vectors of another width, or is for another model.
+        """
+        if embeddings:
+            self.use_bank(load_bank(embeddings, self.backbone.embedding_widths, self.vocabulary_hash)[0])
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - overloaded in nn.Module
+        """The bank's state only."""
+        if self.bank is None:
+            return {}
+        prefix = kwargs.get("prefix", "")
+        return self.bank.state_dict(prefix=f"{prefix}bank.")
+
+    def token_metadata(self) -> dict[str, dict[str, str]]:
+        """Placeholder to the entries of its embedding file besides its vectors."""
+        assert self.bank is not None
+        common = {"base_model": self.backbone.pretrained, "vocabulary_hash": self.vocabulary_hash}
+        return {placeholder: dict(common) for placeholder in self.bank.placeholders}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add which backbone and tokens the state is for, and the state of random number generators."""
+        assert self.bank is not None
+        checkpoint[CHECKPOINT_KEY] = {
+            "base_model": self.backbone.pretrained,
+            "vocabulary_hash": self.vocabulary_hash,
+            "num_vectors": dict(self.bank.num_vectors),
+            "embedding_widths": list(self.bank.embedding_widths),
+            "metadata": self.token_metadata(),
+        }
+        checkpoint["rng"] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another backbone or without tokens, and restore random number generators.
+
+        Raises:
+            UserError: if it is for another backbone or holds no tokens.
+        """
+        about = checkpoint_about(checkpoint)
+        if about["vocabulary_hash"] != self.vocabulary_hash:
+            raise UserError(
+                f"the checkpoint's tokens were learned on '{about['base_model']}', whose text encoder differs from "
+                f"that of '{self.backbone.pretrained}'; set model.backbone to the model of the checkpoint"
+            )
+        if "rng" in checkpoint:
+            torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())
+            if len(checkpoint["rng"]["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all([state.cpu() for state in checkpoint["rng"]["cuda"]])
+
+    @property
+    def image_size(self) -> int:
+        """See :class:`ImageConsumer`."""
+        return self.backbone.latent_size * self.backbone.vae_scale_factor
+
+    @property
+    def size_multiple(self) -> int:
+        """See :class:`ImageConsumer`."""
+        return self.backbone.vae_scale_factor
+
+    @property
+    def learned_placeholders(self) -> Sequence[str]:
+        """See :class:`ImageConsumer`."""
+        return () if self.bank is None else self.bank.placeholders
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """See :class:`ImageConsumer`."""
+        return self.backbone.encode_images(images.to(self.backbone.device))
+
+    def generate_latents(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """See :class:`ImageConsumer`."""
+        return self.pipeline.generate_latents(prompts, seeds)
+
+    def encoder_key(self) -> dict[str, Any]:
+        """See :class:`ImageConsumer`."""
+        encoder: Any = getattr(self.backbone, "vae", self.backbone)
+        return {"model": self.backbone.pretrained, "weights": weights_hash(encoder)}
+
+    def sampling_key(self) -> dict[str, Any]:
+        """See :class:`ImageConsumer`."""
+        sampling = self.sampling
+        scheduler = self.backbone.make_scheduler(sampling.solver if isinstance(sampling.solver, str) else None)
+        return {
+            "model": self.backbone.pretrained,
+            "weights": weights_hash(self.backbone),
+            "scheduler": [type(scheduler).__name__, dict(scheduler.config)],
+            "solver": repr(sampling.solver),
+            "steps": sampling.steps,
+            "guidance": [type(sampling.rule).__name__, vars(sampling.rule)],
+            "negative_prompt": sampling.negative_prompt,
+            "size": sampling.size,
+        }

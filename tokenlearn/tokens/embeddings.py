@@ -1,0 +1,143 @@
+"""Learned tokens read from embedding files, and written as embedding files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenlearn.errors import UserError
+from tokenlearn.tokens.bank import TokenBank
+from tokenlearn.tokens.files import (
+    EmbeddingFile,
+    EmbeddingFormat,
+    embedding_file_name,
+    load_embedding,
+    save_embedding,
+)
+
+Embeddings = str | list[str] | dict[str, str]
+"""Embedding files in settings: a folder or a file; folders and files; or token to file, which renames the token."""
+
+_FOLDER_SUFFIXES = (".safetensors", ".pt", ".bin")  # what image programs take for embeddings in their folders
+
+
+def load_embeddings(embeddings: Embeddings) -> list[EmbeddingFile]:
+    """Read embedding files.
+
+    Args:
+        embeddings: a folder or a file; any number of folders and files; or token to file, which renames the token. In
+            a folder, the embedding files directly in it count, in the order of their names.
+
+    Raises:
+        UserError: if a file cannot be read, a folder has none, or two files name the same token.
+    """
+    if isinstance(embeddings, Mapping):
+        files = [load_embedding(path, token) for token, path in embeddings.items()]
+    else:
+        names = [embeddings] if isinstance(embeddings, str) else embeddings
+        files = [load_embedding(path) for name in names for path in _paths(name)]
+    seen: dict[str, Path | None] = {}
+    for file in files:
+        if file.token in seen:
+            raise UserError(
+                f"'{file.path}' names the token '{file.token}', as '{seen[file.token]}' does; leave one out, or "
+                "rename them by {<token>: file}"
+            )
+        seen[file.token] = file.path
+    return files
+
+
+def load_bank(
+    embeddings: Embeddings, embedding_widths: Sequence[int], vocabulary: str | None = None
+) -> tuple[TokenBank, list[EmbeddingFile]]:
+    """A bank of the tokens of embedding files.
+
+    Args:
+        embeddings: at least one file, see :func:`load_embeddings`.
+        embedding_widths: width of the input embedding of each text encoder of the backbone.
+        vocabulary: the backbone's :func:`tokenlearn.tokens.vocabulary_hash`, to refuse files that were made for
+            another one.
+
+    Returns:
+        The bank, and the contents of the files.
+
+    Raises:
+        UserError: if files cannot be read (see :func:`load_embeddings`), have vectors of another width, or are for
+            another model of the same width.
+    """
+    files = load_embeddings(embeddings)
+    bank = TokenBank({file.token: len(file.vectors[0]) for file in files}, embedding_widths)
+    for file in files:
+        bank.set(file.token, file.vectors)
+        if vocabulary is not None and file.metadata.get("vocabulary_hash", vocabulary) != vocabulary:
+            raise UserError(
+                f"'{file.path}' was learned on '{file.metadata.get('base_model', 'another model')}', whose text "
+                "encoder differs from this backbone's; set model.backbone to that model, or learn the token anew"
+            )
+    return bank, files
+
+
+@dataclass
+class LearnedTokens:
+    """Tokens and what is known of them: the result of a training, to be used by a pipeline or saved.
+
+    Attributes:
+        bank: vectors of the tokens.
+        metadata: placeholder to text entries of its embedding file, such as the base model.
+    """
+
+    bank: TokenBank
+    metadata: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def placeholders(self) -> tuple[str, ...]:
+        """The tokens as they are written in prompts."""
+        return self.bank.placeholders
+
+    def save(
+        self, folder: str | os.PathLike[str], format: EmbeddingFormat = "a1111", scale: float = 1.0
+    ) -> list[Path]:
+        """Write an embedding file for each token, named after it.
+
+        Args:
+            folder: folder of the files; it is made if it does not exist.
+            format: the program that will load them.
+            scale: factor on the vectors.
+
+        Raises:
+            UserError: if two tokens give the same file name, or a file cannot be written.
+        """
+        tokens: dict[str, str] = {}
+        for token in self.placeholders:
+            name = embedding_file_name(token)
+            if name in tokens:
+                raise UserError(f"the tokens '{tokens[name]}' and '{token}' both give the file '{name}'; rename one")
+            tokens[name] = token
+        return [
+            save_embedding(
+                Path(folder).expanduser() / name,
+                token,
+                self.bank.get(token),
+                self.metadata.get(token, {}),
+                format,
+                scale,
+            )
+            for name, token in tokens.items()
+        ]
+
+
+def _paths(name: str) -> list[Path]:
+    """A file, or the embedding files of a folder."""
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        return [path]
+    found = sorted(
+        file
+        for file in path.iterdir()
+        if file.suffix.lower() in _FOLDER_SUFFIXES and file.is_file() and not file.name.startswith(".")
+    )
+    if not found:
+        raise UserError(f"folder '{name}' has no embedding files ({', '.join(_FOLDER_SUFFIXES)}); name another folder")
+    return found

@@ -1,0 +1,208 @@
+"""Embedding files: written so that image programs load them, read whichever program wrote them.
+
+Keys of the tensors by program, for one text encoder (Stable Diffusion 1 and 2), vectors of shape (n, width):
+
+==================================== ============== ===========================================================
+program                              key            token in prompts
+==================================== ============== ===========================================================
+AUTOMATIC1111, ComfyUI, InvokeAI,    ``emb_params`` file name (diffusers reads this file too, with ``token=``)
+kohya
+diffusers                            the token      the key
+OneTrainer                           ``emp_params`` a setting of the program (it reads no other key)
+==================================== ============== ===========================================================
+
+With two text encoders (Stable Diffusion XL) all of them use the keys ``clip_l`` and ``clip_g``. A second copy under
+another key cannot share a file: AUTOMATIC1111 and diffusers refuse files with two keys. Every file written here also
+names its token in the metadata.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tokenlearn.errors import UserError
+from tokenlearn.files import atomic_write
+from tokenlearn.tokens.files import a1111, diffusers, onetrainer, pickles, sdxl
+from tokenlearn.tokens.files.family import Content, Family, Found
+
+EmbeddingFormat = Literal["a1111", "comfyui", "invokeai", "kohya", "diffusers", "onetrainer"]
+
+SAFETENSORS = ".safetensors"
+_FAMILIES: dict[EmbeddingFormat, Family] = {
+    "a1111": a1111,
+    "comfyui": a1111,
+    "invokeai": a1111,
+    "kohya": a1111,
+    "diffusers": diffusers,
+    "onetrainer": onetrainer,
+}
+_READERS: tuple[Family, ...] = (onetrainer, sdxl, a1111, diffusers)  # diffusers' key can be anything, so it is last
+
+
+@dataclass
+class EmbeddingFile:
+    """The contents of an embedding file.
+
+    Attributes:
+        token: the token to use in prompts.
+        vectors: (n, width) float32 on the CPU per text encoder; CLIP-L before CLIP-G if there are two.
+        metadata: text entries of the file, for instance the base model.
+        path: the file.
+    """
+
+    token: str
+    vectors: list[Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+    path: Path | None = None
+
+
+def embedding_file_name(token: str) -> str:
+    """File name for a token: ``<Wizard>`` gives ``wizard.safetensors``.
+
+    ComfyUI cuts names at ``<`` and ``[`` and at spaces, and AUTOMATIC1111 uses the name as the token in prompts.
+
+    Raises:
+        UserError: if the token has no letter or digit to make a name of.
+    """
+    stem = re.sub(r"[^\w.-]+", "-", token.lower()).strip("-.")
+    if not stem:
+        raise UserError(f"cannot make a file name of the token '{token}'; use letters or digits in it")
+    return f"{stem}{SAFETENSORS}"
+
+
+def save_embedding(
+    path: str | os.PathLike[str],
+    token: str,
+    vectors: Sequence[Tensor],
+    metadata: Mapping[str, str],
+    format: EmbeddingFormat = "a1111",
+    scale: float = 1.0,
+) -> Path:
+    """Write an embedding file, whole or not at all.
+
+    Args:
+        path: a ``.safetensors`` file, best named by :func:`embedding_file_name`.
+        token: the token as used in prompts.
+        vectors: (n, width) per text encoder; CLIP-L before CLIP-G if there are two.
+        metadata: text entries of the file; ``token`` and ``format`` are added.
+        format: the program that will load the file; see the table at the top of this module. The first four formats
+            are the same file.
+        scale: factor on the vectors, which makes the token stronger or weaker in programs without weights.
+
+    Returns:
+        The path written.
+
+    Raises:
+        UserError: if the folder is not writable, the suffix is another one, or a value is not finite.
+    """
+    target = Path(path)
+    if target.suffix != SAFETENSORS:
+        raise UserError(f"cannot write the embedding '{target}': name it '{target.stem}{SAFETENSORS}'")
+    if len(vectors) not in (1, 2):
+        raise ValueError(f"expected vectors for 1 or 2 text encoders, found {len(vectors)}")
+    # A copy: safetensors refuses views of one storage, and the bank's rows are views.
+    copies = [(tensor.detach() * scale).to("cpu").float().contiguous().clone() for tensor in vectors]
+    if not all(tensor.isfinite().all() for tensor in copies):
+        raise UserError(f"the vectors of '{token}' are not finite; '{target}' was not written")
+    family = _FAMILIES[format] if len(copies) == 1 else sdxl
+    entries = {**metadata, "token": token, "format": "pt"}
+    if scale != 1.0:
+        entries["scale"] = str(scale)
+    with atomic_write(target) as temporary:
+        save_file(family.tensors(token, copies), temporary, metadata=entries)
+    return target
+
+
+def load_embedding(path: str | os.PathLike[str], token: str | None = None) -> EmbeddingFile:
+    """Read an embedding file of any of the programs above, including their older pickles.
+
+    Supported are safetensors files and ``.pt``/``.bin`` pickles that hold ``emb_params``, ``emp_params``, ``clip_l``
+    with or without ``clip_g``, one tensor under any key (diffusers: the key is the token), or AUTOMATIC1111's
+    ``string_to_param`` and ``name``; pickles may also be a bare tensor. Pickles are read by ``torch.load`` with
+    ``weights_only=True`` alone, which runs no code in them.
+
+    The token is the first found of the argument, the file's metadata, its key or ``name``, and the file's name in
+    angle brackets (``wizard.pt`` gives ``<wizard>``), the reverse of :func:`embedding_file_name`.
+
+    Args:
+        path: the file.
+        token: token to use in prompts instead of the file's token.
+
+    Returns:
+        The token, its vectors and the file's metadata.
+
+    Raises:
+        UserError: if the file is missing, damaged, an unsafe pickle, of an unknown kind, or has non-finite values.
+    """
+    source = Path(path).expanduser()
+    if not source.is_file():
+        raise UserError(f"no embedding file '{source}'; check the path")
+    content = _read(source)
+    if not content.tensors:
+        raise UserError(f"'{source}' holds no embedding vectors; is it another kind of file?")
+    found = _find(frozenset(content.tensors), source)
+    name = token or content.metadata.get("token") or found.token or content.token or _token_from_name(source)
+    vectors = [_as_vectors(content.tensors[key], key, source) for key in found.keys]
+    if len({len(tensor) for tensor in vectors}) > 1:
+        raise UserError(f"'{source}' has {len(vectors[0])} vectors for CLIP-L but {len(vectors[1])} for CLIP-G")
+    return EmbeddingFile(name, vectors, content.metadata, source)
+
+
+def _read(source: Path) -> Content:
+    """The content of a file; no tensors if it holds anything else."""
+    if source.suffix == SAFETENSORS:
+        return _read_safetensors(source)
+    if source.suffix not in pickles.SUFFIXES:
+        raise UserError(f"'{source}' is not an embedding file; expected {SAFETENSORS}, {', '.join(pickles.SUFFIXES)}")
+    stored = pickles.read_pickle(source)
+    if isinstance(stored, Tensor):
+        return Content({a1111.KEY: stored})
+    if not isinstance(stored, Mapping):
+        return Content({})
+    return a1111.read_training(stored) if a1111.is_training(stored) else Content(dict(stored))
+
+
+def _read_safetensors(source: Path) -> Content:
+    try:
+        with safe_open(source, framework="pt", device="cpu") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return Content(tensors, dict(file.metadata() or {}))
+    except (SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"'{source}' is not a whole safetensors file ({reason}); copy or export it again") from None
+
+
+def _find(keys: frozenset[str], source: Path) -> Found:
+    for family in _READERS:
+        if (found := family.find(keys, source)) is not None:
+            return found
+    raise UserError(
+        f"'{source}' has the keys {', '.join(sorted(keys)[:6])}; expected one tensor, or {' and '.join(sdxl.KEYS)}"
+    )
+
+
+def _token_from_name(source: Path) -> str:
+    stem = "-".join(source.stem.split()).strip("<>")
+    if not stem.isprintable() or not stem:
+        raise UserError(f"'{source}' does not name its token; pass token=")
+    return f"<{stem}>"
+
+
+def _as_vectors(value: Any, key: str, source: Path) -> Tensor:  # noqa: ANN401 - any content of a foreign file
+    """A file's tensor of shape (width,) or (n, width) as (n, width) float32."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim not in (1, 2) or not value.numel():
+        shape = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise UserError(f"'{source}' has {shape} under '{key}'; expected floating-point vectors (n, width)")
+    vectors = value.detach().float().reshape(-1, value.shape[-1]).contiguous()
+    if not vectors.isfinite().all():
+        raise UserError(f"'{source}' holds values that are not finite; use an earlier or freshly exported file")
+    return vectors

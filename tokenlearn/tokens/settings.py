@@ -1,0 +1,38 @@
+"""Settings of tokens that are about to be learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tokenlearn.errors import check_at_least
+from tokenlearn.tokens.embeddings import Embeddings
+
+
+@dataclass(frozen=True)
+class TokenSettings:
+    """Names, numbers and starting points of the tokens of a training.
+
+    Attributes:
+        placeholder: name of a class's token; ``{}`` is the class in lower case, with dashes for spaces.
+        num_vectors: vectors per token.
+        initial_words: word or words from whose embedding tokens start; ``{}`` is the class's name. Null searches for a
+            word per class, where the method can.
+        initial_embeddings: embedding files to start from instead, for the tokens in them.
+        hold_norms: after each step, scale token vectors into the range of norms in the vocabulary.
+
+    Raises:
+        UserError: if a token would have no vector.
+    """
+
+    placeholder: str = "<{}>"
+    num_vectors: int = 1
+    initial_words: str | None = "a"
+    initial_embeddings: Embeddings = field(default_factory=list)
+    hold_norms: bool = False
+
+    def __post_init__(self) -> None:
+        check_at_least("tokens", 1, num_vectors=self.num_vectors)
+
+    def name(self, class_name: str) -> str:
+        """Placeholder of a class."""
+        return self.placeholder.format(class_name.lower().replace(" ", "-"))
