@@ -126,7 +126,7 @@ def consumer_of(trainer: L.Trainer, interface: Callable[..., T]) -> T:
             f"these data need {_description(interface)}, but the model is {type(task).__name__}; set model.class_path "
             "or data.class_path to another class"
         )
-    return cast(T, task)
+    return task
 
 
 def find_data(trainer: L.Trainer, interface: Callable[..., T]) -> T | None:
@@ -137,7 +137,7 @@ def find_data(trainer: L.Trainer, interface: Callable[..., T]) -> T | None:
         interface: :class:`LabelledImages` or :class:`PromptTemplates`.
     """
     data = getattr(trainer, "datamodule", None)  # the trainer has the attribute once it was handed a data module
-    return cast(T, data) if isinstance(data, _type(interface)) else None
+    return data if isinstance(data, _type(interface)) else None
 
 
 def data_of(trainer: L.Trainer, interface: Callable[..., T]) -> T:

@@ -1,7 +1,5 @@
-import os
-import pickle
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
@@ -9,18 +7,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tests.tiny import tiny_text_encoder
 from tokenlearn.errors import UserError
-from tokenlearn.tokens import (
-    EmbeddingFormat,
-    TokenBank,
-    TokenInjection,
-    embedding_file_name,
-    load_bank,
-    load_embedding,
-    save_embedding,
-    vocabulary_hash,
-)
+from tokenlearn.tokens.files import EmbeddingFormat, embedding_file_name, load_embedding, save_embedding
 
 VECTORS = torch.arange(6, dtype=torch.float32).reshape(2, 3)
 WIDE = torch.arange(10, dtype=torch.float32).reshape(2, 5)
@@ -75,7 +63,7 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         Path(file).write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("tokenlearn.tokens.embedding_files.save_file", half_written)
+    monkeypatch.setattr("tokenlearn.tokens.files.base.save_file", half_written)
     with pytest.raises(OSError, match="no space"):
         save_embedding(path, "<wizard>", [VECTORS + 1], {})
     assert torch.equal(load_embedding(path).vectors[0], VECTORS)
@@ -84,13 +72,13 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_non_finite_vectors_are_not_saved_over_good_ones(tmp_path: Path):
     path = save_embedding(tmp_path / "wizard.safetensors", "<wizard>", [VECTORS], {})
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match=r"'<wizard>'.*wizard\.safetensors"):
         save_embedding(path, "<wizard>", [VECTORS / 0], {})
     assert torch.equal(load_embedding(path).vectors[0], VECTORS)
 
 
 def test_other_suffix_is_refused(tmp_path: Path):
-    with pytest.raises(UserError, match=r"name it 'wizard\.safetensors'"):
+    with pytest.raises(UserError, match=r"'wizard\.safetensors'"):
         save_embedding(tmp_path / "wizard.pt", "<wizard>", [VECTORS], {})
 
 
@@ -118,45 +106,18 @@ def test_foreign_forms(tmp_path: Path, suffix: str, content: dict[str, Tensor], 
     assert load_embedding(path, token="<other>").token == "<other>"
 
 
-@pytest.mark.parametrize("param", [VECTORS, nn.Parameter(VECTORS), VECTORS.half()])
-@pytest.mark.parametrize("container", [dict, nn.ParameterDict])
-@pytest.mark.parametrize("key", ["*", "sks"])
-def test_automatic1111_pickle(tmp_path: Path, param: Tensor, container: type, key: str):
-    content = {
-        "string_to_token": {key: 265},
-        "string_to_param": container({key: param}),
-        "name": "charturner",
-        "step": 500,
-        "sd_checkpoint": None,
-        "sd_checkpoint_name": "v1-5",
-    }
-    torch.save(content, tmp_path / "renamed.pt")
-    loaded = load_embedding(tmp_path / "renamed.pt")
-    assert loaded.token == "charturner"
-    assert loaded.metadata == {"name": "charturner", "step": "500", "sd_checkpoint_name": "v1-5"}
-    assert torch.equal(loaded.vectors[0], VECTORS)
-    assert not loaded.vectors[0].requires_grad
-
-
-def test_bare_tensor(tmp_path: Path):
-    torch.save(VECTORS[0], tmp_path / "wizard.bin")
-    loaded = load_embedding(tmp_path / "wizard.bin")
-    assert loaded.token == "<wizard>"
-    assert torch.equal(loaded.vectors[0], VECTORS[:1])
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"<a>": VECTORS, "<b>": VECTORS}, "keys <a>, <b>"),
-        ({"clip_l": VECTORS, "t5": VECTORS}, "keys clip_l, t5"),
-        ({"emp_params": VECTORS, "emp_params_out": VECTORS}, "text encoder's output"),
-        ({"clip_l": VECTORS, "clip_g": WIDE[:1]}, "2 vectors for CLIP-L but 1 for CLIP-G"),
+        ({"<a>": VECTORS, "<b>": VECTORS}, "<a>, <b>"),
+        ({"clip_l": VECTORS, "t5": VECTORS}, "clip_l, t5"),
+        ({"emp_params": VECTORS, "emp_params_out": VECTORS}, "emp_params_out"),
+        ({"clip_l": VECTORS, "clip_g": WIDE[:1]}, "2 .*CLIP-L.* 1 .*CLIP-G"),
         ({"conv.weight": torch.zeros(2, 3, 1, 1)}, r"shape \(2, 3, 1, 1\)"),
         ({"emb_params": torch.zeros(0, 3)}, r"shape \(0, 3\)"),
-        ({"emb_params": torch.zeros(2, 3, dtype=torch.int64)}, "floating-point"),
-        ({"emb_params": torch.tensor([[1.0, float("nan")]])}, "not finite"),
-        ({}, "no embedding vectors"),
+        ({"emb_params": torch.zeros(2, 3, dtype=torch.int64)}, r"shape \(2, 3\).*'emb_params'"),
+        ({"emb_params": torch.tensor([[1.0, float("nan")]])}, "finite"),
+        ({}, r"a\.(safetensors|pt)"),
     ],
 )
 def test_unknown_content(tmp_path: Path, content: dict[str, Tensor], message: str):
@@ -168,45 +129,6 @@ def test_unknown_content(tmp_path: Path, content: dict[str, Tensor], message: st
         assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("text", "no embedding vectors"),
-        ([VECTORS], "no embedding vectors"),
-        ({"emb_params": "text"}, "a str under 'emb_params'"),
-        ({"string_to_param": {}}, "no embedding vectors"),
-        ({"string_to_param": 3}, "no embedding vectors"),
-    ],
-)
-def test_pickles_without_tensors(tmp_path: Path, content: object, message: str):
-    torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(UserError, match=message):
-        load_embedding(tmp_path / "a.pt")
-
-
-class Malicious:
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.trace),)
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_unsafe_pickle_is_not_run(tmp_path: Path, legacy: bool):
-    trace = tmp_path / "was-run"
-    content = {"emb_params": VECTORS, "extra": Malicious(trace)}
-    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(UserError, match="could run code") as caught:
-        load_embedding(tmp_path / "a.pt")
-    assert "\n" not in str(caught.value)
-    assert not trace.exists()
-    (tmp_path / "plain.bin").write_bytes(pickle.dumps(Malicious(trace), protocol=2))
-    with pytest.raises(UserError):
-        load_embedding(tmp_path / "plain.bin")
-    assert not trace.exists()
-
-
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 @pytest.mark.parametrize("size", [0, 7, 40, -1])
 def test_truncated_files(tmp_path: Path, suffix: str, size: int):
@@ -216,7 +138,7 @@ def test_truncated_files(tmp_path: Path, suffix: str, size: int):
     else:
         save_embedding(path, "<a>", [VECTORS], {})
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(UserError, match=r"damaged|not a whole") as caught:
+    with pytest.raises(UserError, match=path.name) as caught:
         load_embedding(path)
     assert "\n" not in str(caught.value)
 
@@ -224,15 +146,15 @@ def test_truncated_files(tmp_path: Path, suffix: str, size: int):
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
 def test_garbage(tmp_path: Path, name: str):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(UserError, match=r"damaged|not a whole"):
+    with pytest.raises(UserError, match=name):
         load_embedding(tmp_path / name)
 
 
 def test_missing_file_folder_and_unknown_suffix(tmp_path: Path):
     (tmp_path / "a.png").touch()
     for name, message in (
-        ("missing.pt", "no embedding file"),
-        (".", "no embedding file"),
+        ("missing.pt", "missing.pt"),
+        (".", str(tmp_path)),
         ("a.png", r"\.safetensors"),
     ):
         with pytest.raises(UserError, match=message):
@@ -261,39 +183,5 @@ def test_file_names(token: str, name: str):
 
 
 def test_file_name_of_a_token_without_letters():
-    with pytest.raises(UserError, match="file name"):
+    with pytest.raises(UserError, match=r"<\*>"):
         embedding_file_name("<*>")
-
-
-def test_vocabulary_hash_tells_tables_apart_but_not_precisions_or_injections(tokenizer, text_encoder):
-    text_encoder.half()
-    expected = vocabulary_hash(text_encoder)
-    assert len(expected) == 16
-    assert int(expected, 16) >= 0
-    bank = TokenBank({"<wizard>": 1}, [16])
-    TokenInjection(bank, [tokenizer], [text_encoder])
-    assert vocabulary_hash(text_encoder) == expected
-    assert vocabulary_hash(text_encoder.float()) == expected
-    assert vocabulary_hash(text_encoder.bfloat16()) == expected
-    text_encoder.get_input_embeddings().weight[5, 3] += 1
-    assert vocabulary_hash(text_encoder) != expected
-    assert vocabulary_hash(tiny_text_encoder(len(tokenizer) - 2)) != expected
-
-
-def test_bank_of_files(tmp_path: Path):
-    first, second = torch.rand(1, 4), torch.rand(2, 4)
-    paths = [
-        str(save_embedding(tmp_path / "a.safetensors", "<a>", [first], {"vocabulary_hash": "one"})),
-        str(save_embedding(tmp_path / "b.safetensors", "<b>", [second], {})),
-    ]
-    bank, files = load_bank(paths, [4], "one")
-    assert [file.token for file in files] == list(bank.placeholders) == ["<a>", "<b>"]
-    torch.testing.assert_close(bank.vectors[0].detach(), torch.cat([first, second]))
-    with pytest.raises(
-        UserError, match=r"'.*a.safetensors' was learned on 'another model', whose text encoder differs"
-    ):
-        load_bank(paths, [4], "two")
-    with pytest.raises(UserError, match=r"has width 4, this backbone's text encoder has 8"):
-        load_bank(paths, [8])
-    with pytest.raises(UserError, match=r"'.*b.safetensors' names the token '<b>', as another embedding file does"):
-        load_bank([*paths, paths[1]], [4])
