@@ -63,13 +63,13 @@ def test_directions_are_the_centred_rows_of_the_class_logits():
 @pytest.mark.parametrize(
     ("classes", "multi_label", "message"),
     [
-        ([(0, True)], True, "at least two classes"),
-        ([(0, True), (0, True)], True, "all different"),
+        ([(0, True)], True, r"two classes.*\(0, True\)"),
+        ([(0, True), (0, True)], True, r"different.*\(0, True\)"),
         ([(0, True), (1, False)], True, "one absent class"),
         ([(0, True), (1, True), (0, False), (1, False)], True, "one absent class"),
         ([(0, True), (5, True)], True, "outputs 0 to 4"),
         ([(-1, True), (0, True)], False, "outputs 0 to 4"),
-        ([*((output, True) for output in range(5)), (0, False)], False, "leaves no absent class"),
+        ([*((output, True) for output in range(5)), (0, False)], False, "all 5 outputs"),
     ],
 )
 def test_refusals(classes, multi_label, message):

@@ -10,13 +10,13 @@ def test_single_label_is_negative_log_softmax_per_sample():
     torch.testing.assert_close(class_cross_entropy(logits, torch.tensor([0, 2])), torch.stack(expected))
 
 
-def test_multi_label_asks_for_the_wanted_class_alone():
+def test_multi_label_depends_on_the_target_class_only():
     logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
     targets = torch.tensor([0, 4, 2, 2])
     losses = class_cross_entropy(logits, targets, multi_label=True)
-    wanted = logits[torch.arange(4), targets]
+    target_logits = logits[torch.arange(4), targets]
     torch.testing.assert_close(
-        losses, functional.binary_cross_entropy_with_logits(wanted, torch.ones(4), reduction="none")
+        losses, functional.binary_cross_entropy_with_logits(target_logits, torch.ones(4), reduction="none")
     )
     losses.sum().backward()
     assert logits.grad is not None

@@ -21,8 +21,8 @@ def test_each_sample_has_its_own_class():
     features = CENTRE + torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
     targets = torch.tensor([2, 0, 1, 0])
     losses = class_mean_cosine(features, targets, DIRECTIONS.double(), CENTRE.double())
-    alone = [class_mean_cosine(features[i : i + 1], targets[i : i + 1], DIRECTIONS, CENTRE) for i in range(4)]
-    torch.testing.assert_close(losses, torch.cat(alone))
+    separate = [class_mean_cosine(features[i : i + 1], targets[i : i + 1], DIRECTIONS, CENTRE) for i in range(4)]
+    torch.testing.assert_close(losses, torch.cat(separate))
 
 
 def test_no_saturation_far_along_the_direction():

@@ -13,7 +13,7 @@ def test_sigmoids_vary_each_on_its_own():
     torch.testing.assert_close(found, torch.tensor([float(expected), 0.0]))
 
 
-def test_a_softmax_is_renormalised_over_the_labels_that_are_kept():
+def test_a_softmax_is_renormalised_over_the_preserved_labels():
     before = torch.tensor([[0.6, 0.3, 0.1]]).log()
     assert float(label_preservation(torch.tensor([[9.0, 0.0, 0.0]]), before, {0}, multi_label=False)) == pytest.approx(
         0.25

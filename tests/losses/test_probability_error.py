@@ -6,9 +6,9 @@ from tokenlearn.losses import attribute_logits, probability_error
 def test_binary_attribute_is_the_released_loss():
     logit = torch.linspace(-4, 4, 9)
     logits = attribute_logits(logit[:, None], [(0, True), (0, False)], multi_label=True)
-    for target, wanted in ((0, 1), (1, 0)):
+    for target, probability in ((0, 1), (1, 0)):
         losses = probability_error(logits, torch.full((9,), target))
-        torch.testing.assert_close(losses, (wanted - logit.sigmoid()) ** 2)
+        torch.testing.assert_close(losses, (probability - logit.sigmoid()) ** 2)
 
 
 def test_several_classes_use_the_softmax():

@@ -3,7 +3,7 @@ import torch
 from tokenlearn.losses import mirror_error
 
 
-def test_is_zero_for_mirrored_pictures_alone():
+def test_is_zero_for_mirrored_images_only():
     half = torch.rand(2, 3, 4, 3, generator=torch.Generator().manual_seed(0))
     symmetric = torch.cat([half, half.flip(-1)], dim=-1)
     upside_down = torch.cat([half, half.flip(-2)], dim=-2)
@@ -17,7 +17,7 @@ def test_known_error_of_each_sample():
     assert mirror_error(images).tolist() == [0, 0.5]
 
 
-def test_following_the_gradient_makes_a_picture_symmetric():
+def test_following_the_gradient_makes_an_image_symmetric():
     images = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     (gradient,) = torch.autograd.grad(mirror_error(images).sum(), images)
     stepped = images - gradient * images.numel() / 8  # half of the difference from each side

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_linear_heads_as_published_are_a_file(models, tmp_path):
     rater = AestheticHead(str(tmp_path / "linear.pth"), clip=str(models / "clip"))
     expected = rater.clip.image_features(IMAGES) @ head.weight[0] + head.bias
     torch.testing.assert_close(rater.score(IMAGES), expected)
-    with pytest.raises(UserError, match="does not say which CLIP it is for"):
+    with pytest.raises(UserError, match=r"linear\.pth'.*'clip'"):
         AestheticHead(str(tmp_path / "linear.pth"))
 
 
@@ -77,7 +78,7 @@ def test_stays_frozen_and_differentiable(rater):
 
 def test_a_head_of_another_clip_is_named(models, tmp_path):
     save_aesthetic_head(build_aesthetic_head(9), tmp_path, str(models / "clip"))
-    with pytest.raises(UserError, match="does not fit the 8 features of CLIP") as caught:
+    with pytest.raises(UserError, match=r"8 features.*clip'") as caught:
         AestheticHead(str(tmp_path))
     assert "\n" not in str(caught.value)
 
@@ -85,7 +86,7 @@ def test_a_head_of_another_clip_is_named(models, tmp_path):
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
 def test_half_downloaded_folder_names_the_missing_file(tmp_path, missing):
     (tiny_aesthetic_head(tmp_path, "../clip") / missing).unlink()
-    with pytest.raises(UserError, match=f"is incomplete: no '{missing}'"):
+    with pytest.raises(UserError, match=f"'{missing}'"):
         AestheticHead(str(tmp_path))
 
 
@@ -94,16 +95,16 @@ def test_bad_files_are_one_line(tmp_path):
     (folder / "model.safetensors").write_bytes(b"nothing")
     for file in (folder, tmp_path / "text.pth"):
         (tmp_path / "text.pth").write_text("no weights")
-        with pytest.raises(UserError, match="cannot load the aesthetic head in") as caught:
+        with pytest.raises(UserError, match=re.escape(str(tmp_path))) as caught:
             AestheticHead(str(file))
         assert "\n" not in str(caught.value)
     (folder / "config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match=re.escape(str(folder / "config.json"))):
         AestheticHead(str(folder))
-    with pytest.raises(UserError, match="aesthetic head 'no/such' does not exist"):
+    with pytest.raises(UserError, match="'no/such'"):
         AestheticHead("no/such")
 
 
 def test_a_missing_clip_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"CLIP folder '.*/\.\./clip' does not exist"):
+    with pytest.raises(UserError, match=r"/\.\./clip'"):
         AestheticHead(str(tiny_aesthetic_head(tmp_path / "head", "../clip")))

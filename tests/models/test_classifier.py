@@ -1,4 +1,5 @@
 import json
+import re
 
 import huggingface_hub
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 
 from tests.tiny import tiny_classifier
 from tokenlearn.errors import UserError
-from tokenlearn.models import TimmClassifier, save_classifier
+from tokenlearn.models.classifier import TimmClassifier, save_classifier
 
 LABELS = ["wizard", "pirate", "chef"]
 
@@ -27,11 +28,13 @@ def classifier(folder):
     return TimmClassifier(str(folder))
 
 
-def pictures(height, width):
-    """Smooth uint8 pictures, (2, H, W, 3)."""
+def waves(height, width):
+    """Smooth uint8 images, (2, H, W, 3)."""
     y, x = np.mgrid[0:height, 0:width]
-    waves = [np.sin(x / (3 + c)) * np.cos(y / (5 + c) + c) for c in range(6)]
-    return (127.5 + 120 * np.stack(waves, axis=-1)).astype(np.uint8).reshape(height, width, 2, 3).transpose(2, 0, 1, 3)
+    channels = [np.sin(x / (3 + c)) * np.cos(y / (5 + c) + c) for c in range(6)]
+    return (
+        (127.5 + 120 * np.stack(channels, axis=-1)).astype(np.uint8).reshape(height, width, 2, 3).transpose(2, 0, 1, 3)
+    )
 
 
 @pytest.mark.parametrize("size", [(48, 80), (20, 30)])
@@ -49,7 +52,7 @@ def test_preprocessing_equals_timms_own_transform(tmp_path, size, crop_mode, int
     }
     classifier = TimmClassifier(str(save_classifier(model, tmp_path, ["a", "b"], data_config=data_config)))
     transform = create_transform(**resolve_model_data_config(classifier.model))
-    arrays = pictures(*size)
+    arrays = waves(*size)
     expected = torch.stack([transform(Image.fromarray(array)) for array in arrays])
     inputs = classifier.preprocess(torch.from_numpy(arrays.copy()).permute(0, 3, 1, 2) / 255)
     assert inputs.shape == (2, 3, 32, 32)
@@ -79,7 +82,7 @@ def test_saving_leaves_the_model_as_it_was(tmp_path):
         save_classifier(model, tmp_path, LABELS)
 
 
-def test_multi_label_is_kept_in_the_folder(tmp_path):
+def test_multi_label_is_stored_in_the_folder(tmp_path):
     classifier = TimmClassifier(str(tiny_classifier(tmp_path, ["hat", "beard"], multi_label=True)))
     assert classifier.multi_label
     assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).num_classes == 2
@@ -116,9 +119,9 @@ def test_stays_frozen_and_differentiable_inside_of_a_parent_that_trains(classifi
 
 def test_labels_by_name(classifier):
     assert [classifier.label_index(name) for name in ("pirate", "Pirate")] == [1, 1]
-    with pytest.raises(UserError, match="has no class 'wizzard'; did you mean 'wizard'"):
+    with pytest.raises(UserError, match=r"'wizzard'.*'wizard'"):
         classifier.label_index("wizzard")
-    with pytest.raises(UserError, match="has no class 'zzz'; it has wizard, pirate, chef"):
+    with pytest.raises(UserError, match=r"'zzz'.*wizard, pirate, chef"):
         classifier.label_index("zzz")
 
 
@@ -130,7 +133,7 @@ def test_imagenet_classes_by_their_words(monkeypatch):
     assert len(set(classifier.label_names)) == 1000
     for name in ("tiger cat", "Tiger_Cat", "n02123159"):
         assert classifier.label_index(name) == 282
-    with pytest.raises(UserError, match=r"may be any of 'crane \(n02012849\)', 'crane \(n03126707\)'"):
+    with pytest.raises(UserError, match=r"'crane'.*'crane \(n02012849\)', 'crane \(n03126707\)'"):
         classifier.label_index("crane")
     assert classifier.label_index("crane (n03126707)") == 517
 
@@ -138,37 +141,37 @@ def test_imagenet_classes_by_their_words(monkeypatch):
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
 def test_half_downloaded_folder_names_the_missing_file(tmp_path, missing):
     (tiny_classifier(tmp_path, LABELS) / missing).unlink()
-    with pytest.raises(UserError, match=f"is incomplete: no '{missing}'"):
+    with pytest.raises(UserError, match=f"'{missing}'"):
         TimmClassifier(str(tmp_path))
 
 
 def test_unreadable_folders_are_one_line(tmp_path):
     weights = tiny_classifier(tmp_path, LABELS) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot load the classifier in") as caught:
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))) as caught:
         TimmClassifier(str(tmp_path))
     assert "\n" not in str(caught.value)
     (tmp_path / "config.json").write_text('{"architecture": ')
-    with pytest.raises(UserError, match="cannot load the classifier in"):
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
         TimmClassifier(str(tmp_path))
 
 
 def test_wrong_number_of_labels_is_named(tmp_path):
     file = tiny_classifier(tmp_path, LABELS) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"label_names": ["wizard"]}))
-    with pytest.raises(UserError, match="3 outputs but 1 label names"):
+    with pytest.raises(UserError, match=r"3 outputs.* 1 label names"):
         TimmClassifier(str(tmp_path))
 
 
 def test_unknown_names_are_one_line(monkeypatch):
-    with pytest.raises(UserError, match="classifier folder 'no/such' does not exist"):
+    with pytest.raises(UserError, match="'no/such'"):
         TimmClassifier("no/such")
-    with pytest.raises(UserError, match=r"neither a folder nor a timm model; did you mean .*resnet10t"):
+    with pytest.raises(UserError, match=r"'resnet10tt'.*resnet10t\b"):
         TimmClassifier("resnet10tt")
-    with pytest.raises(UserError, match=r"cannot load classifier 'resnet18\.nonsense'"):
+    with pytest.raises(UserError, match=r"'resnet18\.nonsense'"):
         TimmClassifier("resnet18.nonsense")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for name in ("resnet10t", "hf-hub:nobody/nothing"):
-        with pytest.raises(UserError, match=f"classifier '{name}' cannot be had from the hub") as caught:
+        with pytest.raises(UserError, match=f"'{name}'.*hub") as caught:
             TimmClassifier(name)
         assert "\n" not in str(caught.value)

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -23,11 +25,13 @@ def clip(folder):
     return ClipModel(str(folder))
 
 
-def pictures(height, width):
-    """Smooth uint8 pictures, (2, H, W, 3)."""
+def waves(height, width):
+    """Smooth uint8 images, (2, H, W, 3)."""
     y, x = np.mgrid[0:height, 0:width]
-    waves = [np.sin(x / (3 + c)) * np.cos(y / (5 + c) + c) for c in range(6)]
-    return (127.5 + 120 * np.stack(waves, axis=-1)).astype(np.uint8).reshape(height, width, 2, 3).transpose(2, 0, 1, 3)
+    channels = [np.sin(x / (3 + c)) * np.cos(y / (5 + c) + c) for c in range(6)]
+    return (
+        (127.5 + 120 * np.stack(channels, axis=-1)).astype(np.uint8).reshape(height, width, 2, 3).transpose(2, 0, 1, 3)
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,7 +48,7 @@ def pictures(height, width):
 )
 def test_preprocessing_equals_the_image_processors(tmp_path, size, processing):
     clip = ClipModel(str(tiny_clip(tmp_path, **processing)))
-    arrays = pictures(*size)
+    arrays = waves(*size)
     processor = CLIPImageProcessor.from_pretrained(tmp_path)
     expected = processor([Image.fromarray(array) for array in arrays], return_tensors="pt").pixel_values
     inputs = clip.preprocess(torch.from_numpy(arrays.copy()).permute(0, 3, 1, 2) / 255)
@@ -68,8 +72,8 @@ def test_features_are_those_of_transformers_made_unit(folder, clip):
 
 def test_a_text_has_the_same_features_in_any_batch(clip):
     together = clip.text_features(PROMPTS)
-    alone = torch.cat([clip.text_features([prompt]) for prompt in PROMPTS])
-    torch.testing.assert_close(together, alone)
+    separate = torch.cat([clip.text_features([prompt]) for prompt in PROMPTS])
+    torch.testing.assert_close(together, separate)
     assert (together[0] - together[1]).norm() > 1e-3
 
 
@@ -99,28 +103,28 @@ def test_stays_frozen_and_differentiable_inside_of_a_parent_that_trains(clip):
 @pytest.mark.parametrize("missing", ["config.json", "preprocessor_config.json", "vocab.json", "model.safetensors"])
 def test_half_downloaded_folder_names_the_missing_file(tmp_path, missing):
     (tiny_clip(tmp_path) / missing).unlink()
-    with pytest.raises(UserError, match=f"is incomplete: no '{missing}'"):
+    with pytest.raises(UserError, match=f"'{missing}'"):
         ClipModel(str(tmp_path))
 
 
 def test_unreadable_folders_are_one_line(tmp_path):
     weights = tiny_clip(tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot load the CLIP in") as caught:
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))) as caught:
         ClipModel(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
-def test_a_text_encoder_alone_is_no_clip(tmp_path):
+def test_a_text_encoder_is_not_a_clip(tmp_path):
     tiny_clip(tmp_path)
     tiny_text_encoder(600).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"is no complete CLIP|cannot load the CLIP"):
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
         ClipModel(str(tmp_path))
 
 
 def test_unknown_names_are_one_line():
-    with pytest.raises(UserError, match=r"CLIP folder '\./clip' does not exist"):
+    with pytest.raises(UserError, match=r"'\./clip'"):
         ClipModel("./clip")
-    with pytest.raises(UserError, match="'nobody/clip' is neither a folder nor can it be had from the hub") as caught:
+    with pytest.raises(UserError, match=r"'nobody/clip'.*hub") as caught:
         ClipModel("nobody/clip")
     assert "\n" not in str(caught.value)

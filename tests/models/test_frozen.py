@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from tokenlearn.models import FrozenModule, freeze
+from tokenlearn.models.frozen import FrozenModule, freeze
 
 
 class FrozenNet(FrozenModule):
@@ -25,7 +25,7 @@ def test_training_a_parent_changes_nothing_inside():
     assert all(torch.equal(before[name], tensor) for name, tensor in frozen.state_dict().items())
 
 
-def test_gradient_flows_through_to_inputs_alone():
+def test_gradient_flows_through_to_inputs_only():
     frozen = FrozenNet()
     inputs = torch.randn(8, 3, requires_grad=True)
     frozen(inputs).square().sum().backward()

@@ -1,4 +1,4 @@
-"""How pleasing pictures should be."""
+"""Loss of an aesthetic score."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from torch import Tensor
 
 
 def aesthetic_loss(scores: Tensor, target: float | None = None) -> Tensor:
-    """The aesthetic losses of DOODL, per sample: more pleasing without end, or as pleasing as asked.
+    """Aesthetic loss of DOODL per sample: minus the score, or its distance from a target.
 
-    ``-score``, or ``|score - target|`` (Wallace et al., 2023, https://arxiv.org/abs/2303.13703). Scores are taken as
-    they are: clipping them to the range of the ratings, as the released code does, leaves pictures outside of it
-    without a gradient.
+    ``-score`` or ``|score - target|`` (Wallace et al., 2023, https://arxiv.org/abs/2303.13703). Scores are not
+    clipped. The released code clips them to the range of the ratings, which leaves images outside the range without a
+    gradient.
 
     Args:
-        scores: (B,) scores of an aesthetic head, in the units of its ratings (usually 1 to 10).
-        target: score to reach; None to raise the score without end.
+        scores: (B,) scores of an aesthetic head, on the scale of its ratings (usually 1 to 10).
+        target: score to reach; None to raise the score without limit.
 
     Returns:
         (B,) losses, not reduced.

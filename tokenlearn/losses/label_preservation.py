@@ -1,4 +1,4 @@
-"""Leaving alone what a classifier sees besides the class that is edited."""
+"""Preservation of the labels that an edit should not change."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from torch import Tensor
 
 
 def label_preservation(logits: Tensor, reference: Tensor, edited: Collection[int], multi_label: bool) -> Tensor:
-    """How far an edit moves a classifier's other labels: the total variation of their distribution, per sample.
+    """Total variation distance between a classifier's other labels with and without an edit, per sample.
 
-    Bounded, unlike a cross-entropy, so that a class may win over those that it rules out: nobody bald has curls. Not
-    in the paper of CASO, whose reconstruction loss does not tell a beard from a man.
+    Unlike a cross-entropy it is bounded, so an edit can still reach a class that excludes another label, such as bald
+    and curls. It is not part of the CASO paper, whose reconstruction loss does not separate correlated attributes such
+    as beard and man.
 
     Args:
-        logits: (B, K) classifier outputs for edited pictures.
-        reference: (B, K) the same without the edit.
+        logits: (B, K) classifier outputs of edited images.
+        reference: (B, K) classifier outputs of the same images without the edit.
         edited: labels that may change, in [0, K).
-        multi_label: whether the labels are independent sigmoids, each with a variation of its own, instead of one
-            softmax, which is then over the labels that are not edited.
+        multi_label: whether the labels are independent sigmoids, each with a total variation, instead of one softmax,
+            which is then renormalised over the other labels.
 
     Returns:
-        (B,) in [0, 1], the mean over labels if these are independent; 0 where no other label is left.
+        (B,) in [0, 1], the mean over labels for independent sigmoids; 0 if there is no other label.
     """
-    kept = [label for label in range(logits.shape[1]) if label not in edited]
-    if not kept:
+    preserved = [label for label in range(logits.shape[1]) if label not in edited]
+    if not preserved:
         return logits.new_zeros(len(logits))
     if multi_label:
-        return (logits[:, kept].sigmoid() - reference[:, kept].sigmoid()).abs().mean(dim=1)
-    difference = logits[:, kept].softmax(dim=1) - reference[:, kept].softmax(dim=1)
+        return (logits[:, preserved].sigmoid() - reference[:, preserved].sigmoid()).abs().mean(dim=1)
+    difference = logits[:, preserved].softmax(dim=1) - reference[:, preserved].softmax(dim=1)
     return difference.abs().sum(dim=1) / 2

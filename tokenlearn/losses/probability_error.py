@@ -1,4 +1,4 @@
-"""The editing loss of CASO as it was released."""
+"""Editing loss of CASO's released code."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from torch import Tensor
 
 
 def probability_error(logits: Tensor, targets: Tensor) -> Tensor:
-    """Squared distance of the wanted class's probability from 1, per sample.
+    """Squared distance of the target class's probability from 1, per sample.
 
-    ``(1 - p_target)^2`` with p the softmax of the logits. For the two classes of a binary attribute, whose logits are
-    ``[l, 0]`` (see :func:`tokenlearn.losses.attribute_logits`), it is the released loss ``(a - sigmoid(l))^2`` of CASO
+    ``(1 - p_target)^2`` with p the softmax of the logits. For the two classes of a binary attribute, with logits
+    ``[l, 0]`` (see :func:`tokenlearn.losses.attribute_logits`), it equals CASO's released loss ``(a - sigmoid(l))^2``
     (https://arxiv.org/abs/2505.14254) with ``a`` = 1 for the first class and 0 for the second. Its gradient vanishes
-    where the classifier is confident, of the wrong class too; :func:`tokenlearn.losses.class_cross_entropy` does not.
+    where the classifier is confident, even of the wrong class; the gradient of
+    :func:`tokenlearn.losses.class_cross_entropy` does not.
 
     Args:
         logits: (B, K) classifier outputs before softmax.
-        targets: (B,) indices of the wanted classes, int64.
+        targets: (B,) indices of the target classes, int64.
 
     Returns:
         (B,) losses in [0, 1], not reduced.

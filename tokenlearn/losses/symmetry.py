@@ -1,4 +1,4 @@
-"""How far pictures are from their mirror images."""
+"""Left-right asymmetry of images."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 def mirror_error(images: Tensor) -> Tensor:
-    """Mean squared error between a picture and its mirror image, left to right, per sample.
+    """Mean squared error between an image and its left-right mirror image, per sample.
 
     The symmetry loss in the released code of DOODL (Wallace et al., 2023, https://arxiv.org/abs/2303.13703). It needs
-    no model, so it shows whether guidance works.
+    no model, so it shows whether an optimisation works at all.
 
     Args:
         images: (B, C, H, W) in [0, 1].

@@ -1,4 +1,4 @@
-"""Aesthetic heads: how pleasing a picture is, from its CLIP features."""
+"""Aesthetic heads: a rating of an image from its CLIP features."""
 
 from __future__ import annotations
 
@@ -20,10 +20,15 @@ from tokenlearn.errors import UserError, reason_of
 from tokenlearn.files import atomic_write
 from tokenlearn.models.clip import ClipModel
 from tokenlearn.models.frozen import FrozenModule, freeze
+from tokenlearn.paths import resolve
 
 
 def build_aesthetic_head(feature_dim: int, hidden_sizes: Sequence[int] = ()) -> nn.Module:
-    """A linear map of CLIP features to a score, or a perceptron with the given hidden layers.
+    """A linear map from CLIP features to a score, or a perceptron with GELU between its layers.
+
+    Args:
+        feature_dim: dimension of the CLIP features.
+        hidden_sizes: widths of the hidden layers; empty for the linear map.
 
     Returns:
         A module that maps (B, feature_dim) to (B, 1).
@@ -37,46 +42,46 @@ def build_aesthetic_head(feature_dim: int, hidden_sizes: Sequence[int] = ()) -> 
 
 
 class AestheticHead(FrozenModule):
-    """A frozen rater of pictures: a head on the unit image features of a CLIP that it brings along.
+    """A frozen rater of images: a CLIP and a head on its unit image features.
 
     Args:
-        pretrained: folder of :func:`save_aesthetic_head`, or a file with the state dict of a linear head, such as
-            LAION's ``sa_0_4_vit_l_14_linear.pth``. Weights are loaded as float32 whatever they are stored as.
-        clip: hub id or folder of the CLIP; None for the one that the folder names.
+        pretrained: folder written by :func:`save_aesthetic_head`, or file with the state dict of a linear head, such
+            as LAION's ``sa_0_4_vit_l_14_linear.pth``. Weights are loaded as float32, whatever their stored type.
+        clip: hub id or folder of the CLIP; None for the CLIP that the folder names.
 
     Attributes:
         pretrained: as given.
         clip: the CLIP.
 
     Raises:
-        UserError: if the folder or one of its files is missing or unreadable, the head is not one of the CLIP's
+        UserError: if the folder or one of its files is missing or unreadable, the head does not fit the CLIP's
             features, or the CLIP cannot be loaded.
     """
 
     def __init__(self, pretrained: str, clip: str | None = None) -> None:
         super().__init__()
-        source = Path(pretrained).expanduser()
+        source = Path(resolve(pretrained)).expanduser()
         if source.is_dir():
             config, weights = _read_folder(source)
         elif source.is_file():
             config, weights = {}, _read_weights(source)
         else:
             raise UserError(
-                f"aesthetic head '{pretrained}' does not exist; give an existing folder, or a file with the state "
-                "dict of a linear head"
+                f"aesthetic head '{pretrained}' does not exist; give an existing folder or a file with the state dict "
+                "of a linear head"
             )
-        named = clip or _beside(source, config.get("clip"))
-        if named is None:
-            raise UserError(f"aesthetic head '{pretrained}' does not say which CLIP it is for; name it as 'clip'")
+        clip_name = clip or _relative_to(source, config.get("clip"))
+        if clip_name is None:
+            raise UserError(f"aesthetic head '{pretrained}' does not name its CLIP; set 'clip'")
         self.pretrained = pretrained
-        self.clip = ClipModel(named)
+        self.clip = ClipModel(clip_name)
         self.head = build_aesthetic_head(self.clip.feature_dim, config.get("hidden_sizes", ()))
         try:
             self.head.load_state_dict(weights)
         except RuntimeError as error:
             raise UserError(
-                f"aesthetic head '{pretrained}' does not fit the {self.clip.feature_dim} features of CLIP '{named}' "
-                f"({reason_of(error)}); name the CLIP that it was trained on as 'clip'"
+                f"aesthetic head '{pretrained}' does not fit the {self.clip.feature_dim} features of CLIP "
+                f"'{clip_name}' ({reason_of(error)}); set 'clip' to the CLIP that the head was trained on"
             ) from error
         freeze(self)
 
@@ -85,13 +90,13 @@ class AestheticHead(FrozenModule):
         return self.score(images)
 
     def score(self, images: Tensor) -> Tensor:
-        """Rate pictures.
+        """Rate images.
 
         Args:
             images: (B, 3, H, W) in [0, 1].
 
         Returns:
-            (B,) float32 scores in the units of the ratings that the head was trained on, usually 1 to 10; not clipped.
+            (B,) float32 scores on the scale of the head's training ratings, usually 1 to 10; not clipped.
         """
         scores: Tensor = self.head(self.clip.image_features(images))
         return scores.squeeze(1)
@@ -100,13 +105,13 @@ class AestheticHead(FrozenModule):
 def save_aesthetic_head(
     head: nn.Module, folder: str | os.PathLike[str], clip: str, hidden_sizes: Sequence[int] = ()
 ) -> Path:
-    """Write a head as ``config.json`` and half-precision ``model.safetensors``, which :class:`AestheticHead` loads.
+    """Write a head to a folder that :class:`AestheticHead` loads: ``config.json``, half-precision safetensors.
 
     Args:
-        head: a module of :func:`build_aesthetic_head`; it is not changed.
-        folder: where to write; made if it does not exist.
-        clip: the CLIP that the head is for: a hub id, a folder, or a folder seen from ``folder`` that begins with a
-            dot, such as ``../clip_guide``.
+        head: a module from :func:`build_aesthetic_head`; it is not changed.
+        folder: output folder; created if it does not exist.
+        clip: CLIP of the head: a hub id, a folder, or a path that begins with a dot and is relative to ``folder``,
+            such as ``../clip_guide``.
         hidden_sizes: as given to :func:`build_aesthetic_head`.
 
     Returns:
@@ -120,8 +125,8 @@ def save_aesthetic_head(
     return target
 
 
-def _beside(folder: Path, clip: str | None) -> str | None:
-    """A CLIP as named in a folder's config; paths that begin with a dot start at the folder."""
+def _relative_to(folder: Path, clip: str | None) -> str | None:
+    """The CLIP that a folder's config names; paths that begin with a dot are relative to the folder."""
     return str(folder / clip) if clip is not None and clip.startswith(".") else clip
 
 

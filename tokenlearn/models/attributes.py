@@ -1,4 +1,4 @@
-"""Attributes and their classes, as a classifier knows them."""
+"""Attributes, their classes and tokens, and the classifier outputs that stand for the classes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tokenlearn.models.classifier import TimmClassifier
 
 @dataclass(frozen=True)
 class LabelledAttribute:
-    """An attribute and what its classes and tokens are called.
+    """An attribute with the names of its classes and tokens.
 
     Attributes:
-        name: the user's name for it, which is its label's in data.
+        name: name of the attribute, which is also its label in data.
         class_names: K class names in the order of class indices.
         placeholders: K placeholder tokens.
     """
@@ -33,12 +33,15 @@ def labelled_attributes(
     """Name the classes and tokens of attributes.
 
     Args:
-        attributes: name of each attribute, to the names of its classes in the order of class indices; None is a
-            boolean label, absent (class 0, token ``<no-smile>``) or present (class 1, token ``<smile>``).
-        placeholder: how a class gives its token's name.
+        attributes: name of each attribute, to the names of its classes in the order of class indices; None for a
+            boolean label, which is absent (class 0, token ``<no-smile>``) or present (class 1, token ``<smile>``).
+        placeholder: token of a class; ``{}`` is the class's name in lower case with dashes for spaces.
+
+    Returns:
+        The attributes in the same order.
 
     Raises:
-        UserError: for an attribute of fewer than two classes or of the same class twice, or classes that give the same
+        UserError: for an attribute with fewer than two classes or a repeated class, or for classes with the same
             token.
     """
     named: list[LabelledAttribute] = []
@@ -51,8 +54,8 @@ def labelled_attributes(
         for token in tokens:
             if token in owners:
                 raise UserError(
-                    f"attributes '{owners[token]}' and '{name}' both have the token '{token}'; let model.placeholder "
-                    "have a '{}' for the class, and name each class in one attribute only"
+                    f"attributes '{owners[token]}' and '{name}' have the same token '{token}'; put '{{}}' for the "
+                    "class into tokens.placeholder, and name each class in one attribute only"
                 )
             owners[token] = name
         named.append(LabelledAttribute(name, names, tokens))
@@ -60,34 +63,35 @@ def labelled_attributes(
 
 
 def check_class_names(attribute: LabelledAttribute, found: Sequence[str], fix: str) -> None:
-    """Refuse class names of data whose indices mean something else than the attribute's.
+    """Refuse data whose class indices differ in meaning from the attribute's.
 
-    The same classes may be called otherwise, but not come in another order.
+    The data may use other names for the classes, but not the same names in another order.
 
     Args:
-        attribute: what is learned.
-        found: class names in the data, in the order of class indices; empty where it is not known.
-        fix: what the user can do about it.
+        attribute: the attribute to learn.
+        found: class names in the data, in the order of class indices; empty if unknown.
+        fix: instruction for the user, which ends the message.
 
     Raises:
-        UserError: naming both lists and ending with the fix.
+        UserError: if the number of classes or their order differs; it names both lists.
     """
-    ours, theirs = attribute.class_names, tuple(found)
-    if theirs and (len(theirs) != len(ours) or (set(theirs) == set(ours) and theirs != ours)):
+    expected, names = attribute.class_names, tuple(found)
+    if names and (len(names) != len(expected) or (set(names) == set(expected) and names != expected)):
         raise UserError(
-            f"the classes of '{attribute.name}' are {', '.join(theirs)} in the data and {', '.join(ours)} in the "
+            f"the classes of '{attribute.name}' are {', '.join(names)} in the data and {', '.join(expected)} in the "
             f"model; {fix}"
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Attribute(LabelledAttribute):
-    """An attribute as a classifier knows it, whose labels are the class names, or absence and presence of one.
+    """An attribute with its place among the outputs of a classifier.
 
     Attributes:
         classes: the K classes as outputs of the classifier.
-        multi_label: whether these outputs are independent sigmoids.
-        directions: (K, F) what the classifier's head takes for the classes.
+        multi_label: whether the outputs are independent sigmoids.
+        directions: (K, F) directions of the classes in the classifier's feature space, see
+            :func:`tokenlearn.losses.attribute_directions`.
     """
 
     classes: tuple[AttributeClass, ...]
@@ -99,23 +103,27 @@ class Attribute(LabelledAttribute):
         return attribute_logits(outputs, self.classes, self.multi_label)
 
     def class_index(self, outputs: Tensor) -> Tensor:
-        """Class (B,) that the classifier takes each image for, from its outputs (B, num_outputs)."""
+        """Most probable class (B,) of each image from the classifier's outputs (B, num_outputs)."""
         return self.logits(outputs).argmax(dim=1)
 
 
 def resolve_attributes(
     attributes: Mapping[str, Sequence[str] | None], classifier: TimmClassifier, placeholder: str = "<{}>"
 ) -> list[Attribute]:
-    """Look the user's attributes up among a classifier's labels.
+    """Find attributes among the labels of a classifier.
 
     Args:
-        attributes: name of each attribute, to the labels that are its classes; None is the label of that name, absent
-            (class 0, token ``<no-smile>``) or present (class 1, token ``<smile>``), as in a column of booleans.
-        classifier: whose labels are meant.
-        placeholder: how a class gives its token's name.
+        attributes: name of each attribute, to the labels that are its classes; None for the label with the
+            attribute's name, which is absent (class 0, token ``<no-smile>``) or present (class 1, token ``<smile>``),
+            as in a boolean column.
+        classifier: the classifier.
+        placeholder: token of a class, see :func:`labelled_attributes`.
+
+    Returns:
+        The attributes in the same order.
 
     Raises:
-        UserError: as :func:`labelled_attributes` does, and for an attribute that the classifier does not have.
+        UserError: as in :func:`labelled_attributes`, and if the classifier lacks a label.
     """
     resolved: list[Attribute] = []
     for item, labels in zip(labelled_attributes(attributes, placeholder), attributes.values(), strict=True):

@@ -1,4 +1,4 @@
-"""Image classifiers of timm, by name or from a folder in timm's own layout."""
+"""Frozen timm classifiers, by name or from a folder in timm's layout."""
 
 from __future__ import annotations
 
@@ -11,31 +11,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import timm
 import torch
-from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
-from timm.data.config import resolve_model_data_config
-from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
-from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenlearn.errors import UserError
 from tokenlearn.models.frozen import FrozenModule, freeze
+from tokenlearn.paths import resolve
 
 
 class TimmClassifier(FrozenModule):
-    """A frozen timm classifier with its own preprocessing, done differentiably on tensors.
+    """A frozen timm classifier with differentiable preprocessing of image tensors.
 
-    Label names come from ``label_names`` in the model's configuration; ImageNet models get the first word of each
-    class in WordNet, and other models their indices. A configuration that has ``"multi_label": true`` beside
-    ``architecture`` (timm ignores keys that it does not know there, and only there) is that of a model whose outputs
-    are independent sigmoids.
+    Label names come from ``label_names`` in the model's ``config.json``. Without that key, ImageNet models use the
+    first word of each class in WordNet, and other models use indices. ``"multi_label": true`` beside ``architecture``
+    in ``config.json`` marks a model with independent sigmoids; timm ignores unknown keys only at that place.
 
     Args:
         pretrained: timm model name (``resnet18.a1_in1k``), hub model (``hf-hub:owner/name``), or folder with
-            ``config.json`` and ``model.safetensors``. Weights are loaded as float32 whatever they are stored as.
+            ``config.json`` and ``model.safetensors``. Weights are loaded as float32, whatever their stored type.
 
     Attributes:
         pretrained: as given.
@@ -53,6 +48,10 @@ class TimmClassifier(FrozenModule):
 
     def __init__(self, pretrained: str) -> None:
         super().__init__()
+        import timm
+        from timm.data.config import resolve_model_data_config
+        from timm.data.transforms_factory import create_transform
+
         source = _source(pretrained)
         try:
             self.model = cast(Any, timm.create_model(source, pretrained=True))
@@ -70,10 +69,13 @@ class TimmClassifier(FrozenModule):
             )
         data: dict[str, Any] = resolve_model_data_config(self.model)  # type: ignore[no-untyped-call]
         if data["crop_mode"] == "border":
-            raise UserError(f"classifier '{pretrained}' pads its inputs (crop mode 'border'), which is not supported")
+            raise UserError(
+                f"classifier '{pretrained}' pads its inputs (crop mode 'border'), which is not supported; give a "
+                "classifier with crop mode 'center' or 'squash'"
+            )
         if data["interpolation"] not in ("bilinear", "bicubic", "nearest"):
-            data["interpolation"] = "bicubic"  # torch has no Lanczos; bicubic is its nearest antialiased filter
-        # timm's own resize and crop also work on batches of tensors, with antialiasing and with gradients.
+            data["interpolation"] = "bicubic"  # torch has no Lanczos filter; bicubic is the closest antialiased one
+        # timm's resize and crop also work on batches of tensors, with antialiasing and gradients.
         self._resize_and_crop = create_transform(**data, normalize=False)
         self.register_buffer("mean", torch.tensor(data["mean"]).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(data["std"]).reshape(1, 3, 1, 1), persistent=False)
@@ -83,7 +85,7 @@ class TimmClassifier(FrozenModule):
         """Resize with antialiasing, centre crop and normalise as timm's evaluation transform does, differentiably.
 
         Args:
-            images: (B, 3, H, W) in [0, 1]; not clamped, so that overshoot keeps its gradient.
+            images: (B, 3, H, W) in [0, 1]; values outside are not clamped, so they keep their gradient.
 
         Returns:
             (B, 3, h, w) network inputs.
@@ -104,7 +106,7 @@ class TimmClassifier(FrozenModule):
         return logits.float()
 
     def features(self, images: Tensor) -> Tensor:
-        """Penultimate features, which the head maps to logits.
+        """Penultimate features, the input of the last layer.
 
         Args:
             images: (B, 3, H, W) in [0, 1].
@@ -118,13 +120,13 @@ class TimmClassifier(FrozenModule):
         return features.float()
 
     def trunk_features(self, images: Tensor) -> Tensor:
-        """Features at every place of the trunk's last map, before they are pooled.
+        """Features at every position of the trunk's last feature map, before pooling.
 
         Args:
             images: (B, 3, H, W) in [0, 1].
 
         Returns:
-            (B, P, F) float32 features at P places.
+            (B, P, F) float32 features at P positions.
         """
         maps: Tensor = self.model.forward_features(self.preprocess(images))
         if maps.ndim == 4 and getattr(self.model, "output_fmt", "NCHW") == "NCHW":
@@ -142,29 +144,32 @@ class TimmClassifier(FrozenModule):
 
     @property
     def head_bias(self) -> Tensor:
-        """(num_classes,) bias of the last layer, zeros if it has none."""
+        """(num_classes,) bias of the last layer; zeros for a layer without bias."""
         head = self._head()
         return head.weight.new_zeros(self.num_classes) if head.bias is None else head.bias
 
     def label_index(self, name: str) -> int:
-        """Output that stands for a class.
+        """Index of the output of a class.
 
         Args:
-            name: a label name, or for models with label descriptions any of the words of one; upper and lower case,
-                spaces and underscores are the same.
+            name: a label name, or any synonym in the model's label descriptions. Case does not matter, and an
+                underscore equals a space.
+
+        Returns:
+            Index in [0, num_classes).
 
         Raises:
-            UserError: if the model has no such class, with those of similar names; or if the name fits several.
+            UserError: if the model has no class of this name, or several.
         """
         if name in self.label_names:
             return self.label_names.index(name)
-        found = self._aliases.get(_normalised(name), [])
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = ", ".join(f"'{self.label_names[index]}'" for index in found)
+        matches = self._aliases.get(_normalised(name), [])
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            names = ", ".join(f"'{self.label_names[index]}'" for index in matches)
             raise UserError(
-                f"class '{name}' of classifier '{self.pretrained}' may be any of {names}; name one of them"
+                f"class '{name}' of classifier '{self.pretrained}' is ambiguous between {names}; name one of them"
             )
         near = difflib.get_close_matches(_normalised(name), self._aliases, n=5)
         hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"it has {', '.join(self.label_names[:12])}"
@@ -175,7 +180,10 @@ class TimmClassifier(FrozenModule):
     def _head(self) -> nn.Linear:
         head = self.model.get_classifier()
         if not isinstance(head, nn.Linear):
-            raise UserError(f"the last layer of classifier '{self.pretrained}' is no linear map of its features")
+            raise UserError(
+                f"the last layer of classifier '{self.pretrained}' is a {type(head).__name__}, expected Linear; give "
+                "another classifier"
+            )
         return head
 
 
@@ -187,25 +195,27 @@ def save_classifier(
     data_config: Mapping[str, Any] | None = None,
     model_args: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a timm model as ``config.json`` and half-precision ``model.safetensors``, timm's own folder layout.
+    """Write a timm model to a folder in timm's layout: ``config.json`` and half-precision ``model.safetensors``.
 
-    ``timm.create_model("local-dir:<folder>", pretrained=True)`` and :class:`TimmClassifier` load it.
+    ``timm.create_model("local-dir:<folder>", pretrained=True)`` and :class:`TimmClassifier` load the folder.
 
     Args:
-        model: a model made by ``timm.create_model``; it is not changed.
-        folder: where to write; made if it does not exist.
+        model: a model from ``timm.create_model``; it is not changed.
+        folder: output folder; created if it does not exist.
         label_names: name of each output.
         multi_label: whether outputs are independent sigmoids.
-        data_config: preprocessing, where it differs from the architecture's own: ``input_size`` (3, h, w),
+        data_config: preprocessing settings that differ from the architecture's defaults: ``input_size`` (3, h, w),
             ``crop_pct``, ``interpolation``, ``mean``, ``std``.
-        model_args: arguments of ``timm.create_model`` that the architecture does not imply.
+        model_args: arguments of ``timm.create_model`` that differ from the architecture's defaults.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: if the number of names is not the model's number of outputs.
+        ValueError: if the number of names differs from the model's number of outputs.
     """
+    import timm
+
     saved: Any = copy.deepcopy(model).to(memory_format=torch.contiguous_format).half()
     if len(label_names) != saved.num_classes:
         raise ValueError(f"{len(label_names)} label names for a classifier with {saved.num_classes} outputs")
@@ -225,11 +235,13 @@ def save_classifier(
 
 
 def _source(pretrained: str) -> str:
-    """The name by which timm loads ``pretrained``; UserError if it is a folder that is missing or incomplete."""
+    """The name by which timm loads ``pretrained``; UserError for a missing or incomplete folder or unknown name."""
+    import timm
+
     prefix, _, rest = pretrained.partition(":")
     if prefix == "hf-hub":
         return pretrained
-    folder = Path(rest if prefix == "local-dir" else pretrained).expanduser()
+    folder = Path(resolve(rest if prefix == "local-dir" else pretrained)).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(
@@ -242,7 +254,7 @@ def _source(pretrained: str) -> str:
         return f"local-dir:{folder}"
     if prefix == "local-dir" or "/" in pretrained or "\\" in pretrained:
         raise UserError(
-            f"classifier folder '{folder}' does not exist; give an existing folder, a timm model name, or "
+            f"classifier folder '{folder}' does not exist; give an existing folder, a timm model name or "
             "'hf-hub:owner/name' for a model on the hub"
         )
     if not timm.is_model(pretrained.partition(".")[0]):
@@ -250,14 +262,16 @@ def _source(pretrained: str) -> str:
         hint = (
             f"; did you mean {' or '.join(near)}?" if near else "; give a name from timm.list_pretrained() or a folder"
         )
-        raise UserError(f"'{pretrained}' is neither a folder nor a timm model{hint}")
+        raise UserError(f"classifier '{pretrained}' is neither a folder nor a timm model{hint}")
     return pretrained
 
 
 def _config(source: str) -> dict[str, Any]:
-    """Configuration file of a folder or hub model; empty for models that timm knows by name."""
+    """Content of the ``config.json`` of a folder or hub model; empty for timm model names."""
     prefix, _, rest = source.partition(":")
     if prefix == "hf-hub":
+        from huggingface_hub import hf_hub_download
+
         owner_and_name, _, revision = rest.partition("@")
         file = Path(hf_hub_download(owner_and_name, "config.json", revision=revision or None))
     elif prefix == "local-dir":
@@ -274,7 +288,7 @@ def _load_failure(pretrained: str, source: str, error: Exception) -> str:
         return f"cannot load the classifier in '{pretrained}' ({reason}); download or export it again"
     if isinstance(error, OSError):
         return (
-            f"classifier '{pretrained}' cannot be had from the hub ({reason}); check its name and the network, or "
+            f"cannot download classifier '{pretrained}' from the hub ({reason}); check the name and the network, or "
             "give a local folder"
         )
     return f"cannot load classifier '{pretrained}' ({reason}); give another timm model or a folder"
@@ -285,7 +299,9 @@ def _normalised(name: str) -> str:
 
 
 def _labels(model: Any) -> tuple[tuple[str, ...], dict[str, list[int]]]:  # noqa: ANN401
-    """Names of a model's outputs, and the outputs that each normalised name or synonym may mean."""
+    """Names of a model's outputs, and the outputs that each normalised name or synonym can mean."""
+    from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+
     names: Any = model.pretrained_cfg.get("label_names")
     descriptions: Mapping[str, str] = model.pretrained_cfg.get("label_descriptions") or {}
     if names is None and (subset := infer_imagenet_subset(model)):
@@ -299,7 +315,7 @@ def _labels(model: Any) -> tuple[tuple[str, ...], dict[str, list[int]]]:  # noqa
     for index, name in enumerate(names):
         for alias in {_normalised(word) for word in (name, *descriptions.get(name, "").split(",")) if word}:
             aliases[alias].append(index)
-    shown = [descriptions.get(name, name).split(",")[0] for name in names]
-    counts = Counter(shown)  # ImageNet has two cranes
-    labels = [word if counts[word] == 1 else f"{word} ({name})" for word, name in zip(shown, names, strict=True)]
+    words = [descriptions.get(name, name).split(",")[0] for name in names]
+    counts = Counter(words)  # ImageNet has two cranes
+    labels = [word if counts[word] == 1 else f"{word} ({name})" for word, name in zip(words, names, strict=True)]
     return tuple(labels), dict(aliases)

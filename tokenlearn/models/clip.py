@@ -1,4 +1,4 @@
-"""CLIP models of transformers: pictures and texts as unit vectors of one space."""
+"""Frozen CLIP models of transformers: images and texts as unit vectors in one space."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from tokenlearn.errors import UserError, reason_of
 from tokenlearn.losses.clip_distance import mean_direction
 from tokenlearn.models.frozen import FrozenModule, freeze
+from tokenlearn.paths import resolve
 
 _INTERPOLATION = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
-"""Torch's names of Pillow's filters; torch has no others."""
+"""Torch's names of Pillow's filters; torch has no other filters."""
 
 
 class ClipModel(FrozenModule):
-    """A frozen CLIP (Radford et al., 2021, https://arxiv.org/abs/2103.00020), differentiable in its pictures.
+    """A frozen CLIP (Radford et al., 2021, https://arxiv.org/abs/2103.00020), differentiable in its images.
 
     Args:
         pretrained: hub id (``openai/clip-vit-large-patch14``, ``laion/CLIP-ViT-g-14-laion2B-s12B-b42K``), or folder
-            that transformers' ``CLIPModel``, ``CLIPImageProcessor`` and ``CLIPTokenizer`` load. Weights are loaded as
-            float32 whatever they are stored as.
+            that transformers' ``CLIPModel``, ``CLIPImageProcessor`` and ``CLIPTokenizer`` can load. Weights are loaded
+            as float32, whatever their stored type.
 
     Attributes:
         pretrained: as given.
-        feature_dim: D, the size of the space that pictures and texts share.
-        max_prompt_length: tokens that a text can have, those of its start and end included.
+        feature_dim: D, the dimension of the space of images and texts.
+        max_prompt_length: maximum number of tokens of a text, including the start and end tokens.
 
     Raises:
-        UserError: if the folder or one of its files is missing or unreadable, the hub cannot provide the model, or it
-            is no CLIP.
+        UserError: if the folder or one of its files is missing or unreadable, the hub cannot provide the model, or
+            the model is not a CLIP.
     """
 
     mean: Tensor
@@ -61,7 +61,7 @@ class ClipModel(FrozenModule):
         """Resize with antialiasing, centre crop and normalise as the model's image processor does, differentiably.
 
         Args:
-            images: (B, 3, H, W) in [0, 1]; not clamped, so that overshoot keeps its gradient.
+            images: (B, 3, H, W) in [0, 1]; values outside are not clamped, so they keep their gradient.
 
         Returns:
             (B, 3, h, w) network inputs.
@@ -73,7 +73,7 @@ class ClipModel(FrozenModule):
         return (images - self.mean) / self.std
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Directions of pictures.
+        """Directions of images.
 
         Args:
             images: (B, 3, H, W) in [0, 1].
@@ -81,12 +81,12 @@ class ClipModel(FrozenModule):
         Returns:
             (B, D) float32 unit vectors.
         """
-        # Not `get_image_features`: what it returns depends on the version of transformers.
+        # The return type of `get_image_features` depends on the version of transformers.
         pooled = self.model.vision_model(pixel_values=self.preprocess(images)).pooler_output
         return functional.normalize(self.model.visual_projection(pooled).float(), dim=-1)
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Directions of texts; what is too long is cut at the end.
+        """Directions of texts. Texts longer than ``max_prompt_length`` are truncated.
 
         Args:
             prompts: B texts.
@@ -101,31 +101,31 @@ class ClipModel(FrozenModule):
         return functional.normalize(self.model.text_projection(pooled).float(), dim=-1)
 
     def class_features(self, prompts: Sequence[Sequence[str]]) -> Tensor:
-        """Directions of classes, each the renormalised mean of its prompts (Radford et al., 2021, section 3.1.4).
+        """Directions of classes: the renormalised mean over each class's prompts (Radford et al., 2021, 3.1.4).
 
         Args:
-            prompts: the prompts of each of K classes.
+            prompts: prompts of each of K classes.
 
         Returns:
             (K, D) float32 unit vectors.
         """
-        return torch.stack([mean_direction(self.text_features(wordings)) for wordings in prompts])
+        return torch.stack([mean_direction(self.text_features(class_prompts)) for class_prompts in prompts])
 
     def zero_shot_logits(self, images: Tensor, class_features: Tensor) -> Tensor:
-        """Logits whose softmax are the probabilities of classes that were never trained for.
+        """Zero-shot classification logits: cosines divided by CLIP's learned temperature.
 
         Args:
             images: (B, 3, H, W) in [0, 1].
-            class_features: (K, D) unit vectors, of :meth:`class_features` or :meth:`text_features`.
+            class_features: (K, D) unit vectors from :meth:`class_features` or :meth:`text_features`.
 
         Returns:
-            (B, K) float32 logits, cosines divided by the temperature that CLIP was trained to.
+            (B, K) float32 logits, whose softmax gives the probabilities of the classes.
         """
         logits: Tensor = self.model.logit_scale.exp().float() * self.image_features(images) @ class_features.T
         return logits
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width after resizing: fixed ones, or those that make the shorter edge as long as wanted."""
+        """Height and width after resizing: fixed, or from the length of the shorter edge."""
         assert self._size is not None
         if "shortest_edge" not in self._size:
             return self._size["height"], self._size["width"]
@@ -140,7 +140,7 @@ class ClipModel(FrozenModule):
 
 
 def _center_crop(images: Tensor, height: int, width: int) -> Tensor:
-    """The middle of pictures; those that are smaller get black borders."""
+    """The centre of images; smaller images get black borders."""
     missing_height, missing_width = max(0, height - images.shape[-2]), max(0, width - images.shape[-1])
     if missing_height or missing_width:
         left, top = missing_width // 2, missing_height // 2
@@ -150,8 +150,14 @@ def _center_crop(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def _load(pretrained: str) -> tuple[Any, Any, Any]:
-    """Model, tokenizer and image processor, or a UserError that says what to do."""
-    folder = Path(pretrained).expanduser()
+    """Model, tokenizer and image processor.
+
+    Raises:
+        UserError: if one of them is missing, unreadable or incomplete.
+    """
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    folder = Path(resolve(pretrained)).expanduser()
     local = folder.is_dir()
     source = str(folder) if local else pretrained
     if local:
@@ -160,29 +166,33 @@ def _load(pretrained: str) -> tuple[Any, Any, Any]:
         raise UserError(f"CLIP folder '{pretrained}' does not exist; give an existing folder or a hub id (owner/name)")
     try:
         clip_class: Any = CLIPModel
-        model, about = clip_class.from_pretrained(source, output_loading_info=True)
+        model, info = clip_class.from_pretrained(source, output_loading_info=True)
         tokenizer = CLIPTokenizer.from_pretrained(source)
         processor = CLIPImageProcessor.from_pretrained(source)
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
         if local:
             raise UserError(
-                f"cannot load the CLIP in '{pretrained}' ({reason_of(error)}); download it again"
+                f"cannot load the CLIP in '{pretrained}' ({reason_of(error)}); download or export it again"
             ) from error
         raise UserError(
-            f"CLIP '{pretrained}' is neither a folder nor can it be had from the hub ({reason_of(error)}); check its "
-            "name and the network, or give a local folder"
+            f"CLIP '{pretrained}' is not a folder, and the hub cannot provide it ({reason_of(error)}); check the name "
+            "and the network, or give a local folder"
         ) from error
-    # transformers fills in what the files lack at random, and only warns of it.
-    if about["missing_keys"]:
+    # transformers initialises missing weights at random and only warns.
+    if info["missing_keys"]:
         raise UserError(
-            f"'{pretrained}' is no complete CLIP: its files have no '{min(about['missing_keys'])}'; give a model of "
-            "both pictures and texts"
+            f"'{pretrained}' is not a complete CLIP: its files lack '{min(info['missing_keys'])}'; give a model with "
+            "an image encoder and a text encoder"
         )
     return model, tokenizer, processor
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise a UserError that names the first file missing from a folder."""
+    """Refuse an incomplete folder.
+
+    Raises:
+        UserError: naming the first missing file.
+    """
     for names in (
         ("config.json",),
         ("preprocessor_config.json", "processor_config.json"),

@@ -1,4 +1,4 @@
-"""Models that are used and never trained."""
+"""Frozen modules: used, never trained."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def freeze(module: M) -> M:
-    """Put a module into eval mode and stop gradients to its parameters; gradients still flow through it to its inputs.
+    """Put a module into eval mode and stop gradients to its parameters. Gradients still flow to its inputs.
 
-    Both are needed: without eval mode BatchNorm statistics move although no parameter does.
+    Both are needed: in training mode, BatchNorm statistics change even if no parameter does.
     """
     module.eval()
     return module.requires_grad_(False)
 
 
 class FrozenModule(nn.Module):
-    """A module that stays in eval mode when a parent is switched to training, as training loops do."""
+    """A module that stays in eval mode when a training loop switches its parent to training."""
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode, whatever ``mode`` says."""
+        """Stay in eval mode whatever ``mode`` says."""
         return super().train(False)

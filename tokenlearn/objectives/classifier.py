@@ -74,7 +74,7 @@ class ClassifierLoss(Objective):
         """Probability (B,) of the class; of several labels, the lowest."""
         logits: Tensor = self.classifier(images)
         shares = logits.sigmoid() if self.classifier.multi_label else logits.softmax(dim=1)
-        columns = [shares.gather(1, wanted[:, None])[:, 0] for wanted in self._wanted(logits, targets)]
+        columns = [shares.gather(1, indices[:, None])[:, 0] for indices in self._target_indices(logits, targets)]
         return torch.stack(columns).amin(dim=0)
 
     def loss_and_score(
@@ -113,19 +113,20 @@ class ClassifierLoss(Objective):
 
     def _loss(self, logits: Tensor, targets: Sequence[str] | None) -> Tensor:
         first, *others = (
-            class_cross_entropy(logits, wanted, self.classifier.multi_label)
-            for wanted in self._wanted(logits, targets)
+            class_cross_entropy(logits, indices, self.classifier.multi_label)
+            for indices in self._target_indices(logits, targets)
         )
         return sum(others, first)
 
     def _score(self, logits: Tensor, targets: Sequence[str] | None) -> Tensor:
         seen = [
-            is_classified_as(logits, wanted, self.classifier.multi_label) for wanted in self._wanted(logits, targets)
+            is_classified_as(logits, indices, self.classifier.multi_label)
+            for indices in self._target_indices(logits, targets)
         ]
         return torch.stack(seen).all(dim=0).float()
 
-    def _wanted(self, logits: Tensor, targets: Sequence[str] | None) -> list[Tensor]:
-        """Indices (B,) of each wanted label."""
+    def _target_indices(self, logits: Tensor, targets: Sequence[str] | None) -> list[Tensor]:
+        """Indices (B,) of each label, or of the targets."""
         if self.labels is not None:
             return [torch.full((len(logits),), index, device=logits.device) for index in self._label_indices]
         self.check(targets)

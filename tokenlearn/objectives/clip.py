@@ -14,6 +14,7 @@ from tokenlearn.errors import UserError, reason_of
 from tokenlearn.losses.clip_distance import mean_direction, spherical_distance
 from tokenlearn.losses.objective import Crops, Objective
 from tokenlearn.models.clip import ClipModel
+from tokenlearn.paths import resolve
 
 _TARGET = "{}"
 
@@ -163,7 +164,7 @@ def _read(file: str) -> Tensor:
     from tokenlearn.data.pixels import to_rgb, unit_range
 
     try:
-        with Image.open(Path(file).expanduser()) as opened:
+        with Image.open(Path(resolve(file)).expanduser()) as opened:
             image = to_rgb(ImageOps.exif_transpose(opened))
     except Exception as error:  # decoders raise errors of many types
         raise UserError(

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from tokenlearn.errors import UserError
 from tokenlearn.losses.objective import Objective
+from tokenlearn.paths import resolve
 
 
 def is_same_model(name: str, other: str) -> bool:
     """Whether two names or folders, in any spelling, mean one model."""
     if name == other:
         return True
-    folder, other_folder = (Path(model).expanduser() for model in (name, other))
+    folder, other_folder = (Path(resolve(model)).expanduser() for model in (name, other))
     return other_folder.is_dir() and other_folder.resolve() == folder.resolve()
 
 
