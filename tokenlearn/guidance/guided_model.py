@@ -64,7 +64,10 @@ class GuidedModel(Generic[C]):
         backbone, conditionings: as given.
         rule: the copy, which holds the state of the last run, such as :attr:`SemanticGuidance.recorded`.
         process: noise process of the network.
+        shares_latents: whether a network that can take the latents once for several conditionings does so.
     """
+
+    shares_latents = True
 
     def __init__(self, backbone: Network[C], rule: GuidanceRule, conditionings: Sequence[C]) -> None:
         self.backbone, self.conditionings = backbone, conditionings
@@ -89,8 +92,11 @@ class GuidedModel(Generic[C]):
         return self.rule.guide(self, latents, timestep, step, recompute)
 
     def noise(self, latents: Tensor, timestep: Tensor, step: int = 0) -> Tensor:
-        """Guided noise prediction (B, C, h, w); arguments as in :meth:`__call__`."""
-        return self.process.noise(latents, self(latents, timestep, step), timestep)
+        """Guided noise prediction (B, C, h, w) for reversible solvers; arguments as in :meth:`__call__`."""
+        apart = copy.copy(self)
+        # Sharing is a matter of the last digits, which a solver that is followed back amplifies: one way for all.
+        apart.shares_latents = False
+        return self.process.noise(latents, apart(latents, timestep, step), timestep)
 
     def x0(self, latents: Tensor, timestep: Tensor, step: int = 0) -> Tensor:
         """Guided one-step prediction (B, C, h, w) of the clean latents; arguments as in :meth:`__call__`."""
@@ -141,7 +147,7 @@ class GuidedModel(Generic[C]):
         with context:
             for with_grad in sorted(set(differentiated.values())):
                 members = [index for index, needs in differentiated.items() if needs == with_grad]
-                evaluate = partial(evaluate_together, self.backbone)
+                evaluate = partial(evaluate_together, self.backbone, shared=self.shares_latents)
                 conditionings = [rows[index] for index in members]
                 if with_grad and recompute:
                     found = recomputed(evaluate, latents, timestep, conditionings)
@@ -158,21 +164,22 @@ def _same_latents(backbone: object) -> AbstractContextManager[None]:
 
 
 def evaluate_together(
-    network: Network[C], latents: Tensor, timestep: Tensor, conditionings: Sequence[C]
+    network: Network[C], latents: Tensor, timestep: Tensor, conditionings: Sequence[C], shared: bool = True
 ) -> tuple[Tensor, ...]:
     """Predictions of a network for several conditionings of the same latents, in one call.
 
     Args:
-        network: a network. With an attribute ``takes_shared_latents`` that is true it gets the latents once.
+        network: a network.
         latents: (B, C, h, w).
         timestep: () or (B,).
         conditionings: each of B rows.
+        shared: whether a network with a true attribute ``takes_shared_latents`` gets the latents once.
 
     Returns:
         A prediction (B, C, h, w) for each conditioning.
     """
     copies = len(conditionings)
-    if not getattr(network, "takes_shared_latents", False):
+    if not (shared and getattr(network, "takes_shared_latents", False)):
         latents = torch.cat([latents] * copies)
         timestep = timestep if timestep.ndim == 0 else timestep.repeat(copies)
     return network(latents, timestep, conditionings[0].cat(conditionings)).chunk(copies)
