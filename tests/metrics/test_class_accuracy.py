@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from tokenlearn.metrics import ClassAccuracy, is_classified_as, wilson_interval
+from tokenlearn.metrics import ClassAccuracy, wilson_interval
 
 Z_SQUARED = 1.959964**2
 
@@ -27,13 +27,6 @@ def test_the_ends_are_where_the_score_test_just_rejects(successes, total):
     share = successes / total
     for end in wilson_interval(successes, total):
         assert (share - end) ** 2 == pytest.approx(Z_SQUARED * end * (1 - end) / total)
-
-
-def test_is_classified_as():
-    logits = torch.tensor([[2.0, 1.0, -1.0], [-3.0, -2.0, -1.0], [2.0, 3.0, 1.0]])
-    targets = torch.tensor([1, 2, 1])
-    assert is_classified_as(logits, targets, multi_label=False).tolist() == [False, True, True]
-    assert is_classified_as(logits, targets, multi_label=True).tolist() == [True, False, True]
 
 
 def test_merged_parts_equal_one_pass():

@@ -21,7 +21,7 @@ def test_is_unbiased_for_samples_of_different_sizes():
     assert far.mean() > 10 * near.mean().abs()
 
 
-def test_groups_are_apart_and_need_two_pictures():
+def test_groups_are_apart_and_need_two_images():
     reference = samples(30, 0, 9)
     metric = KernelDistances(3, reference)
     assert metric.compute().isnan().all()
@@ -29,13 +29,13 @@ def test_groups_are_apart_and_need_two_pictures():
     metric.update(samples(5), torch.tensor([0, 2, 0, 1, 2]))
     metric.update(samples(3, 1, 1), torch.tensor([0, 0, 2]))
     found = metric.compute()
-    own = torch.cat([samples(5)[[0, 2]], samples(3, 1, 1)[:2]])
-    assert found[0] == kernel_distance(own, reference)
+    group = torch.cat([samples(5)[[0, 2]], samples(3, 1, 1)[:2]])
+    assert found[0] == kernel_distance(group, reference)
     assert found[1].isnan()
     assert found[2].isfinite()
 
 
-def test_pictures_of_several_processes_count_together():
+def test_images_of_several_processes_count_together():
     reference, features = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
     alone = KernelDistances(1, reference)
     alone.update(features.repeat(2, 1), torch.zeros(12, dtype=torch.long))

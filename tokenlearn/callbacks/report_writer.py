@@ -1,33 +1,34 @@
-"""The table of a test, as text, CSV and picture, and ``summary.json``."""
+"""The table of an evaluation as text, CSV and figure, its records, and ``summary.json``."""
 
 from __future__ import annotations
 
-import csv
 import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from tokenlearn.callbacks.embedding_export import EmbeddingExport
 from tokenlearn.callbacks.pictures import save_picture, sheet, to_image
 from tokenlearn.files import atomic_write
-from tokenlearn.metrics import Report, is_share
 
-_PICTURE = "pictures/validation.png"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from tokenlearn.evaluation.table import Column, Figure, Row, Table
+
+_VALIDATION_IMAGES = "pictures/validation.png"
 _ROWS_PER_PANEL = 18
 _LABEL_WIDTH = 12  # characters
 
 
 class ReportWriter(L.Callback):
-    """Write what a test found to the run folder and print it; after a fit, also say what the fit left behind."""
+    """Write an evaluation's table to the run folder and print it; after a fit, list the fit's files too."""
 
     def __init__(self) -> None:
         self._fit_started: float | None = None
@@ -44,29 +45,30 @@ class ReportWriter(L.Callback):
 
     @rank_zero_only
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write ``table.csv``, ``table.png``, the report's pictures and ``summary.json``."""
-        report = getattr(pl_module, "report", None)
-        if not isinstance(report, Report):
+        """Write ``table.csv``, ``table.png``, ``records.csv``, the table's images and ``summary.json``."""
+        table: Table | None = getattr(pl_module, "table", None)
+        if table is None:
             return
         folder = Path(trainer.default_root_dir)
-        _write_csv(report, folder / "table.csv")
-        _draw(report, folder / "table.png")
-        for name, rows in report.pictures.items():
+        table.write(folder)
+        _plot(table, folder / "table.png")
+        for name, rows in table.images.items():
             if rows:
                 save_picture(
                     sheet([(caption, [to_image(image) for image in images]) for caption, images in rows]),
                     folder / f"{name}.png",
                 )
-        print(_as_text(report))
-        summary: dict[str, Any] = dict(report.summary)
+        print(f"\n{table}\n")
+        summary: dict[str, Any] = _values(table.summary)
         if self._minutes is not None:
-            pictures = [("before/after picture", f"{name}.png") for name, rows in report.pictures.items() if rows]
-            summary |= self._what_fit_left(trainer, report.fit_summary, report.title, pictures)
+            sheets = [("before/after images", f"{name}.png") for name, rows in table.images.items() if rows]
+            printed = {name: str(figure) for name, figure in table.fit_summary.items()}
+            summary |= _values(table.fit_summary) | self._results_of_fit(trainer, printed, table.title, sheets)
         write_summary(folder, summary)
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After a fit, write ``summary.json`` with the validation figures of the tokens that were kept."""
+        """After a fit, write ``summary.json`` with the validation figures of the final tokens."""
         if self._minutes is None or trainer.state.fn != TrainerFn.VALIDATING:
             return
         figures = {
@@ -75,13 +77,14 @@ class ReportWriter(L.Callback):
             if name.startswith("val/")
         }
         folder = Path(trainer.default_root_dir)
-        pictures = [("validation picture", _PICTURE)] if (folder / _PICTURE).is_file() else []
-        write_summary(folder, self._what_fit_left(trainer, figures, "validation", pictures))
+        sheets = [("validation images", _VALIDATION_IMAGES)] if (folder / _VALIDATION_IMAGES).is_file() else []
+        printed = {name: f"{value:.3g}" for name, value in figures.items()}
+        write_summary(folder, figures | self._results_of_fit(trainer, printed, "validation", sheets))
 
-    def _what_fit_left(
-        self, trainer: L.Trainer, figures: Mapping[str, float], source: str, pictures: Sequence[tuple[str, str]]
+    def _results_of_fit(
+        self, trainer: L.Trainer, figures: Mapping[str, str], source: str, sheets: Sequence[tuple[str, str]]
     ) -> dict[str, Any]:
-        """Print figures, pictures and embedding files of a fit, and give what the summary has of them."""
+        """Print embedding files, images and figures of a fit; returns the minutes and files for the summary."""
         folder, minutes = Path(trainer.default_root_dir), self._minutes or 0.0
         paths = [
             str(path)
@@ -91,12 +94,12 @@ class ReportWriter(L.Callback):
         ]
         for path in paths:
             print(f"embedding file        {path}")
-        for caption, name in pictures:
+        for caption, name in sheets:
             print(f"{caption:<21} {folder / name}")
         print(f"TensorBoard log       tensorboard --logdir {folder}")
-        for name, value in figures.items():
-            print(f"{name:<21} {_figure(name, value)}  ({source})")
-        return {**figures, "minutes": round(minutes, 2), "embeddings": paths}
+        for name, figure in figures.items():
+            print(f"{name:<21} {figure}  ({source})")
+        return {"minutes": round(minutes, 2), "embeddings": paths}
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
@@ -105,68 +108,37 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(summary, indent=2) + "\n")
 
 
-def _cell(value: str | float | None) -> str:
-    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+def _values(figures: Mapping[str, Figure]) -> dict[str, float]:
+    return {name: figure.value for name, figure in figures.items()}
 
 
-def _write_csv(report: Report, path: Path) -> None:
-    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(report.columns)
-        writer.writerows([_cell(value) for value in row] for row in report.rows)
-
-
-def _as_text(report: Report) -> str:
-    index = {column: position for position, column in enumerate(report.columns)}
-    header = [report.columns[0], *report.bars, *report.plain]
-    lines = [header]
-    for row in report.rows:
-        cells = [str(row[0])]
-        for column in report.bars:
-            value, low, high = (row[index[name]] for name in (column, f"{column}_low", f"{column}_high"))
-            measured = isinstance(value, float) and isinstance(low, float) and isinstance(high, float)
-            cells.append(f"{value:.1%} [{low:.0%}, {high:.0%}]" if measured else "-")
-        for column in report.plain:
-            value = row[index[column]]
-            cells.append(_figure(column, value) if isinstance(value, float) else "-")
-        lines.append(cells)
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-    separator = "\n" if report.plain else "  "
-    means = separator.join(
-        f"{name} {_figure(report.kinds.get(name, name), value)}" for name, value in report.summary.items()
-    )
-    return f"\n{report.title}, with 95 % intervals\n{table}\n{means}\n"
-
-
-def _figure(name: str, value: float) -> str:
-    return f"{value:.1%}" if is_share(name) else f"{value:.3g}"
-
-
-def _draw(report: Report, path: Path) -> None:
+def _plot(table: Table, path: Path) -> None:
     """Bars of many rows are panels below each other; curves stand beside the first."""
-    starts = range(0, max(1, len(report.rows)), _ROWS_PER_PANEL)
-    panels = [report.rows[start : start + _ROWS_PER_PANEL] for start in starts]
-    widths = [max(5.0, 0.9 * len(panels[0])), *([4.0] if report.curves else [])]
-    figure = Figure(figsize=(sum(widths), 4.0 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), len(widths), width_ratios=widths, squeeze=False)
-    for own, rows in zip(axes[:, 0], panels, strict=True):
-        _draw_bars(report, rows, own)
-        own.set_xlim(-0.6, len(panels[0]) - 0.4)
-    axes[0, 0].set_title(report.title)
+    from matplotlib.figure import Figure as Canvas
+
+    starts = range(0, max(1, len(table.rows)), _ROWS_PER_PANEL)
+    panels = [table.rows[start : start + _ROWS_PER_PANEL] for start in starts]
+    widths = [max(5.0, 0.9 * len(panels[0])), *([4.0] if table.curves else [])]
+    canvas = Canvas(figsize=(sum(widths), 4.0 * len(panels)), layout="constrained")
+    axes = canvas.subplots(len(panels), len(widths), width_ratios=widths, squeeze=False)
+    bars = [column for column in table.columns if column.bar]
+    for panel, rows in zip(axes[:, 0], panels, strict=True):
+        _plot_bars(bars, rows, panel)
+        panel.set_xlim(-0.6, len(panels[0]) - 0.4)
+    axes[0, 0].set_title(table.title)
     axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    if report.curves:
-        _draw_curves(report, axes[0, 1])
+    if table.curves:
+        _plot_curves(table, axes[0, 1])
         for spare in axes[1:, 1]:
             spare.remove()
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+        canvas.savefig(temporary, format="png", dpi=110)
 
 
-def _draw_curves(report: Report, axes: Axes) -> None:
-    for name, points in report.curves.items():
+def _plot_curves(table: Table, axes: Axes) -> None:
+    for name, points in table.curves.items():
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.set_xlabel("untouched attributes kept")
+    axes.set_xlabel("untouched attributes preserved")
     axes.set_ylabel("edits that succeed")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -175,24 +147,22 @@ def _draw_curves(report: Report, axes: Axes) -> None:
     axes.legend(loc="lower left")
 
 
-def _draw_bars(report: Report, rows: Sequence[Sequence[str | float | None]], axes: Axes) -> None:
-    index = {column: position for position, column in enumerate(report.columns)}
-    width = 0.8 / max(1, len(report.bars))
-    for offset, column in enumerate(report.bars):
-        drawn = [
-            (position + (offset + 0.5) * width - 0.4, row)
-            for position, row in enumerate(rows)
-            if row[index[column]] is not None
+def _plot_bars(columns: Sequence[Column], rows: Sequence[Row], axes: Axes) -> None:
+    width = 0.8 / max(1, len(columns))
+    for offset, column in enumerate(columns):
+        cells = [
+            (place + (offset + 0.5) * width - 0.4, cell.value, cell.low, cell.high)
+            for place, row in enumerate(rows)
+            if (cell := row.cells.get(column.name)) is not None
         ]
-        heights = [float(row[index[column]] or 0) for _, row in drawn]
-        low = [
-            height - float(row[index[f"{column}_low"]] or 0) for height, (_, row) in zip(heights, drawn, strict=True)
+        measured = [
+            (place, value, value - low, high - value)
+            for place, value, low, high in cells
+            if value is not None and low is not None and high is not None
         ]
-        high = [
-            float(row[index[f"{column}_high"]] or 0) - height for height, (_, row) in zip(heights, drawn, strict=True)
-        ]
-        axes.bar([place for place, _ in drawn], heights, width, yerr=(low, high), capsize=2, label=column)
-    names = [fill(str(row[0]), _LABEL_WIDTH, break_long_words=False) for row in rows]
+        places, heights, below, above = zip(*measured, strict=True) if measured else ((), (), (), ())
+        axes.bar(list(places), list(heights), width, yerr=(list(below), list(above)), capsize=2, label=column.name)
+    names = [fill(row.name, _LABEL_WIDTH, break_long_words=False) for row in rows]
     axes.set_xticks(range(len(rows)), names, fontsize="x-small")
     axes.set_ylim(0, 1.05)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

@@ -1,7 +1,6 @@
-"""Metrics as torchmetrics modules, with their intervals."""
+"""Metrics of images and classifiers."""
 
-from tokenlearn.metrics.class_accuracy import ClassAccuracy, is_classified_as, wilson_interval
-from tokenlearn.metrics.group_means import GroupMeans
+from tokenlearn.metrics.class_accuracy import ClassAccuracy, wilson_interval
 from tokenlearn.metrics.kernel_distance import KernelDistances, kernel_distance
 from tokenlearn.metrics.neural_collapse import (
     CollapseStatistics,
@@ -12,28 +11,19 @@ from tokenlearn.metrics.neural_collapse import (
     within_class_variability,
 )
 from tokenlearn.metrics.perceptual_distance import perceptual_distance
-from tokenlearn.metrics.report import PictureRows, Report, interval_cells, interval_columns, is_share, mean_share
-from tokenlearn.metrics.scale_ranks import ScaleRanks
+from tokenlearn.metrics.rank_correlation import rank_correlation
 from tokenlearn.metrics.timing import timed
 
 __all__ = [
     "ClassAccuracy",
     "CollapseStatistics",
-    "GroupMeans",
     "KernelDistances",
     "NeuralCollapse",
-    "PictureRows",
-    "Report",
-    "ScaleRanks",
     "equiangularity",
     "equinorm",
-    "interval_cells",
-    "interval_columns",
-    "is_classified_as",
-    "is_share",
     "kernel_distance",
-    "mean_share",
     "perceptual_distance",
+    "rank_correlation",
     "self_duality",
     "timed",
     "wilson_interval",

@@ -1,4 +1,4 @@
-"""Shares of images that a classifier takes for the wanted class."""
+"""Accuracies of groups of images, and the interval of a share."""
 
 from __future__ import annotations
 
@@ -9,28 +9,15 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
-def is_classified_as(logits: Tensor, targets: Tensor, multi_label: bool) -> Tensor:
-    """Whether each image is taken for its target class.
+def wilson_interval(successes: int, total: int) -> tuple[float, float]:
+    """95 % confidence interval of a share, which also holds near 0 and 1 (Wilson, 1927).
 
     Args:
-        logits: (B, K).
-        targets: (B,) class indices.
-        multi_label: independent sigmoids (then the target's logit must be positive) instead of one softmax (then it
-            must be the largest).
+        successes: number of successes.
+        total: number of trials.
 
     Returns:
-        (B,) bool.
-    """
-    if multi_label:
-        return logits.gather(1, targets[:, None])[:, 0] > 0
-    return logits.argmax(dim=1) == targets
-
-
-def wilson_interval(successes: int, total: int) -> tuple[float, float]:
-    """95 % interval of a share, in [0, 1], that also holds near 0 and 1 (Wilson, 1927).
-
-    Returns:
-        Lower and upper end; (0, 1) where nothing was counted.
+        Lower and upper end in [0, 1]; (0, 1) without trials.
     """
     if total == 0:
         return 0.0, 1.0
@@ -38,7 +25,7 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
     share = successes / total
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    # Rounding must not put the share itself outside.
+    # Rounding must not leave the share outside of its interval.
     return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
 
 
@@ -46,7 +33,7 @@ class ClassAccuracy(Metric):
     """Accuracy of each of several groups of images, exact over any number of processes.
 
     Args:
-        num_groups: number of groups, for instance classes times kinds of prompt.
+        num_groups: number of groups, such as classes times kinds of prompt.
     """
 
     full_state_update = False

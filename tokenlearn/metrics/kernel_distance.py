@@ -1,4 +1,4 @@
-"""How far pictures are from what real ones look like to a network."""
+"""Kernel distance of images to real images in the features of a network."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ def kernel_distance(features: Tensor, reference: Tensor) -> Tensor:
     """Kernel inception distance of two samples, the unbiased estimate from all of both.
 
     Squared maximum mean discrepancy under the kernel ``(x.y / F + 1)^3`` (Binkowski et al., 2018,
-    https://arxiv.org/abs/1801.01401, equation 4). Unlike torchmetrics', which takes random subsets of one size, it is
-    the same every time, and good for few pictures and many references.
+    https://arxiv.org/abs/1801.01401, equation 4). torchmetrics averages over random subsets of one size; this estimate
+    is deterministic, and suits few images and many references.
 
     Args:
-        features: (M, F), M at least 2.
-        reference: (N, F), N at least 2.
+        features: (M, F) of M images, at least 2.
+        reference: (N, F) of N real images, at least 2.
 
     Returns:
-        (), 0 on average for samples of one distribution; it can be negative.
+        () float64, 0 on average for samples of one distribution; it can be negative.
     """
     features, reference = features.double(), reference.double()
-    own, others = (
+    within, within_reference = (
         (kernel.sum() - kernel.diagonal().sum()) / (len(kernel) * (len(kernel) - 1))
         for kernel in (poly_kernel(features, features), poly_kernel(reference, reference))
     )
-    return own + others - 2 * poly_kernel(features, reference).mean()
+    return within + within_reference - 2 * poly_kernel(features, reference).mean()
 
 
 class KernelDistances(Metric):
-    """:func:`kernel_distance` of several groups of pictures to the same reference, over any number of processes.
+    """:func:`kernel_distance` of several groups of images to one reference, over any number of processes.
 
     Args:
         num_groups: number of groups.
-        reference: (N, F) features of real pictures, the same in all processes.
+        reference: (N, F) features of real images, the same in all processes.
     """
 
     full_state_update = False
@@ -56,15 +56,15 @@ class KernelDistances(Metric):
 
         Args:
             features: (B, F).
-            groups: (B,) index of each picture's group.
+            groups: (B,) index of each image's group.
         """
         self.features.append(features)
         self.groups.append(groups)
 
     def compute(self) -> Tensor:
-        """Distances (num_groups,), NaN for groups of fewer than two pictures."""
+        """Distances (num_groups,), NaN for groups of fewer than two images."""
         distances = torch.full((self.num_groups,), torch.nan, dtype=torch.double, device=self.reference.device)
-        if len(self.groups):  # a list, or one tensor after several processes have put theirs together
+        if len(self.groups):  # a list, or one tensor after synchronisation of processes
             features, groups = dim_zero_cat(self.features), dim_zero_cat(self.groups)
             for group in range(self.num_groups):
                 if int((groups == group).sum()) > 1:

@@ -1,9 +1,9 @@
-"""Whether a classifier's features have collapsed to their class means.
+"""Neural collapse: how close a classifier's features are to their class means.
 
 Papyan, Han and Donoho, "Prevalence of neural collapse during the terminal phase of deep learning training", PNAS 2020,
 https://arxiv.org/abs/2008.08186. All measures are 0 for a fully collapsed classifier. The paper's classes have equally
-many images; here the centre of the class means is their own mean, whatever their numbers of images, so that the
-measures are of the classifier and not of how common a class is.
+many images. Here the centre of the class means is their unweighted mean, so that the measures describe the classifier
+and not the frequency of the classes.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ def _centred(rows: Tensor) -> Tensor:
 
 
 def within_class_variability(within_scatter: Tensor, class_means: Tensor) -> Tensor:
-    """NC1, ``trace(Sigma_W pinv(Sigma_B)) / K``: scatter about class means against scatter of class means.
+    """NC1, ``trace(Sigma_W pinv(Sigma_B)) / K``: scatter within classes relative to scatter of the class means.
 
     Args:
         within_scatter: (F, F) mean outer product Sigma_W of features minus their class mean.
         class_means: (K, F).
 
     Returns:
-        () from 0, where all features of a class are the same.
+        (), at least 0; 0 if all features of a class are equal.
     """
     # With C (K, F) the centred means, Sigma_B = C^T C / K has the pseudo-inverse K P P^T, where P = pinv(C) (F, K).
-    # One singular value of C is zero but for rounding, which the tolerance has to exceed.
+    # One singular value of C is zero up to rounding; the tolerance must exceed it.
     inverse = torch.linalg.pinv(_centred(class_means), rtol=1e-8)
     return torch.einsum("fk,fg,gk->", inverse, within_scatter, inverse)
 
@@ -41,7 +41,7 @@ def within_class_variability(within_scatter: Tensor, class_means: Tensor) -> Ten
 def equiangularity(class_means: Tensor) -> Tensor:
     """NC2, standard deviation of the cosines between centred class means.
 
-    It is 0 for a simplex, and always for K = 2: two means are opposite as seen from their middle.
+    It is 0 for a simplex, and always for K = 2: two means lie opposite each other about their centre.
 
     Args:
         class_means: (K, F).
@@ -56,7 +56,7 @@ def equiangularity(class_means: Tensor) -> Tensor:
 
 
 def equinorm(class_means: Tensor) -> Tensor:
-    """NC2, standard deviation of the centred class means' norms over their mean.
+    """NC2, standard deviation of the norms of the centred class means, relative to their mean.
 
     It is 0 for a simplex, and always for K = 2.
 
@@ -64,7 +64,7 @@ def equinorm(class_means: Tensor) -> Tensor:
         class_means: (K, F).
 
     Returns:
-        () from 0.
+        (), at least 0.
     """
     norms = _centred(class_means).norm(dim=1)
     ratio: Tensor = norms.std(correction=0) / norms.mean()
@@ -74,14 +74,14 @@ def equinorm(class_means: Tensor) -> Tensor:
 def self_duality(class_means: Tensor, head_rows: Tensor) -> Tensor:
     """NC3, ``|| W / ||W||_F - M / ||M||_F ||_F``: distance of the head from the class means, each up to a factor.
 
-    Both are centred, which changes nothing in the probabilities of a softmax.
+    Both are centred, which leaves the probabilities of a softmax unchanged.
 
     Args:
         class_means: (K, F) M.
         head_rows: (K, F) W, see :func:`tokenlearn.losses.attribute_directions`.
 
     Returns:
-        () in [0, 2]; sqrt(2) where they have nothing to do with each other.
+        () in [0, 2]; sqrt(2) for unrelated directions.
     """
     means, rows = _centred(class_means), _centred(head_rows.to(class_means))
     distance: Tensor = (rows / rows.norm() - means / means.norm()).norm()
@@ -89,16 +89,16 @@ def self_duality(class_means: Tensor, head_rows: Tensor) -> Tensor:
 
 
 class CollapseStatistics(NamedTuple):
-    """What :class:`NeuralCollapse` finds, in float64.
+    """Results of :class:`NeuralCollapse`, in float64.
 
     Attributes:
         class_means: (K, F) mean features of each class.
-        global_mean: (F,) mean over all images that count.
+        global_mean: (F,) mean over all counted images.
         counts: (K,) number of images of each class.
         within_class_variability: () NC1.
         equiangularity: () NC2.
         equinorm: () NC2.
-        self_duality: () NC3, None without head rows.
+        self_duality: () NC3; None without head rows.
     """
 
     class_means: Tensor
@@ -118,8 +118,8 @@ class CollapseStatistics(NamedTuple):
 class NeuralCollapse(Metric):
     """Class means of penultimate features and the measures of neural collapse, for one attribute.
 
-    One pass over any number of images in any number of processes: what is kept are sums in float64, so the order of
-    images matters to rounding alone. An attribute takes ``8 F^2`` bytes.
+    It takes one pass over any number of images in any number of processes. The state is float64 sums, so the order of
+    images affects rounding only. An attribute takes ``8 F^2`` bytes.
 
     Args:
         num_classes: K.
@@ -146,7 +146,7 @@ class NeuralCollapse(Metric):
 
         Args:
             features: (B, F).
-            labels: (B,) class of each image; images of a negative one do not count, for they show no class.
+            labels: (B,) class of each image; images with a negative class are not counted.
         """
         counted = labels >= 0
         features, labels = features[counted].double(), labels[counted]
@@ -163,7 +163,7 @@ class NeuralCollapse(Metric):
         total = int(self.counts.sum())
         if empty := (self.counts == 0).nonzero().flatten().tolist():
             raise UserError(
-                f"no image of class {', '.join(map(str, empty))} among {total}; give more images or take the "
+                f"no image of class {', '.join(map(str, empty))} among {total}; give more images, or use the "
                 "classifier's head instead of class means"
             )
         class_means = self.feature_sums / self.counts[:, None]

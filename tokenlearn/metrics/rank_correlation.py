@@ -2,45 +2,43 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.functional.regression import spearman_corrcoef
 
-from tokenlearn.metrics.group_means import GroupMeans
 
+class RankCorrelations(NamedTuple):
+    """Spearman's rank correlations, NaN where fewer than two scales are to be ranked.
 
-class ScaleRanks(nn.Module):
-    """Mean of Spearman's correlation of each picture's logit with the scale it was edited at, by groups.
-
-    ``rank_correlation`` is over the side of the scale that a picture needs: where the judge is sure already there is
-    little to rank, so both sides together are a figure of their own, ``both_sides_rank_correlation``.
-
-    Args:
-        num_groups: number of groups, for instance attributes.
+    Attributes:
+        needed: (B,) over the side of the scale that the image needs.
+        both_sides: (B,) over all scales.
     """
 
-    def __init__(self, num_groups: int) -> None:
-        super().__init__()
-        self.needed, self.both_sides = GroupMeans(num_groups), GroupMeans(num_groups)
+    needed: Tensor
+    both_sides: Tensor
 
-    def update(self, logits: Tensor, scales: Tensor, shown: Tensor, group: int) -> None:
-        """Add pictures, each edited at several scales; a side of fewer than two scales does not count.
 
-        Args:
-            logits: (B, S).
-            scales: (B, S), positive where the attribute was added.
-            shown: (B,) whether a picture shows the attribute unedited, and needs negative scales.
-            group: index of their group.
-        """
-        cell = torch.tensor([group], device=logits.device)
-        for own, tried, present in zip(logits, scales, shown.tolist(), strict=True):
-            needed = tried <= 0 if present else tried >= 0
-            for metric, used in ((self.needed, needed), (self.both_sides, torch.ones_like(needed))):
-                if used.sum() > 1:
-                    metric.update(spearman_corrcoef(own[used], tried[used])[None], cell)
+def rank_correlation(logits: Tensor, scales: Tensor, present: Tensor) -> RankCorrelations:
+    """Rank correlation of each image's logit with the scale at which the image was edited.
 
-    def compute(self) -> dict[str, Tensor]:
-        """Means (num_groups,) by name, NaN for groups without a value."""
-        metrics = {"rank_correlation": self.needed, "both_sides_rank_correlation": self.both_sides}
-        # One group alone comes without a dimension.
-        return {name: metric.compute().reshape(-1) for name, metric in metrics.items()}
+    An image needs the side of the scale that adds the attribute, or removes it if the attribute is present already.
+    There is little to rank on the other side, where the judge is sure from the beginning.
+
+    Args:
+        logits: (B, S) the judge's logits at S scales.
+        scales: (B, S), positive where the attribute is added.
+        present: (B,) bool, whether the unedited image shows the attribute.
+    """
+    needed, both_sides = [], []
+    for of_image, tried, shows_it in zip(logits, scales, present.tolist(), strict=True):
+        side = tried <= 0 if shows_it else tried >= 0
+        needed.append(_spearman(of_image[side], tried[side]))
+        both_sides.append(_spearman(of_image, tried))
+    return RankCorrelations(torch.stack(needed), torch.stack(both_sides))
+
+
+def _spearman(values: Tensor, scales: Tensor) -> Tensor:
+    return spearman_corrcoef(values, scales) if len(values) > 1 else values.new_tensor(torch.nan)

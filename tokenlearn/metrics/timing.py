@@ -1,4 +1,4 @@
-"""How long something takes."""
+"""Wall-clock time of a function."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ R = TypeVar("R")
 
 
 def timed(function: Callable[[], R], device: torch.device) -> tuple[R, float]:
-    """What a function returns, and the seconds until ``device`` has finished its work."""
+    """Result of a function, and the seconds until ``device`` has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
