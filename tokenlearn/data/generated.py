@@ -1,20 +1,23 @@
-"""Generated images by specification: a prompt and a seed, turned into latents by the task or taken from a cache."""
+"""Generated images by specification: a prompt and a seed, turned into latents by the task or read from a cache."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from tokenlearn.data.images import ImageBatch
+from tokenlearn.data.batches import ImageBatch
+from tokenlearn.data.interfaces import ImageConsumer, LabelledImages, consumer_of, trainer_of
 from tokenlearn.data.labels import UNKNOWN
-from tokenlearn.data.latent_cache import CacheDtype, LatentCache, build_latents, in_full_batches, weights_hash
+from tokenlearn.data.latent_cache import LatentCache, LatentCaching, build_latents, in_full_batches
 from tokenlearn.data.prompts import TEST_SEEDS, VALIDATION_SEEDS
-from tokenlearn.data.sharding import BatchStream, CountingSource, EvaluationBatches, Item, ShuffledSource, items_below
+from tokenlearn.data.sources import CountingSource, Item, ShuffledSource, items_below
+from tokenlearn.data.streams import BatchStream, EvaluationBatches
 from tokenlearn.errors import UserError, check_at_least
 
 
@@ -22,7 +25,7 @@ class GeneratedSample(NamedTuple):
     """One image of an :class:`tokenlearn.data.ImageBatch` that is to be generated.
 
     Attributes:
-        prompt: what to draw.
+        prompt: prompt of the image.
         seed: seed of the initial latents.
         labels: attribute name to class index.
         latents: (C, h, w) if they are cached.
@@ -47,37 +50,36 @@ def collate_generated(samples: Sequence[GeneratedSample]) -> ImageBatch:
     )
 
 
-class GeneratedDataModule(L.LightningDataModule):
-    """Generated images to learn from, made by the task on its device, or once beforehand.
+class GeneratedDataModule(L.LightningDataModule, LabelledImages):
+    """Generated images to learn from, made by the task on its device in each step, or once in advance.
 
-    Image ``i`` is of prompt ``i % len(prompts)`` and has seed ``seed + i``. Validation and test have fixed seeds far
-    away from those of the training. All processes together see the batches that one process with the same global batch
-    would see, and a resumed run goes on with the very next one.
+    Image ``i`` has prompt ``i % len(prompts)`` and seed ``seed + i``. Validation and test have fixed seeds far away
+    from the training's. All processes together see the batches that one process with the same global batch would see,
+    and a resumed run continues with the next batch.
 
     Args:
         prompts: prompts, taken in turn.
-        labels: prompt to its attributes and their class indices; what is not said is not known.
-        num_images: images to go through in passes, each pass in an order of its own; null for new ones all the time.
+        labels: prompt to its attributes and their class indices; other attributes are not known.
+        num_images: number of images, read in passes in a different order each; null for new ones in every batch.
         batch_size: images per step and device.
         batches_per_epoch: steps per epoch and device; null for one pass, rounded up.
         eval_batch_size: images per step and device in validation and test.
         seed: seed of the first training image, 0 to 999999999, and of the orders of the passes.
         validation_images: images in each validation; 0 for none.
         test_images: images in the test; 0 for none.
-        cache_dir: folder for the latents of all these images, made once when they are first needed; null to make them
-            in each step.
-        cache_dtype: precision of cached latents.
-        cache_shard_size: images per cache file.
+        cache: where the latents of all these images are cached, made once when they are first needed; null to make
+            them in each step.
 
     Raises:
-        UserError: for an empty list of prompts, a number that is out of range, labels of a prompt that is not there,
-            or an epoch or a cache without an end.
+        UserError: for an empty list of prompts, a number that is out of range, labels of an unknown prompt, or an
+            epoch or a cache without an end.
     """
 
     def __init__(
         self,
         prompts: list[str],
         labels: dict[str, dict[str, int]] | None = None,
+        *,
         num_images: int | None = None,
         batch_size: int = 8,
         batches_per_epoch: int | None = None,
@@ -85,9 +87,7 @@ class GeneratedDataModule(L.LightningDataModule):
         seed: int = 0,
         validation_images: int = 64,
         test_images: int = 64,
-        cache_dir: str | None = None,
-        cache_dtype: CacheDtype = "float32",
-        cache_shard_size: int = 256,
+        cache: LatentCaching | None = None,
     ) -> None:
         super().__init__()
         if not prompts:
@@ -99,25 +99,29 @@ class GeneratedDataModule(L.LightningDataModule):
             batch_size=batch_size,
             batches_per_epoch=batches_per_epoch,
             eval_batch_size=eval_batch_size,
-            cache_shard_size=cache_shard_size,
         )
         check_at_least("data", 0, validation_images=validation_images, test_images=test_images)
         if not 0 <= seed < VALIDATION_SEEDS:
             raise UserError(f"data.seed must be from 0 to {VALIDATION_SEEDS - 1}, got {seed}")
         if unknown := sorted(set(labels or {}).difference(prompts)):
             raise UserError(f"data.labels has '{unknown[0]}', which is not among data.prompts; write both alike")
-        if num_images is None and (cache_dir is not None or batches_per_epoch is None):
-            setting = "batches_per_epoch or num_images" if cache_dir is None else "num_images, which a cache needs"
+        if num_images is None and (cache is not None or batches_per_epoch is None):
+            setting = "batches_per_epoch or num_images" if cache is None else "num_images, which a cache needs"
             raise UserError(f"new images are made without an end; set data.{setting}")
         self.prompts, self.labels, self.num_images = prompts, labels or {}, num_images
         self.attributes = sorted({attribute for classes in self.labels.values() for attribute in classes})
         self.batch_size, self.batches_per_epoch, self.eval_batch_size = batch_size, batches_per_epoch, eval_batch_size
         self.seed, self.validation_images, self.test_images = seed, validation_images, test_images
-        self.cache_dir, self.cache_dtype, self.cache_shard_size = cache_dir, cache_dtype, cache_shard_size
+        self.cache = cache
+
+    @property
+    def class_names(self) -> dict[str, tuple[str, ...]]:
+        """The attributes, whose classes have no names here."""
+        return dict.fromkeys(self.attributes, ())
 
     def train_dataloader(self) -> BatchStream[GeneratedSample, ImageBatch]:
         """The training stream, this rank's part; makes the cache of latents first if there is to be one."""
-        trainer = self._trainer()
+        trainer = trainer_of(self)
         length, latents = self.batches_per_epoch, None
         if self.num_images is not None:
             length = length or -(-self.num_images // (self.batch_size * trainer.world_size))
@@ -127,10 +131,10 @@ class GeneratedDataModule(L.LightningDataModule):
             CountingSource() if self.num_images is None else ShuffledSource(self.num_images, self.seed),
             partial(self._sample, self.seed, latents),
             collate_generated,
-            self.batch_size,
-            length,
-            trainer.global_rank,
-            trainer.world_size,
+            batch_size=self.batch_size,
+            length=length,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
         )
 
     def val_dataloader(self) -> EvaluationBatches[GeneratedSample, ImageBatch] | list[Any]:
@@ -152,16 +156,16 @@ class GeneratedDataModule(L.LightningDataModule):
         return self._evaluation(self.seed, self.num_images)
 
     def _evaluation(self, first_seed: int, count: int) -> EvaluationBatches[GeneratedSample, ImageBatch]:
-        trainer = self._trainer()
+        trainer = trainer_of(self)
         latents = self._cached_latents(trainer, first_seed, count, self.eval_batch_size)
         return EvaluationBatches(
             partial(items_below, count),
             count,
             partial(self._sample, first_seed, latents),
             collate_generated,
-            self.eval_batch_size,
-            trainer.global_rank,
-            trainer.world_size,
+            batch_size=self.eval_batch_size,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
         )
 
     def _sample(self, first_seed: int, latents: LatentCache | None, item: Item) -> GeneratedSample:
@@ -171,39 +175,29 @@ class GeneratedDataModule(L.LightningDataModule):
         return GeneratedSample(prompt, first_seed + item.index, labels, cached)
 
     def _cached_latents(self, trainer: L.Trainer, first_seed: int, count: int, batch_size: int) -> LatentCache | None:
-        if self.cache_dir is None:
+        if self.cache is None:
             return None
-        task = cast(Any, trainer.lightning_module)
-        for prompt in self.prompts:
-            if task.bank is not None and any(placeholder in prompt for placeholder in task.bank.placeholders):
-                raise UserError(
-                    f"prompt '{prompt}' has a token that is learned, and its images change as it learns; set "
-                    "data.cache_dir to null"
-                )
-        key = {
-            "model": task.backbone.pretrained,
-            "weights": weights_hash(task.backbone),
-            "scheduler": [type(task.scheduler).__name__, dict(task.scheduler.config)],
-            "num_inference_steps": task.num_inference_steps,
-            "guidance": [type(task.guidance).__name__, vars(task.guidance)],
-            "negative_prompt": task.negative_prompt,
-            "prompts": self.prompts,
-            "seeds": [first_seed, count],
-        }
-        cache = LatentCache.of_trainer(trainer, self.cache_dir, key, self.cache_dtype, self.cache_shard_size)
+        task = consumer_of(trainer, ImageConsumer)
+        sampling = task.sampling_key()
+        _require_constant([*self.prompts, json.dumps(sampling, default=str, ensure_ascii=False)], task)
 
         def generate(batch: Sequence[GeneratedSample]) -> Tensor:
-            prompts, seeds = [sample.prompt for sample in batch], [sample.seed for sample in batch]
-            return cast(Tensor, task.generate_latents(prompts, seeds))
+            return task.generate_latents([sample.prompt for sample in batch], [sample.seed for sample in batch])
 
         def encode(items: Sequence[Item]) -> list[Tensor | None]:
-            return [*in_full_batches(generate, (self._sample(first_seed, None, item) for item in items), batch_size)]
+            samples = (self._sample(first_seed, None, item) for item in items)
+            return [*in_full_batches(generate, samples, batch_size)]
 
-        return build_latents(trainer, cache, items_below(count), encode, count)
+        key = {"sampling": sampling, "prompts": self.prompts, "seeds": [first_seed, count]}
+        return build_latents(trainer, self.cache, key, items_below(count), encode, total=count)
 
-    def _trainer(self) -> L.Trainer:
-        if self.trainer is None:
-            raise RuntimeError(
-                "GeneratedDataModule reads ranks and the task from its trainer; hand it to Trainer.fit or test"
-            )
-        return self.trainer
+
+def _require_constant(texts: Sequence[str], task: ImageConsumer) -> None:
+    """Raise UserError if a prompt, or a prompt in the settings of the sampler, has a token that is being learned."""
+    for text in texts:
+        for placeholder in task.learned_placeholders:
+            if placeholder.casefold() in text.casefold():
+                raise UserError(
+                    f"prompt '{text[:300]}' has the token '{placeholder}', whose images change as it is learned; set "
+                    "data.cache to null"
+                )

@@ -1,4 +1,4 @@
-"""Where pictures come from: a folder, parquet files, a saved data set, the hub, or the bundled world."""
+"""Data sets of images: a folder, parquet files, a saved data set, the hub, or the bundled world."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets  # type: ignore[import-untyped]
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder  # type: ignore[import-untyped]
-
-from tokenlearn.data.portraits import portrait, portraits_dataset
-from tokenlearn.errors import UserError
+from tokenlearn.errors import UserError, reason_of
+from tokenlearn.paths import resolve
 
 _PORTRAITS = "portraits:"
 _PORTRAITS_PER_SHARD = 256
@@ -27,9 +24,9 @@ class ImageSource:
     """A data set that can be opened again and again.
 
     Attributes:
-        open: opens it as a ``Dataset``, or when streaming as an ``IterableDataset``. Its column of pictures gives
+        open: opens it as a ``Dataset``, or when streaming as an ``IterableDataset``. Its column of images gives
             ``{"bytes", "path"}``, not decoded.
-        fingerprint: another one for other data.
+        fingerprint: differs for different data.
         portraits: whether it is the bundled world.
     """
 
@@ -38,57 +35,64 @@ class ImageSource:
     portraits: bool = False
 
 
+def is_portraits(source: str) -> bool:
+    """Whether a source is the bundled world."""
+    return source.startswith(_PORTRAITS)
+
+
 def open_images(
-    source: str,
-    image_column: str = "image",
-    split: str = "train",
-    streaming: bool = False,
-    revision: str | None = None,
-    portraits_seed: int = 0,
+    source: str, *, image_column: str = "image", split: str = "train", streaming: bool = False
 ) -> ImageSource:
     """Find a data set.
 
     Args:
-        source: a folder of pictures in any depth, with ``metadata.jsonl`` or a folder per class if wanted; a folder of
+        source: a folder of images in any depth, with ``metadata.jsonl`` or a folder per class if wanted; a folder of
             parquet files, a parquet file or a pattern such as ``data/*.parquet``; a data set that ``save_to_disk``
-            wrote; ``portraits:SIZE`` for the bundled world; or a hub id.
-        image_column: name of the column of pictures; files in a folder are in ``image``.
-        split: split of the data set. Of a folder of pictures, the subfolder of that name if there is one, else all.
+            wrote; a hub id, ``owner/name`` or ``owner/name@revision`` with a branch, tag or commit; or for the bundled
+            world ``portraits:SIZE`` or ``portraits:SIZE:SEED``, where another seed names other portraits than 0.
+        image_column: name of the column of images; files in a folder are in ``image``.
+        split: split of the data set. Of a folder of images, the subfolder of this name if there is one, else all.
         streaming: read while iterating instead of preparing the data set first.
-        revision: branch, tag or commit of a hub data set.
-        portraits_seed: names the stream of portraits.
 
     Raises:
         UserError: if there is no such data set, split or column, or it cannot be read.
     """
-    if source.startswith(_PORTRAITS):
-        return _portraits(source, streaming, portraits_seed)
-    path = Path(source).expanduser()
+    if is_portraits(source):
+        return _portraits(source, streaming)
+    path = Path(resolve(source)).expanduser()
     with _explained(source, split):
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             opened, fingerprint = _saved(path, split, streaming)
         else:
-            opened, fingerprint = _built(path, source, split, streaming, revision)
+            opened, fingerprint = _built(path, source, split, streaming)
 
-    def open_encoded() -> Any:  # noqa: ANN401 - either kind of data set
+    def open_encoded() -> Any:  # noqa: ANN401 - either kind of data set, neither of which has types
         with _explained(source, split):
             return _encoded(opened(), image_column)
 
     return ImageSource(open_encoded, f"{fingerprint} {split} {image_column}")
 
 
-def _portraits(source: str, streaming: bool, seed: int) -> ImageSource:
-    size = source.removeprefix(_PORTRAITS)
-    if not size.isdecimal() or int(size) == 0:
-        raise UserError(f"data.source '{source}' needs a number of portraits, such as 'portraits:2000'")
+def _portraits(source: str, streaming: bool) -> ImageSource:
+    from tokenlearn.data.portraits import portrait, portraits_dataset
+
+    size, _, seed = source.removeprefix(_PORTRAITS).partition(":")
+    if not size.isdecimal() or int(size) == 0 or not (seed or "0").isdecimal():
+        raise UserError(
+            f"data.source '{source}' needs a number of portraits, such as 'portraits:2000', and may have a seed, such "
+            "as 'portraits:2000:1'"
+        )
+    number = int(seed or "0")
     num_shards = -(-int(size) // _PORTRAITS_PER_SHARD)
-    opened = partial(portraits_dataset, int(size), seed, streaming=streaming, num_shards=num_shards)
-    picture = portrait(seed, 0)[1]  # drawn otherwise by another release
-    look = hashlib.blake2b(picture.tobytes(), digest_size=8).hexdigest()
-    return ImageSource(lambda: _encoded(opened(), "image"), f"{source} {seed} {look}", portraits=True)
+    opened = partial(portraits_dataset, int(size), number, streaming=streaming, num_shards=num_shards)
+    first = portrait(number, 0)[1]  # another release may draw it differently
+    look = hashlib.blake2b(first.tobytes(), digest_size=8).hexdigest()
+    return ImageSource(lambda: _encoded(opened(), "image"), f"{_PORTRAITS}{size} {number} {look}", portraits=True)
 
 
 def _saved(path: Path, split: str, streaming: bool) -> tuple[Callable[[], Any], str]:
+    import datasets  # type: ignore[import-untyped]
+
     data = datasets.load_from_disk(str(path))
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
@@ -102,9 +106,9 @@ def _saved(path: Path, split: str, streaming: bool) -> tuple[Callable[[], Any], 
     return (lambda: data), data._fingerprint
 
 
-def _built(
-    path: Path, source: str, split: str, streaming: bool, revision: str | None
-) -> tuple[Callable[[], Any], str]:
+def _built(path: Path, source: str, split: str, streaming: bool) -> tuple[Callable[[], Any], str]:
+    import datasets
+
     name = re.split(r"[\[+]", split)[0]  # of 'train[:100]'
     if path.is_dir():
         builder = _folder_builder(path, name)
@@ -113,7 +117,8 @@ def _built(
     elif source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise UserError(f"data folder '{source}' does not exist; give an existing folder or a hub id (owner/name)")
     else:
-        builder = datasets.load_dataset_builder(source, revision=revision)
+        hub_id, _, revision = source.partition("@")
+        builder = datasets.load_dataset_builder(hub_id, revision=revision or None)
     fingerprint = f"{builder.config_id} {builder.hash}"  # of names, sizes and times of local files, commits on the hub
     if streaming:
         return partial(builder.as_streaming_dataset, split=split), fingerprint
@@ -126,42 +131,46 @@ def _built(
 
 
 def _folder_builder(path: Path, name: str) -> Any:  # noqa: ANN401 - datasets has no types
+    import datasets
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder  # type: ignore[import-untyped]
+
     folder = path / name if (path / name).is_dir() else path
     suffixes = {file.suffix.lower() for file in folder.rglob("*")}
     if not suffixes.isdisjoint(ImageFolder.EXTENSIONS):
-        # All files, named: left to itself, the loader takes words such as 'test' in their names for splits.
+        # All files, named: otherwise the loader takes words such as 'test' in their names for splits.
         return datasets.load_dataset_builder("imagefolder", data_dir=str(folder), data_files={name: "**"})
     if ".parquet" in suffixes:
         return datasets.load_dataset_builder(str(path))
-    raise UserError(f"no pictures in the folder '{folder}'; set data.source to a folder of PNG, JPEG or parquet files")
+    raise UserError(f"no images in the folder '{folder}'; set data.source to a folder of PNG, JPEG or parquet files")
 
 
 def _encoded(dataset: Any, image_column: str) -> Any:  # noqa: ANN401 - either kind of data set
-    """The data set with its pictures as they are stored."""
-    if dataset.features is None:  # streams whose files do not say what is in them
+    """The data set with its images as they are stored."""
+    import datasets
+
+    if dataset.features is None:  # streams whose files do not name their columns
         dataset = dataset._resolve_features()
     if image_column not in dataset.features:
         raise UserError(
-            f"the data have no column '{image_column}'; set data.image_column to one of "
+            f"the data have no column '{image_column}'; set data.images.column to one of "
             f"{', '.join(sorted(dataset.features))}"
         )
     feature = dataset.features[image_column]
     stored = {"string", "large_string", "binary", "large_binary"}
     if not (isinstance(feature, datasets.Image | dict) or getattr(feature, "dtype", None) in stored):
-        raise UserError(f"column '{image_column}' holds no pictures; set data.image_column to one that does")
+        raise UserError(f"column '{image_column}' holds no images; set data.images.column to one that does")
     return dataset.cast_column(image_column, datasets.Image(decode=False))
 
 
 @contextmanager
 def _explained(source: str, split: str) -> Iterator[None]:
-    """Turn what goes wrong in loading, which is nearly always the input, into one line."""
+    """Turn errors of loading, which are nearly always in the input, into one line."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"cannot load split '{split}' of the data '{source}' ({reason}); check data.source, data.split and "
-            "data.revision"
+            f"cannot load split '{split}' of the data '{source}' ({reason_of(error)}); check data.source and "
+            "data.split"
         ) from error

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-
-import datasets  # type: ignore[import-untyped]
 
 from tokenlearn.errors import UserError
 
@@ -15,14 +13,43 @@ UNKNOWN = -1
 
 
 @dataclass(frozen=True)
+class LabelColumns:
+    """Columns of a data set with the classes of attributes.
+
+    Attributes:
+        columns: attribute to the column of its class: boolean, index, name, or null if it is not known.
+        classes: attribute to its class names in the order of class indices; needed for names in a stream, and for
+            another order than the alphabetical one or that of the data.
+        list_column: column of lists with a boolean or a class index for each of ``list_attributes``; for portraits
+            ``attributes`` by default.
+        list_attributes: attributes in the order of the lists.
+
+    Raises:
+        UserError: if only one of ``list_column`` and ``list_attributes`` is given.
+    """
+
+    columns: dict[str, str] = field(default_factory=dict)
+    classes: dict[str, list[str]] = field(default_factory=dict)
+    list_column: str | None = None
+    list_attributes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if (self.list_column is None) != (not self.list_attributes):
+            raise UserError(
+                f"data.labels.list_column is {self.list_column} and data.labels.list_attributes is "
+                f"{self.list_attributes}; set both or neither"
+            )
+
+
+@dataclass(frozen=True)
 class Label:
-    """How to read the class index of an attribute from a row.
+    """Reads the class index of an attribute from a row.
 
     Attributes:
         attribute: name of the attribute.
-        column: column that its class is in.
+        column: column of its class.
         place: position in a column of lists.
-        stored_names: what the integers of a ``ClassLabel`` column stand for.
+        stored_names: names that the integers of a ``ClassLabel`` column stand for.
         classes: names in the order of class indices; empty where a column of numbers or booleans needs none.
     """
 
@@ -35,8 +62,12 @@ class Label:
     def class_index(self, row: Mapping[str, Any], name: str) -> int:
         """Class index in a row, -1 where the row has null, NaN or -1.
 
+        Args:
+            row: columns of the row.
+            name: name of the row's image, for the error.
+
         Raises:
-            UserError: if the row has anything that is not a class; ``name`` says whose row it is.
+            UserError: if the row has a value that is not a class.
         """
         value = row[self.column]
         if self.place is not None and isinstance(value, list):
@@ -51,58 +82,63 @@ class Label:
             return int(value)
         expected = f"one of {', '.join(self.classes)}" if self.classes else "a class index or true or false"
         raise UserError(
-            f"picture '{name}' has '{value}' in column '{self.column}' for '{self.attribute}', not {expected}; "
-            "correct it, list it in data.label_classes, or leave it empty where it is not known"
+            f"image '{name}' has '{value}' in column '{self.column}' for '{self.attribute}', not {expected}; "
+            "correct it, list it in data.labels.classes, or leave it empty if it is not known"
         )
 
 
-def column_labels(
-    dataset: Any,  # noqa: ANN401 - either kind of data set, which have no types
-    columns: Mapping[str, str],
-    classes: Mapping[str, Sequence[str]],
-) -> list[Label]:
-    """Labels in columns of their own.
+def read_labels(dataset: Any, settings: LabelColumns) -> list[Label]:  # noqa: ANN401 - datasets has no types
+    """Labels of a data set.
 
     Args:
         dataset: a ``Dataset`` or ``IterableDataset``.
-        columns: attribute to column.
-        classes: attribute to class names in the order of class indices; by default those of a ``ClassLabel`` column,
-            or the names in a column of names in alphabetical order, which a stream does not tell.
+        settings: where the labels are.
 
     Raises:
-        UserError: if a column is missing, or class names are missing or superfluous.
+        UserError: if a column is missing, class names are missing or superfluous, or lists are known to have another
+            length.
     """
+    labels = _column_labels(dataset, settings.columns, settings.classes)
+    if settings.list_column is not None:
+        labels += _list_labels(dataset, settings.list_column, settings.list_attributes)
+    return labels
+
+
+def _column_labels(
+    dataset: Any,  # noqa: ANN401 - as above
+    columns: Mapping[str, str],
+    classes: Mapping[str, Sequence[str]],
+) -> list[Label]:
+    """Labels with a column each; class names are by default those of a ``ClassLabel``, else in alphabetical order."""
+    import datasets  # type: ignore[import-untyped]
+
     if superfluous := set(classes).difference(columns):
         raise UserError(
-            f"data.label_classes names '{min(superfluous)}', which data.label_columns has no column for; add it there"
+            f"data.labels.classes names '{min(superfluous)}', which has no column in data.labels.columns; add it there"
         )
     labels = []
     for attribute, column in columns.items():
-        feature = feature_of(dataset, column, "label_columns")
+        feature = feature_of(dataset, column, "labels.columns")
         stored = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else ()
         names = tuple(classes.get(attribute, stored))
         if not names and getattr(feature, "dtype", None) in ("string", "large_string"):
             if isinstance(dataset, datasets.IterableDataset):
                 raise UserError(
-                    f"the classes of '{attribute}' are names, and a stream does not tell all of them beforehand; "
-                    "list them in data.label_classes"
+                    f"the classes of '{attribute}' are names, and a stream does not tell all of them in advance; "
+                    "list them in data.labels.classes"
                 )
             names = tuple(sorted(name for name in dataset.unique(column) if name is not None))
         labels.append(Label(attribute, column, None, stored, names))
     return labels
 
 
-def list_labels(dataset: Any, column: str, attributes: Sequence[str]) -> list[Label]:  # noqa: ANN401 - as above
-    """Labels in one column of lists, a place for each attribute.
-
-    Raises:
-        UserError: if the column is missing, or its lists are known to have another length.
-    """
-    feature = feature_of(dataset, column, "attributes_column")
+def _list_labels(dataset: Any, column: str, attributes: Sequence[str]) -> list[Label]:  # noqa: ANN401 - as above
+    """Labels in one column of lists, a place for each attribute."""
+    feature = feature_of(dataset, column, "labels.list_column")
     if getattr(feature, "length", -1) not in (-1, len(attributes)):
         raise UserError(
-            f"column '{column}' has {feature.length} attributes, data.attribute_names {len(attributes)}; name each "
-            "one, in order"
+            f"column '{column}' has {feature.length} attributes, data.labels.list_attributes {len(attributes)}; name "
+            "each one, in order"
         )
     return [Label(attribute, column, place) for place, attribute in enumerate(attributes)]
 
@@ -110,8 +146,13 @@ def list_labels(dataset: Any, column: str, attributes: Sequence[str]) -> list[La
 def feature_of(dataset: Any, column: str, setting: str) -> Any:  # noqa: ANN401 - as above
     """Type of a column.
 
+    Args:
+        dataset: a ``Dataset`` or ``IterableDataset``.
+        column: name of the column.
+        setting: setting below ``data`` that names the column, for the error.
+
     Raises:
-        UserError: if there is no such column; ``setting`` says who names it.
+        UserError: if there is no such column.
     """
     if column not in dataset.features:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Latents on disk: made once, in shards, and never mistaken for those of another model, transform or data set."""
+"""Latents on disk: made once, in shards, and found again only by the same model, transform and data set."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import lightning as L
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.files import atomic_write
+
+if TYPE_CHECKING:
+    import lightning as L
 
 T = TypeVar("T")
 
@@ -27,66 +29,74 @@ CacheDtype = Literal["float32", "float16"]
 _OPEN_SHARDS = 16
 
 
-class LatentCache:
-    """Latents of numbered items in ``<folder>/<hash of key>/00000.safetensors`` and so on.
+@dataclass(frozen=True)
+class LatentCaching:
+    """Where and how latents are cached.
 
-    A shard has the latents of ``shard_size`` items in a row, but for items that have none. Shards are written whole,
-    so an interrupted :meth:`build` goes on with the first that is missing; ``key.json`` comes last and says that all
-    are there. Reading maps shards into memory, a few at a time, so memory stays flat.
-
-    Args:
-        folder: where caches are kept; all processes must see it.
-        key: everything that the latents depend on, as JSON types; another key is another folder.
-        dtype: precision on disk. In float32, what comes out is what went in.
-        shard_size: items per shard.
-        rank: this process among ``world_size``; each builds every ``world_size``-th shard.
-        world_size: number of processes.
-        barrier: called with a name where all processes must have come before any goes on.
+    Attributes:
+        folder: folder of all caches; all processes must see it. Each cache has its subfolder.
+        dtype: precision on disk. In float32, latents are read as they were written.
+        shard_size: images per file.
 
     Raises:
         UserError: if ``shard_size`` is below 1.
     """
 
+    folder: str
+    dtype: CacheDtype = "float32"
+    shard_size: int = 1024
+
+    def __post_init__(self) -> None:
+        check_at_least("data.cache", 1, shard_size=self.shard_size)
+
+
+class LatentCache:
+    """Latents of numbered items in ``<folder>/<hash of key>/00000.safetensors`` and so on.
+
+    A shard has the latents of ``shard_size`` consecutive items, except items that have none. Shards are written whole,
+    so an interrupted :meth:`build` resumes at the first missing one; ``key.json`` is written last and marks the cache
+    as complete. Reading maps shards into memory, a few at a time, so memory stays flat.
+
+    Args:
+        settings: where and how to cache.
+        key: everything that the latents depend on, as JSON types; another key is another folder.
+        rank: this process among ``world_size``; each builds every ``world_size``-th shard.
+        world_size: number of processes.
+        barrier: called with a name at a point that all processes must reach before any continues.
+    """
+
     def __init__(
         self,
-        folder: str,
+        settings: LatentCaching,
         key: Mapping[str, Any],
-        dtype: CacheDtype = "float32",
-        shard_size: int = 1024,
+        *,
         rank: int = 0,
         world_size: int = 1,
         barrier: Callable[[str], Any] = lambda name: None,
     ) -> None:
-        check_at_least("data", 1, cache_shard_size=shard_size)
-        self.key = {**key, "dtype": dtype, "shard_size": shard_size}
-        self.folder = Path(folder).expanduser() / json_hash(self.key)
-        self.dtype, self.shard_size = getattr(torch, dtype), shard_size
+        self.key = {**key, "dtype": settings.dtype, "shard_size": settings.shard_size}
+        self.folder = Path(settings.folder).expanduser() / json_hash(self.key)
+        self.dtype, self.shard_size = getattr(torch, settings.dtype), settings.shard_size
         self.rank, self.world_size, self.barrier = rank, world_size, barrier
         self._shard = lru_cache(_OPEN_SHARDS)(self._open_shard)
 
-    @classmethod
-    def of_trainer(
-        cls, trainer: L.Trainer, folder: str, key: Mapping[str, Any], dtype: CacheDtype, shard_size: int
-    ) -> LatentCache:
-        """A cache shared by the processes of a trainer, whose precision is part of the key."""
-        key = {**key, "precision": trainer.precision}
-        return cls(folder, key, dtype, shard_size, trainer.global_rank, trainer.world_size, trainer.strategy.barrier)
-
     @property
     def complete(self) -> bool:
-        """Whether all latents are there."""
+        """Whether all latents are in the cache."""
         return (self.folder / "key.json").is_file()
 
     def build(
         self, items: Iterable[T], encode: Callable[[Sequence[T]], Sequence[Tensor | None]], total: int | None = None
     ) -> None:
-        """Make what is missing, with a progress bar.
+        """Make the missing latents, with a progress bar.
 
         Args:
-            items: all items in order; they may be read lazily, since only a shard's are kept.
-            encode: latents (C, h, w) of each of some items, None for an item without any.
+            items: all items in order; they may be read lazily, since only one shard's items are in memory.
+            encode: gives the latents (C, h, w) of each item, None for an item without latents.
             total: number of items, for the progress bar.
         """
+        from tqdm import tqdm  # type: ignore[import-untyped]
+
         if self.complete:
             return
         count = 0
@@ -120,9 +130,9 @@ class LatentCache:
         return self.folder / f"{number:05d}.safetensors"
 
     def _write(self, number: int, latents: Sequence[Tensor | None]) -> None:
-        present = [one for one in latents if one is not None]
+        present = [row for row in latents if row is not None]
         numbers = itertools.count()
-        rows = [-1 if one is None else next(numbers) for one in latents]
+        rows = [-1 if row is None else next(numbers) for row in latents]
         stacked = torch.stack(present) if present else torch.empty(0)
         tensors = {"latents": stacked.to("cpu", self.dtype).contiguous(), "rows": torch.tensor(rows)}
         with atomic_write(self._path(number)) as temporary:
@@ -142,12 +152,30 @@ class LatentCache:
 
 def build_latents(
     trainer: L.Trainer,
-    cache: LatentCache,
+    settings: LatentCaching,
+    key: Mapping[str, Any],
     items: Iterable[T],
     encode: Callable[[Sequence[T]], Sequence[Tensor | None]],
+    *,
     total: int | None = None,
 ) -> LatentCache:
-    """Build a cache as a training step would make its latents: without gradient, in the precision of the training."""
+    """A cache with all latents, made as a training step makes them: without gradient, in the training's precision.
+
+    Args:
+        trainer: its processes share the work, and its precision is part of the key.
+        settings: where and how to cache.
+        key: see :class:`LatentCache`.
+        items: see :meth:`LatentCache.build`.
+        encode: see :meth:`LatentCache.build`.
+        total: see :meth:`LatentCache.build`.
+    """
+    cache = LatentCache(
+        settings,
+        {**key, "precision": trainer.precision},
+        rank=trainer.global_rank,
+        world_size=trainer.world_size,
+        barrier=trainer.strategy.barrier,
+    )
     with torch.no_grad(), trainer.precision_plugin.train_step_context():
         cache.build(items, encode, total)
     return cache
@@ -156,12 +184,12 @@ def build_latents(
 def in_full_batches(function: Callable[[list[T]], Tensor], items: Iterable[T], batch_size: int) -> Iterator[Tensor]:
     """Results for items, computed in batches of exactly ``batch_size``.
 
-    Kernels are chosen by the shape of a batch, and differ in the last bits. With the batch size of the training, the
-    last batch filled up with copies, an item's result is the same as in a training batch, whatever is beside it there.
+    Kernels are chosen by the shape of a batch, and differ in the last bits. With the batch size of the training, and
+    the last batch filled up with copies, an item's result is the same as in any training batch.
 
     Args:
-        function: (B, ...) results for B items.
-        items: any number of items, taken as they are needed.
+        function: gives (B, ...) results for B items.
+        items: any number of items, read as they are needed.
         batch_size: items per call.
 
     Yields:
@@ -181,8 +209,8 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def json_hash(value: Any) -> str:  # noqa: ANN401 - anything that JSON can write
-    """Short hash of a value that does not depend on the order of keys."""
+def json_hash(value: Any) -> str:  # noqa: ANN401 - any value that JSON can write
+    """Short hash of a value, whatever the order of keys in it."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 

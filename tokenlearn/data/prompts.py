@@ -1,46 +1,62 @@
-"""Streams of (prompt, seed): generated images by specification, the same on any number of devices."""
+"""Prompts and seeds: images to generate by specification, the same on any number of devices."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 import lightning as L
 
+from tokenlearn.data.batches import PROMPT_KINDS, PromptBatch, PromptKind
+from tokenlearn.data.interfaces import ClassConsumer, PromptTemplates, consumer_of, trainer_of
+from tokenlearn.data.sources import CountingSource, Item, items_below
+from tokenlearn.data.streams import BatchStream, EvaluationBatches
 from tokenlearn.errors import UserError, check_at_least
 
-PromptKind = Literal["name", "described", "token"]
-PROMPT_KINDS: tuple[PromptKind, ...] = ("name", "described", "token")
-
 VALIDATION_SEEDS = 1_000_000_000
+"""Seed of the first image of a validation; training seeds are below."""
+
 TEST_SEEDS = 2_000_000_000
+"""Seed of the first image of a test."""
 
 
-class PromptBatch(NamedTuple):
-    """A batch of images to generate.
+class PromptSample(NamedTuple):
+    """One image of a :class:`tokenlearn.data.PromptBatch`; see there."""
 
-    Attributes:
-        templates: B prompts with ``{}`` where the class goes, or whole prompts.
-        seeds: B seeds of the initial latents.
-        class_indices: B positions in the task's list of classes.
-        kinds: B ways of writing the class: by its name, by its description, or with its token.
-    """
-
-    templates: list[str]
-    seeds: list[int]
-    class_indices: list[int]
-    kinds: list[PromptKind]
+    template: str
+    seed: int
+    class_index: int
+    kind: PromptKind
 
 
-class PromptStream:
-    """An endless stream of training samples, cut into epochs of ``length`` batches; a loader for Lightning.
+def collate_prompts(samples: Sequence[PromptSample]) -> PromptBatch:
+    """A batch of samples."""
+    return PromptBatch(
+        [sample.template for sample in samples],
+        [sample.seed for sample in samples],
+        [sample.class_index for sample in samples],
+        [sample.kind for sample in samples],
+    )
+
+
+def prompt_stream(
+    templates: Sequence[str],
+    num_classes: int,
+    *,
+    batch_size: int,
+    length: int,
+    first_seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> BatchStream[PromptSample, PromptBatch]:
+    """An endless stream of training samples for class tokens.
 
     Sample ``i`` is of class ``i % num_classes`` and has seed ``first_seed + i``, so classes are balanced and no noise
-    comes twice. A global batch is ``world_size * batch_size`` samples in a row, of which each rank takes its part: one
-    device and several see the same global batches.
+    occurs twice.
 
     Args:
-        templates: prompts with ``{}`` where the class goes; samples of a class go through them in turn.
+        templates: prompts with ``{}`` where the class goes; the samples of a class take them in turn.
         num_classes: number of classes.
         batch_size: samples per batch and rank.
         length: batches per epoch and rank.
@@ -49,81 +65,26 @@ class PromptStream:
         world_size: number of processes.
     """
 
-    def __init__(
-        self,
-        templates: Sequence[str],
-        num_classes: int,
-        batch_size: int,
-        length: int,
-        first_seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.templates, self.num_classes = list(templates), num_classes
-        self.batch_size, self.length, self.first_seed = batch_size, length, first_seed
-        self.rank, self.world_size = rank, world_size
-        self.batches_taken = 0
+    def load(item: Item) -> PromptSample:
+        template = templates[item.index // num_classes % len(templates)]
+        return PromptSample(template, first_seed + item.index, item.index % num_classes, "token")
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[PromptBatch]:
-        """The rest of the current epoch."""
-        while True:
-            batch = self._batch(self.batches_taken)
-            self.batches_taken += 1
-            yield batch
-            if self.batches_taken % self.length == 0:
-                return
-
-    def _batch(self, position: int) -> PromptBatch:
-        start = (position * self.world_size + self.rank) * self.batch_size
-        samples = range(start, start + self.batch_size)
-        return PromptBatch(
-            [self.templates[sample // self.num_classes % len(self.templates)] for sample in samples],
-            [self.first_seed + sample for sample in samples],
-            [sample % self.num_classes for sample in samples],
-            ["token"] * self.batch_size,
-        )
-
-    def state_dict(self) -> dict[str, int]:
-        """Position, which Lightning keeps in checkpoints."""
-        return {"batches_taken": self.batches_taken}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on at a saved position."""
-        self.batches_taken = state["batches_taken"]
+    return BatchStream(
+        CountingSource(),
+        load,
+        collate_prompts,
+        batch_size=batch_size,
+        length=length,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
-class _Evaluation:
-    """Every kind of prompt for every class, with the same seeds: this rank's part, in batches."""
-
-    def __init__(self, samples: Sequence[tuple[str, int, int, PromptKind]], batch_size: int) -> None:
-        self.samples, self.batch_size = samples, batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.samples) // self.batch_size)
-
-    def __iter__(self) -> Iterator[PromptBatch]:
-        for start in range(0, len(self.samples), self.batch_size):
-            yield PromptBatch(
-                *(list(column) for column in zip(*self.samples[start : start + self.batch_size], strict=True))
-            )
-
-
-def _part(
-    samples: Sequence[tuple[str, int, int, PromptKind]], batch_size: int, rank: int, world_size: int
-) -> _Evaluation:
-    if len(samples) < world_size:  # Lightning skips a process without batches, and the others would wait for it
-        raise UserError(f"{len(samples)} images cannot be split among {world_size} devices; lower trainer.devices")
-    return _Evaluation(samples[rank::world_size], batch_size)
-
-
-class PromptDataModule(L.LightningDataModule):
+class PromptDataModule(L.LightningDataModule, PromptTemplates):
     """Prompts and seeds for learning class tokens.
 
-    Training seeds count up from ``seed``; validation and test have fixed seeds far away from them, the same for every
-    class and kind of prompt, so that pictures before and after can be compared one to one.
+    Training seeds count up from ``seed``. Validation and test have fixed seeds far away from them, the same for every
+    class and kind of prompt, so that images before and after can be compared one to one.
 
     Args:
         templates: prompts with ``{}`` where the class goes.
@@ -133,7 +94,7 @@ class PromptDataModule(L.LightningDataModule):
         validation_images: images per class in each validation.
         test_images: images per class and kind of prompt in the test.
         test_kinds: kinds of prompt to test; a class without a description is left out of ``described``.
-        eval_batch_size: images per step and device in validation and test, where no gradient is kept.
+        eval_batch_size: images per step and device in validation and test, which need no memory for gradients.
 
     Raises:
         UserError: for a template without ``{}``, an empty list or a number below 1.
@@ -167,55 +128,54 @@ class PromptDataModule(L.LightningDataModule):
         )
         if not 0 <= seed < VALIDATION_SEEDS:
             raise UserError(f"data.seed must be from 0 to {VALIDATION_SEEDS - 1}, got {seed}")
-        self.templates, self.batch_size, self.batches_per_epoch = templates, batch_size, batches_per_epoch
+        self._templates, self.batch_size, self.batches_per_epoch = templates, batch_size, batches_per_epoch
         self.seed, self.eval_batch_size = seed, eval_batch_size
         self.validation_images, self.test_images, self.test_kinds = validation_images, test_images, test_kinds
 
-    def train_dataloader(self) -> PromptStream:
+    @property
+    def templates(self) -> Sequence[str]:
+        """Prompts with ``{}`` where the class goes."""
+        return self._templates
+
+    def train_dataloader(self) -> BatchStream[PromptSample, PromptBatch]:
         """The training stream, this rank's part."""
-        trainer = self._trainer()
-        return PromptStream(
+        trainer = trainer_of(self)
+        return prompt_stream(
             self.templates,
             len(self._descriptions()),
-            self.batch_size,
-            self.batches_per_epoch,
-            self.seed,
-            trainer.global_rank,
-            trainer.world_size,
+            batch_size=self.batch_size,
+            length=self.batches_per_epoch,
+            first_seed=self.seed,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
         )
 
-    def val_dataloader(self) -> _Evaluation:
-        """Prompts with the tokens on fresh seeds."""
+    def val_dataloader(self) -> EvaluationBatches[PromptSample, PromptBatch]:
+        """Prompts with the tokens, on seeds of the validation."""
         return self._evaluation(VALIDATION_SEEDS, self.validation_images, ["token"])
 
-    def test_dataloader(self) -> _Evaluation:
-        """Every kind of prompt on other fresh seeds."""
+    def test_dataloader(self) -> EvaluationBatches[PromptSample, PromptBatch]:
+        """Every kind of prompt, on seeds of the test."""
         return self._evaluation(TEST_SEEDS, self.test_images, self.test_kinds)
 
-    def _evaluation(self, first_seed: int, images: int, kinds: Sequence[PromptKind]) -> _Evaluation:
-        trainer = self._trainer()
+    def _evaluation(
+        self, first_seed: int, images: int, kinds: Sequence[PromptKind]
+    ) -> EvaluationBatches[PromptSample, PromptBatch]:
         samples = [
-            (self.templates[image % len(self.templates)], first_seed + image, class_index, kind)
+            PromptSample(self.templates[image % len(self.templates)], first_seed + image, class_index, kind)
             for kind in kinds
             for class_index, description in enumerate(self._descriptions())
             for image in range(images)
             if kind != "described" or description is not None
         ]
-        return _part(samples, self.eval_batch_size, trainer.global_rank, trainer.world_size)
+        return _evaluation_batches(samples, self.eval_batch_size, trainer_of(self))
 
     def _descriptions(self) -> list[str | None]:
-        return list(cast(Any, self._trainer().lightning_module).classes.values())
-
-    def _trainer(self) -> L.Trainer:
-        if self.trainer is None:
-            raise RuntimeError(
-                "PromptDataModule reads ranks and classes from its trainer; hand it to Trainer.fit or test"
-            )
-        return self.trainer
+        return list(consumer_of(trainer_of(self), ClassConsumer).class_descriptions.values())
 
 
 class PromptList(L.LightningDataModule):
-    """Whole prompts to draw, each with every seed.
+    """Whole prompts to generate, each with every seed.
 
     Args:
         prompts: prompts, with placeholder tokens if wanted.
@@ -232,10 +192,26 @@ class PromptList(L.LightningDataModule):
             raise UserError(f"data.{'seeds' if prompts else 'prompts'} is empty; give at least one")
         self.prompts, self.seeds, self.batch_size = prompts, seeds, batch_size
 
-    def predict_dataloader(self) -> _Evaluation:
+    def predict_dataloader(self) -> EvaluationBatches[PromptSample, PromptBatch]:
         """All prompts with all seeds, this rank's part."""
-        samples: list[tuple[str, int, int, PromptKind]] = [
-            (prompt, seed, index, "token") for index, prompt in enumerate(self.prompts) for seed in self.seeds
+        samples = [
+            PromptSample(prompt, seed, index, "token")
+            for index, prompt in enumerate(self.prompts)
+            for seed in self.seeds
         ]
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return _part(samples, self.batch_size, rank, world_size)
+        return _evaluation_batches(samples, self.batch_size, self.trainer)
+
+
+def _evaluation_batches(
+    samples: Sequence[PromptSample], batch_size: int, trainer: L.Trainer | None
+) -> EvaluationBatches[PromptSample, PromptBatch]:
+    """This rank's part of samples; without a trainer, all of them."""
+    return EvaluationBatches(
+        partial(items_below, len(samples)),
+        len(samples),
+        lambda item: samples[item.index],
+        collate_prompts,
+        batch_size=batch_size,
+        rank=trainer.global_rank if trainer else 0,
+        world_size=trainer.world_size if trainer else 1,
+    )
