@@ -1,0 +1,5 @@
+"""Tasks that learn tokens."""
+
+from tokenlearn.training.base import TokenTraining, adamw
+
+__all__ = ["TokenTraining", "adamw"]
