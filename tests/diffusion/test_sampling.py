@@ -2,9 +2,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from tests.diffusion.networks import Recorder
 from tests.tiny import tiny_pipeline
-from tokenlearn.diffusion import sample
-from tokenlearn.guidance import ClassifierFreeGuidance
+from tokenlearn.diffusion import Checkpointed, Detached, LastK, Stored, sample
+from tokenlearn.errors import UserError
+from tokenlearn.guidance import ClassifierFreeGuidance, GuidedModel
 from tokenlearn.models import StableDiffusion
 
 STEPS = 5
@@ -31,16 +33,12 @@ def conditionings(backbone):
     return [unconditional, conditional]
 
 
-class Recorder:
-    """A model that notes how many rows it was asked for and whether for a gradient."""
+def guided(network, conditionings, scale=4.0):
+    return GuidedModel(network, ClassifierFreeGuidance(scale), conditionings)
 
-    def __init__(self, model):
-        self.model = model
-        self.calls = []
 
-    def __call__(self, latents, timestep, conditioning):
-        self.calls.append((len(latents), torch.is_grad_enabled()))
-        return self.model(latents, timestep, conditioning)
+def solver(backbone, name=None, steps=STEPS):
+    return backbone.make_solver(name, steps)
 
 
 @pytest.mark.parametrize("name", ["DDIM", "DPMSolverMultistep", "PNDM", "Euler", "EulerAncestral"])
@@ -55,16 +53,12 @@ def test_equals_the_diffusers_pipeline(folder, backbone, name):
         generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
         output_type="latent",
     ).images
-    guidance = ClassifierFreeGuidance(4.0)
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     with torch.no_grad():
         latents = sample(
-            backbone,
-            backbone.make_scheduler(name),
+            guided(backbone, [backbone.encode_prompts([""]), backbone.encode_prompts(PROMPTS)]),
             backbone.initial_latents(generators),
-            guidance.conditionings(backbone.encode_prompts([""]), backbone.encode_prompts(PROMPTS)),
-            guidance,
-            STEPS,
+            solver=solver(backbone, name),
             generators=generators,
         )
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
@@ -91,30 +85,20 @@ def reference_gradient(backbone, name, latents, conditionings, scale, differenti
     return latents
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("gradient_steps", [1, 2, None])
+@pytest.mark.parametrize("gradient", [LastK(1), LastK(2, checkpointing=False), LastK(2), Stored(), Checkpointed()])
 @pytest.mark.parametrize("name", ["DDIM", "DPMSolverMultistep", "PNDM"])
-def test_gradient_equals_plain_autograd(backbone, conditionings, name, gradient_steps, checkpointing):
+def test_gradient_equals_plain_autograd(backbone, conditionings, name, gradient):
     noise = backbone.initial_latents(SEEDS)
     weights = torch.randn(noise.shape, generator=torch.Generator().manual_seed(0))
     leaf = conditionings[1].prompt_embeds
 
-    reference = reference_gradient(backbone, name, noise, conditionings, 4.0, gradient_steps or 100)
+    reference = reference_gradient(backbone, name, noise, conditionings, 4.0, gradient.num_steps(100))
     (expected,) = torch.autograd.grad((reference * weights).sum(), leaf)
-    latents = sample(
-        backbone,
-        backbone.make_scheduler(name),
-        noise,
-        conditionings,
-        ClassifierFreeGuidance(4.0),
-        STEPS,
-        gradient_steps=gradient_steps,
-        checkpointing=checkpointing,
-    )
-    (gradient,) = torch.autograd.grad((latents * weights).sum(), leaf)
+    latents = sample(guided(backbone, conditionings), noise, solver=solver(backbone, name), gradient=gradient)
+    (found,) = torch.autograd.grad((latents * weights).sum(), leaf)
     torch.testing.assert_close(latents, reference, rtol=1e-4, atol=1e-5)
     assert expected.abs().max() > 0
-    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
 def test_detached_inputs_leave_each_steps_own_gradient(backbone, conditionings):
@@ -132,8 +116,9 @@ def test_detached_inputs_leave_each_steps_own_gradient(backbone, conditionings):
     (expected,) = torch.autograd.grad(latents.square().sum(), leaf)
 
     model = Recorder(backbone)
-    guidance = ClassifierFreeGuidance(4.0)
-    found = sample(model, scheduler, noise, conditionings, guidance, STEPS, checkpointing=False, detach_inputs=True)
+    found = sample(
+        guided(model, conditionings), noise, solver=solver(backbone, "DDIM"), gradient=Detached(checkpointing=False)
+    )
     assert model.calls == [(2, False), (2, True)] * STEPS
     (gradient,) = torch.autograd.grad(found.square().sum(), leaf)
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
@@ -145,31 +130,25 @@ def test_full_chain_reaches_the_initial_latents(backbone, conditionings):
     reference = reference_gradient(backbone, "DDIM", noise, constants, 4.0, STEPS)
     (expected,) = torch.autograd.grad(reference.square().sum(), noise)
     model = Recorder(backbone)
-    latents = sample(model, backbone.make_scheduler(), noise, constants, ClassifierFreeGuidance(4.0), STEPS)
+    latents = sample(guided(model, constants), noise, solver=solver(backbone), gradient=Checkpointed())
     assert model.calls == [(4, False)] * STEPS  # computed again where the gradient is wanted
     (gradient,) = torch.autograd.grad(latents.square().sum(), noise)
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize(
-    ("gradient_steps", "forward", "recomputed"),
+    ("gradient", "forward", "recomputed"),
     [
-        (1, [(4, False)] * 4 + [(2, False), (2, True)], []),
-        (2, [(4, False)] * 3 + [(2, False), (2, False), (4, False)], [(4, True), (2, True)]),
-        (None, [(2, False), (2, False)] + [(4, False)] * 4, [(4, True)] * 4 + [(2, True)]),
-        (0, [(4, False)] * 5, None),
+        (LastK(1), [(4, False)] * 4 + [(2, False), (2, True)], []),
+        (LastK(2), [(4, False)] * 3 + [(2, False), (2, False), (4, False)], [(4, True), (2, True)]),
+        (Checkpointed(), [(2, False), (2, False)] + [(4, False)] * 4, [(4, True)] * 4 + [(2, True)]),
+        (None, [(4, False)] * 5, None),
     ],
 )
-def test_evaluates_with_gradient_only_what_can_have_one(backbone, conditionings, gradient_steps, forward, recomputed):
+def test_evaluates_with_gradient_only_what_can_have_one(backbone, conditionings, gradient, forward, recomputed):
     model = Recorder(backbone)
     latents = sample(
-        model,
-        backbone.make_scheduler(),
-        backbone.initial_latents(SEEDS),
-        conditionings,
-        ClassifierFreeGuidance(4.0),
-        STEPS,
-        gradient_steps=gradient_steps,
+        guided(model, conditionings), backbone.initial_latents(SEEDS), solver=solver(backbone), gradient=gradient
     )
     assert model.calls == forward
     assert latents.requires_grad == (recomputed is not None)
@@ -181,9 +160,8 @@ def test_evaluates_with_gradient_only_what_can_have_one(backbone, conditionings,
 
 def test_gradient_steps_count_the_timesteps_of_the_scheduler(backbone, conditionings):
     model = Recorder(backbone)
-    scheduler = backbone.make_scheduler("PNDM")
-    arguments = [backbone.initial_latents(SEEDS), conditionings, ClassifierFreeGuidance(4.0), STEPS]
-    sample(model, scheduler, *arguments, gradient_steps=1)
+    noise = backbone.initial_latents(SEEDS)
+    sample(guided(model, conditionings), noise, solver=solver(backbone, "PNDM"), gradient=LastK(1))
     assert model.calls == [(4, False)] * STEPS + [(2, False), (2, True)]  # one timestep more than steps
 
 
@@ -194,7 +172,7 @@ def test_nothing_has_a_gradient_when_no_input_or_the_caller_wants_none(backbone,
     for items, enabled in ((constants, True), (conditionings, False)):
         model = Recorder(backbone)
         with torch.set_grad_enabled(enabled):
-            latents = sample(model, backbone.make_scheduler(), noise, items, ClassifierFreeGuidance(4.0), STEPS)
+            latents = sample(guided(model, items), noise, solver=solver(backbone), gradient=Checkpointed())
         assert model.calls == [(4, False)] * STEPS
         assert not latents.requires_grad
         outputs.append(latents)
@@ -203,34 +181,29 @@ def test_nothing_has_a_gradient_when_no_input_or_the_caller_wants_none(backbone,
 
 def test_batch_equals_samples_one_by_one(backbone, conditionings):
     unconditional, conditional = (item.detach() for item in conditionings)
-    guidance = ClassifierFreeGuidance(4.0)
-    together = sample(
-        backbone, backbone.make_scheduler(), backbone.initial_latents(SEEDS), [unconditional, conditional], guidance, 3
-    )
+    ddim = solver(backbone, steps=3)
+    together = sample(guided(backbone, [unconditional, conditional]), backbone.initial_latents(SEEDS), solver=ddim)
     for index, seed in enumerate(SEEDS):
         rows = [unconditional, conditional[index : index + 1]]
-        alone = sample(backbone, backbone.make_scheduler(), backbone.initial_latents([seed]), rows, guidance, 3)
+        alone = sample(guided(backbone, rows), backbone.initial_latents([seed]), solver=ddim)
         torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_the_scheduler_of_the_caller_keeps_no_history(backbone, conditionings):
-    scheduler = backbone.make_scheduler("DPMSolverMultistep")
-    arguments = [backbone.initial_latents(SEEDS), conditionings, ClassifierFreeGuidance(2.0), STEPS]
-    first = sample(backbone, scheduler, *arguments)
-    assert scheduler.model_outputs == [None] * len(scheduler.model_outputs)
-    assert torch.equal(first, sample(backbone, scheduler, *arguments))
+    multistep = solver(backbone, "DPMSolverMultistep")
+    model, noise = guided(backbone, conditionings, 2.0), backbone.initial_latents(SEEDS)
+    first = sample(model, noise, solver=multistep)
+    assert multistep.scheduler.model_outputs == [None] * len(multistep.scheduler.model_outputs)
+    assert torch.equal(first, sample(model, noise, solver=multistep))
 
 
 def test_callback_sees_the_latents_after_each_step(backbone, conditionings):
     seen = []
     latents = sample(
-        backbone,
-        backbone.make_scheduler(),
+        guided(backbone, conditionings),
         backbone.initial_latents(SEEDS),
-        conditionings,
-        ClassifierFreeGuidance(4.0),
-        STEPS,
-        gradient_steps=1,
+        solver=solver(backbone),
+        gradient=LastK(1),
         callback=lambda index, value: seen.append((index, value)),
     )
     assert [index for index, _ in seen] == list(range(STEPS))
@@ -238,9 +211,13 @@ def test_callback_sees_the_latents_after_each_step(backbone, conditionings):
     assert seen[-1][1] is latents
 
 
-def test_impossible_arguments_are_refused(backbone, conditionings):
-    noise, guidance = backbone.initial_latents([1, 2, 3]), ClassifierFreeGuidance(4.0)
+def test_a_number_of_rows_that_does_not_fit_is_refused(backbone, conditionings):
+    noise = backbone.initial_latents([1, 2, 3])
     with pytest.raises(ValueError, match="2 rows for 3 latents"):
-        sample(backbone, backbone.make_scheduler(), noise, conditionings, guidance, STEPS)
-    with pytest.raises(ValueError, match="at least 0, got -1"):
-        sample(backbone, backbone.make_scheduler(), noise[:2], conditionings, guidance, STEPS, gradient_steps=-1)
+        sample(guided(backbone, conditionings), noise, solver=solver(backbone))
+
+
+@pytest.mark.parametrize("gradient", [LastK, Detached])
+def test_a_gradient_through_no_step_is_refused(gradient):
+    with pytest.raises(UserError, match=f"{gradient.__name__}.* 1, got -1"):
+        gradient(-1)
