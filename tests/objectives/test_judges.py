@@ -4,6 +4,7 @@ import torch
 from tests.tiny import tiny_classifier
 from tokenlearn.errors import UserError
 from tokenlearn.objectives import ClassifierLoss, SymmetryLoss, is_same_model, require_judge_differs
+from tokenlearn.paths import bundled_root
 
 
 def test_same_model_in_any_spelling(tmp_path, monkeypatch):
@@ -14,6 +15,7 @@ def test_same_model_in_any_spelling(tmp_path, monkeypatch):
     assert is_same_model("one", str(tmp_path / "two" / ".." / "one"))
     assert not is_same_model("one", "two")
     assert not is_same_model("resnet18", "one")
+    assert is_same_model("checkpoints/persona_guide", str(bundled_root() / "checkpoints" / "persona_guide"))
 
 
 def test_a_judge_must_not_guide(tmp_path):
