@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from tokenlearn.data.batches import ImageBatch
+from tokenlearn.diffusion import Gradient, Reversible, ReversibleSolver, Stored
 from tokenlearn.errors import UserError
+from tokenlearn.guidance import GuidanceRule, SafeGuidance, SemanticGuidance
 from tokenlearn.models import DiffusionBackbone
 from tokenlearn.pipeline import Sampling
 from tokenlearn.token_task import TokenTask
@@ -22,6 +24,37 @@ from tokenlearn.tokens.settings import TokenSettings
 def adamw(params: Any) -> AdamW:  # noqa: ANN401 - torch's type of parameters is private
     """AdamW without weight decay, which would pull tokens towards the origin, where no word is."""
     return AdamW(params, lr=2e-2, weight_decay=0.0)
+
+
+def check_gradient(gradient: Gradient, solver: str | ReversibleSolver | None, rule: GuidanceRule) -> None:
+    """Refuse a gradient that does not go with the solver or the guidance, before any image is generated.
+
+    Args:
+        gradient: how the gradient goes back through the sampler.
+        solver: solver, a scheduler's name, or None for the scheduler of the pipeline.
+        rule: guidance rule.
+
+    Raises:
+        UserError: naming the gradient and what it does not go with.
+    """
+    kind = type(gradient).__name__
+    if isinstance(solver, ReversibleSolver) and not isinstance(gradient, Reversible | Stored):
+        raise UserError(
+            f"model.gradient {kind} does not go with solver {type(solver).__name__}; set it to Reversible, or to "
+            "Stored where memory allows"
+        )
+    if not isinstance(gradient, Reversible):
+        return
+    if not isinstance(solver, ReversibleSolver):
+        raise UserError(
+            f"model.gradient {kind} needs a reversible solver, got {solver or 'the scheduler of the pipeline'}; set "
+            "model.solver to EDICT, Leapfrog or OBELM, or model.gradient to Checkpointed"
+        )
+    if isinstance(rule, SemanticGuidance | SafeGuidance):
+        raise UserError(
+            f"model.gradient {kind} evaluates each step again on the way back, where {type(rule).__name__} has lost "
+            "its momentum; set model.gradient to Stored, or to LastK or Checkpointed with model.solver null"
+        )
 
 
 class GroupMetric(Protocol):

@@ -1,0 +1,281 @@
+"""Discriminative class tokens (Schwartz et al., ICCV 2023, https://arxiv.org/abs/2303.17155)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from tokenlearn.data.batches import PromptBatch, PromptKind
+from tokenlearn.data.interfaces import ClassConsumer, PromptTemplates, data_of
+from tokenlearn.diffusion import Gradient, LastK, ReversibleSolver
+from tokenlearn.errors import UserError
+from tokenlearn.guidance import GuidanceRule, check_tokens
+from tokenlearn.losses.objective import Objective, as_objective
+from tokenlearn.metrics.group_scores import GroupScores
+from tokenlearn.models import DiffusionBackbone
+from tokenlearn.objectives import ClassifierLoss, ObjectiveSum, require_judge_differs
+from tokenlearn.pipeline import Sampling
+from tokenlearn.tokens.checkpoint import checkpoint_about
+from tokenlearn.tokens.settings import TokenSettings
+from tokenlearn.training.base import TokenTraining, adamw, check_gradient
+from tokenlearn.training.word_search import WordSearch, find_words
+
+
+class ClassTokens(TokenTraining, ClassConsumer):
+    """Learn one token per class, such that images of prompts with the token lower an objective.
+
+    Images are generated from noise with prompts that contain the token, an objective (as published, the cross-entropy
+    of a frozen classifier) rates them, and its gradient goes back through the sampler to the token's vectors
+    (section 3 of the paper):
+
+        min over v of E L(x_0(z_T, c(y, v)), class),    z_T ~ N(0, I)
+
+    over prompts y. The paper differentiates the last sampling step only. Small models learn nothing from so weak a
+    gradient, so the default is the last eight steps.
+
+    Args:
+        backbone: frozen diffusion model.
+        classes: names of the classes; or each name with a phrase that describes the class without its article, or
+            null. Only evaluations use the description, as a baseline.
+        objective: loss of an image and its class, such as :class:`ClassifierLoss`, or ``CLIPTextLoss`` with the text
+            ``a {}``; of a list, the sum. Objectives without a target ignore the class.
+        judge: objective with another model, whose score is reported; null reports the guiding objective only.
+        tokens: settings of the tokens. With ``initial_words`` null, the token of each class starts from the word whose
+            images have the lowest loss for the class.
+        search: settings of the search for this word.
+        sampling: settings of the sampler, in training as in validation. The concepts of semantic guidance may be the
+            tokens themselves.
+        solver: solver of the training images; null for that of ``sampling``.
+        gradient: how the gradient goes back through the sampler.
+        optimizer: over the token vectors only.
+        lr_scheduler: stepped after every optimizer step; null keeps the learning rate.
+
+    Attributes:
+        classes: class name to description or None.
+        class_names: class names in the order of class indices.
+        placeholders: class name to token.
+        objective, judge, search, solver, gradient: as given.
+        started_from: class name to the word or words from which its token started.
+        judged_accuracies: token to judged accuracy, for its embedding file; evaluations fill it in.
+
+    Raises:
+        UserError: if there is no class, two classes have the same token, the objective or the judge lacks a class, the
+            judge has a model of the objective, or gradient, solver and guidance do not go together.
+    """
+
+    def __init__(
+        self,
+        backbone: DiffusionBackbone,
+        classes: dict[str, str | None] | list[str],
+        objective: Objective | list[Objective],
+        *,
+        judge: Objective | None = None,
+        tokens: TokenSettings = TokenSettings(),  # noqa: B008 - frozen
+        search: WordSearch = WordSearch(),  # noqa: B008 - frozen
+        sampling: Sampling = Sampling(steps=20, guidance=7.0),  # noqa: B008 - frozen
+        solver: ReversibleSolver | None = None,
+        gradient: Gradient = LastK(8),  # noqa: B008 - frozen
+        optimizer: OptimizerCallable = adamw,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(backbone, tokens=tokens, sampling=sampling, optimizer=optimizer, lr_scheduler=lr_scheduler)
+        if not classes:
+            raise UserError("model.classes is empty; name at least one class")
+        self.classes: dict[str, str | None] = classes if isinstance(classes, dict) else dict.fromkeys(classes)
+        self.class_names = list(self.classes)
+        self.placeholders = _placeholders(self.class_names, tokens)
+        self.objective, self.judge = as_objective(objective), judge
+        self.objective.check(self.class_names)
+        if judge is not None:
+            require_judge_differs(judge, self.objective)
+            judge.check(self.class_names)
+            if not judge.has_score:
+                raise UserError("the terms of model.judge have scores of different kinds; name one objective as judge")
+        self.search, self.solver, self.gradient = search, solver, gradient
+        check_gradient(gradient, solver or sampling.solver, sampling.rule)
+        backbone.make_solver(solver or sampling.solver, sampling.steps)
+
+        self.started_from = {name: (tokens.initial_words or "a").format(name) for name in self.class_names}
+        bank = self.make_bank({token: self.started_from[name] for name, token in self.placeholders.items()})
+        check_tokens(sampling.rule.concept_prompts, bank.placeholders)
+        self.guided_scores = GroupScores(len(self.class_names))
+        self.judged_scores = GroupScores(len(self.class_names))
+        self.judged_accuracies: dict[str, float] = {}
+        self.use_bank(bank)
+
+    @property
+    def class_descriptions(self) -> Mapping[str, str | None]:
+        """See :class:`ClassConsumer`."""
+        return self.classes
+
+    @property
+    def monitor(self) -> tuple[str, Literal["max", "min"]]:
+        """Name of the logged figure by which the best tokens are chosen, and whether it should grow or shrink."""
+        if self.objective.has_score:
+            return f"val/guided_{self.objective.score_name}", "max"
+        return "val/loss", "min"
+
+    def subject(self, name: str, kind: PromptKind) -> str:
+        """The phrase for a class in a template: its name, its description, or its token and name.
+
+        Raises:
+            UserError: if the class has no description.
+        """
+        if kind == "name":
+            return name
+        if kind == "token":
+            return f"{self.placeholders[name]} {name}"
+        description = self.classes[name]
+        if description is None:
+            raise UserError(f"class '{name}' has no description; set model.classes.{name}")
+        return description
+
+    def prompts(self, batch: PromptBatch) -> list[str]:
+        """Prompts (B) of a batch."""
+        subjects = [
+            self.subject(self.class_names[index], kind)
+            for index, kind in zip(batch.class_indices, batch.kinds, strict=True)
+        ]
+        return [template.format(subject) for template, subject in zip(batch.templates, subjects, strict=True)]
+
+    def targets(self, batch: PromptBatch) -> list[str]:
+        """Class names (B) of a batch."""
+        return [self.class_names[index] for index in batch.class_indices]
+
+    def on_fit_start(self) -> None:
+        """Search for the words to start from, unless the settings or a checkpoint give the start."""
+        if self.token_settings.initial_words is not None or self.resumed:
+            return
+        assert self.bank is not None
+        found = self.trainer.strategy.broadcast(
+            find_words(
+                self.pipeline,
+                self.objective,
+                self.class_names,
+                data_of(self.trainer, PromptTemplates).templates[0],
+                search=self.search,
+                gradient=self.gradient,
+                solver=self.solver,
+                progress=self.global_rank == 0,
+            )
+        )
+        for name, token in self.placeholders.items():
+            if token not in self.loaded:
+                self.started_from[name] = found[name]
+                self.bank.set(token, self.vectors_of(found[name], self.bank.num_vectors[token]))
+                rank_zero_info(f"{name} starts from '{found[name]}'")
+
+    def training_images(self, batch: PromptBatch) -> Tensor:
+        """Images (B, 3, H, W) of a batch, nominally in [0, 1], with the gradient of the settings."""
+        return self.pipeline.generate(self.prompts(batch), batch.seeds, gradient=self.gradient, solver=self.solver)
+
+    def training_step(self, batch: PromptBatch) -> Tensor:
+        """Generate a batch and return its mean loss.
+
+        Raises:
+            UserError: if the loss is not finite on any device.
+        """
+        images, targets, scores = self.training_images(batch), self.targets(batch), None
+        if self.objective.has_score:
+            losses, scores = self.objective.loss_and_score(images, targets, self.global_step)
+        else:
+            losses = self.objective(images, self.global_step, targets)
+        loss = self.require_finite(losses.mean())
+        size = len(batch.seeds)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size, sync_dist=True)
+        if scores is not None:
+            name = f"train/guided_{self.objective.score_name}"
+            self.log(name, scores.mean(), prog_bar=True, batch_size=size, sync_dist=True)
+        return loss
+
+    @torch.no_grad()
+    def validation_step(self, batch: PromptBatch) -> dict[str, Any]:
+        """Generate with the solver of ``sampling`` on held-out seeds.
+
+        Returns:
+            Images (B, 3, H, W) in [0, 1] and their class names as ``rows``, for callbacks.
+        """
+        images = self.pipeline.generate(self.prompts(batch), batch.seeds).clamp(0, 1)
+        targets, groups = self.targets(batch), torch.tensor(batch.class_indices, device=self.device)
+        guiding = self.objective
+        self.guided_scores.update(
+            guiding.score(images, targets) if guiding.has_score else guiding(images, targets=targets), groups
+        )
+        if self.judge is not None:
+            self.judged_scores.update(self.judge.score(images, targets), groups)
+        return {"images": images, "rows": targets}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over classes: the guiding objective's chooses the best tokens, the judge's only reports."""
+        self.log_accuracy(self.monitor[0], self.guided_scores)
+        if self.judge is not None:
+            self.log_accuracy(f"val/judged_{self.judge.score_name}", self.judged_scores)
+
+    def token_metadata(self) -> dict[str, dict[str, str]]:
+        """Method, class, objective, settings and, once evaluated, judged accuracy of each token."""
+        metadata = super().token_metadata()
+        terms = list(self.objective) if isinstance(self.objective, ObjectiveSum) else [self.objective]
+        classifiers = [term.classifier.pretrained for term in terms if isinstance(term, ClassifierLoss)]
+        about = {"method": "class_tokens", "objective": " + ".join(type(term).__name__ for term in terms)}
+        about |= {"classifier": ", ".join(classifiers)} if classifiers else {}
+        for name, token in self.placeholders.items():
+            settings = self._sampling_settings() | {"initial_words": self.started_from[name]}
+            metadata[token] |= about | {
+                "class": name,
+                "prompt": f"{token} {name}",
+                "config": json.dumps(settings),
+            }
+            if token in self.judged_accuracies and self.judge is not None:
+                metadata[token] |= {
+                    "judge": ", ".join(self.judge.models()),
+                    "judged_accuracy": f"{self.judged_accuracies[token]:.4f}",
+                }
+        return metadata
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check the checkpoint, and restore the words that its tokens started from."""
+        super().on_load_checkpoint(checkpoint)
+        metadata = checkpoint_about(checkpoint)["metadata"]
+        for name, token in self.placeholders.items():
+            if token in metadata:
+                self.started_from[name] = json.loads(metadata[token]["config"])["initial_words"]
+
+    def _sampling_settings(self) -> dict[str, Any]:
+        """Settings of the sampler, as JSON types."""
+        sampling = self.sampling
+        solver: Any = sampling.solver
+        if not isinstance(solver, ReversibleSolver):
+            solver = type(self.backbone.make_scheduler(solver)).__name__
+        guidance = sampling.guidance
+        return {
+            "steps": sampling.steps,
+            "guidance": type(guidance).__name__ if isinstance(guidance, GuidanceRule) else guidance,
+            "solver": str(solver),
+            "negative_prompt": sampling.negative_prompt,
+            "training_solver": None if self.solver is None else str(self.solver),
+            "gradient": str(self.gradient),
+        }
+
+
+def _placeholders(class_names: Sequence[str], tokens: TokenSettings) -> dict[str, str]:
+    """Class name to token.
+
+    Raises:
+        UserError: if two classes have the same token.
+    """
+    placeholders = {name: tokens.name(name) for name in class_names}
+    owners: dict[str, str] = {}
+    for name, token in placeholders.items():
+        if token in owners:
+            raise UserError(
+                f"classes '{owners[token]}' and '{name}' have the same token '{token}'; put '{{}}' for the class "
+                "into tokens.placeholder"
+            )
+        owners[token] = name
+    return placeholders
