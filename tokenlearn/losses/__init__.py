@@ -2,19 +2,31 @@
 
 from tokenlearn.losses.aesthetic import aesthetic_loss
 from tokenlearn.losses.attribute_logits import AttributeClass, attribute_directions, attribute_logits
+from tokenlearn.losses.caso import (
+    AttributeInClassifier,
+    CasoObjective,
+    CasoTerms,
+    EditedImages,
+    EditingLoss,
+    class_mean_cosine,
+    label_preservation,
+    latent_reconstruction,
+    probability_error,
+)
 from tokenlearn.losses.class_cross_entropy import class_cross_entropy
-from tokenlearn.losses.class_mean_cosine import class_mean_cosine
 from tokenlearn.losses.classified_as import is_classified_as
 from tokenlearn.losses.clip_distance import mean_direction, spherical_distance
-from tokenlearn.losses.label_preservation import label_preservation
-from tokenlearn.losses.latent_reconstruction import latent_reconstruction
 from tokenlearn.losses.objective import Crops, Objective, ObjectiveSum, as_objective
-from tokenlearn.losses.probability_error import probability_error
 from tokenlearn.losses.symmetry import mirror_error
 
 __all__ = [
     "AttributeClass",
+    "AttributeInClassifier",
+    "CasoObjective",
+    "CasoTerms",
     "Crops",
+    "EditedImages",
+    "EditingLoss",
     "Objective",
     "ObjectiveSum",
     "aesthetic_loss",
