@@ -1,0 +1,269 @@
+"""Textual inversion (Gal et al., ICLR 2023, https://arxiv.org/abs/2208.01618), with a token per class of labels."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torchmetrics import SumMetric
+
+from tokenlearn.data.batches import ImageBatch
+from tokenlearn.data.interfaces import LabelledImages, find_data
+from tokenlearn.data.labels import UNKNOWN
+from tokenlearn.errors import UserError, check_at_least
+from tokenlearn.models import DiffusionBackbone
+from tokenlearn.models.attributes import check_class_names, labelled_attributes
+from tokenlearn.pipeline import Sampling
+from tokenlearn.tokens.settings import TokenSettings
+from tokenlearn.training.base import TokenTraining, adamw
+
+_IMAGE_SEEDS = (0, 1)  # with many tokens, images take longer than everything else in a validation
+
+
+class Sample(NamedTuple):
+    """The random part of a sample.
+
+    Attributes:
+        prompt: prompt with a token of the image, or with any token if no class of the image is known.
+        timestep: timestep of the noise.
+        noise: (C, h, w).
+        labelled: whether a class of the image is known.
+    """
+
+    prompt: str
+    timestep: int
+    noise: Tensor
+    labelled: bool
+
+
+class TextualInversion(TokenTraining):
+    """Learn one token per class of each attribute, such that the frozen model denoises images of the class best.
+
+    The loss is the diffusion model's (equation 2 of the paper),
+
+        min over v of E |e - e_theta(z_t, t, c(y))|^2,    z_t = alpha_t x0 + sigma_t e
+
+    over images x0 of the class and prompts y with its token, whose vectors v are all that is learned. Each sample is
+    for one class of its image, chosen at random among the known ones. The random numbers of a sample depend on its
+    position in the training only, not on the number of processes.
+
+    Args:
+        backbone: frozen diffusion model.
+        attributes: attributes to learn: the name of a label, to the names of its classes in the order of the data, or
+            to null for a boolean label (tokens ``<smile>`` and ``<no-smile>``).
+        tokens: settings of the tokens.
+        templates: prompts with ``{}`` where the token goes, one of which is chosen for each sample. Images of
+            validations have the first.
+        seed: seed of the samples.
+        sampling: settings of the sampler for images of validations.
+        optimizer: over the token vectors only.
+        lr_scheduler: stepped after every optimizer step; null keeps the learning rate.
+
+    Attributes:
+        attributes: the attributes with the names of their classes and tokens.
+        placeholders: tokens of all classes, attribute by attribute.
+        templates, seed: as given.
+        validation_error: sum of the errors of a validation.
+        validation_images: number of images with a known class in a validation.
+
+    Raises:
+        UserError: for attributes or templates that cannot be used, tokens without words to start from, or a number
+            that is out of range.
+    """
+
+    def __init__(
+        self,
+        backbone: DiffusionBackbone,
+        attributes: dict[str, list[str] | None],
+        *,
+        tokens: TokenSettings = TokenSettings(),  # noqa: B008 - frozen
+        templates: list[str] = ["{}"],  # noqa: B006 - read only; a list is what YAML shows
+        seed: int = 0,
+        sampling: Sampling = Sampling(steps=20, guidance=4.0),  # noqa: B008 - frozen
+        optimizer: OptimizerCallable = adamw,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(backbone, tokens=tokens, sampling=sampling, optimizer=optimizer, lr_scheduler=lr_scheduler)
+        if not attributes:
+            raise UserError("model.attributes is empty; name at least one label of the data")
+        if not templates:
+            raise UserError("model.templates is empty; give at least one, such as '{}'")
+        for template in templates:
+            if template.count("{}") != 1:
+                raise UserError(f"model.templates: '{template}' must have exactly one '{{}}', where the token goes")
+        if tokens.initial_words is None:
+            raise UserError("model.tokens.initial_words is null, but TextualInversion does not search; set it to 'a'")
+        check_at_least("model", 0, seed=seed)
+        self.attributes = labelled_attributes(attributes, tokens.placeholder)
+        self.templates, self.seed = templates, seed
+        starts = {
+            token: tokens.initial_words.format(name)
+            for attribute in self.attributes
+            for name, token in zip(attribute.class_names, attribute.placeholders, strict=True)
+        }
+        self.placeholders = list(starts)
+        self.use_bank(self.make_bank(starts))
+        # A value that is not finite must stay in the sum: the tokens are then no improvement.
+        self.validation_error = SumMetric(nan_strategy="disable")
+        self.validation_images = SumMetric()
+
+    def setup(self, stage: str) -> None:
+        """Refuse data that are known to lack an attribute, or whose class indices are known to differ in meaning.
+
+        Raises:
+            UserError: naming the attribute.
+        """
+        data = find_data(self.trainer, LabelledImages)
+        if data is None:
+            return
+        for attribute in self.attributes:
+            _require_label(attribute.name, data.class_names)
+            fix = f"list those of the data, in their order, in model.attributes.{attribute.name}"
+            check_class_names(attribute, data.class_names[attribute.name], fix)
+
+    def training_step(self, batch: ImageBatch) -> Tensor:
+        """Return the mean squared error of the predicted noise, over the images with a known class.
+
+        Raises:
+            UserError: if labels do not match, no image on any device has one, or the loss is not finite.
+        """
+        positions = self.sample_positions(len(batch.names))
+        errors, labelled = self.noise_errors(batch, [np.random.default_rng([self.seed, place]) for place in positions])
+        count = self.trainer.strategy.reduce(labelled.sum(), reduce_op="sum")
+        if not count:
+            raise UserError(
+                f"no image of the batch has a known class of {self._attribute_names}; name the columns of labels in "
+                "data.labels.columns, leave out images without labels by data.keep, or raise data.batch_size"
+            )
+        # Gradients of processes are averaged, but one process may have more images that count than another.
+        loss = self.require_finite(errors[labelled].sum() * self.trainer.world_size / count)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.names), sync_dist=True)
+        return loss
+
+    @torch.no_grad()
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Any] | None:
+        """Denoise held-out images, each with the same class, template, timestep and noise at every validation.
+
+        Returns:
+            For callbacks, with the first batch, images (B, 3, H, W) in [0, 1] of each token on the same few seeds.
+        """
+        rngs = [np.random.default_rng(zlib.crc32(name.encode())) for name in batch.names]
+        errors, labelled = self.noise_errors(batch, rngs)
+        self.validation_error.update(errors[labelled])
+        self.validation_images.update(labelled.sum())
+        if batch_idx > 0 or self.global_rank > 0:  # callbacks show images of the first process only
+            return None
+        number = len(_IMAGE_SEEDS)
+        prompts = [self.templates[0].format(token) for token in self.placeholders]
+        # One token at a time: all at once would take more memory than the training does.
+        images = [self.pipeline.generate([prompt] * number, _IMAGE_SEEDS).clamp(0, 1) for prompt in prompts]
+        return {"images": torch.cat(images), "rows": [token for token in self.placeholders for _ in range(number)]}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the loss over all held-out images with a known class.
+
+        Raises:
+            UserError: if there is none.
+        """
+        total, count = self.validation_error.compute(), self.validation_images.compute()
+        if not count:
+            raise UserError(
+                f"no held-out image has a known class of {self._attribute_names}; raise data.held_out.validation"
+            )
+        self.log("val/loss", total / count, prog_bar=True)
+        self.validation_error.reset()
+        self.validation_images.reset()
+
+    def token_metadata(self) -> dict[str, dict[str, str]]:
+        """Method, attribute, class and settings of each token."""
+        metadata = super().token_metadata()
+        settings = {
+            "templates": self.templates,
+            "initial_words": self.token_settings.initial_words,
+            "negative_prompt": self.sampling.negative_prompt,
+        }
+        for attribute in self.attributes:
+            for name, token in zip(attribute.class_names, attribute.placeholders, strict=True):
+                metadata[token] |= {
+                    "method": "textual_inversion",
+                    "attribute": attribute.name,
+                    "class": name,
+                    "prompt": self.templates[0].format(token),
+                    "config": json.dumps(settings),
+                }
+        return metadata
+
+    def noise_errors(self, batch: ImageBatch, rngs: Sequence[np.random.Generator]) -> tuple[Tensor, Tensor]:
+        """Errors of the predicted noise.
+
+        Args:
+            batch: B images.
+            rngs: source of random numbers of each image.
+
+        Returns:
+            Mean squared error of each image (B,), and whether a class of it is known (B,) bool.
+        """
+        classes = self._classes(batch)
+        latents = self.clean_latents(batch)
+        samples = [self.sample(rng, row, latents.shape[1:]) for rng, row in zip(rngs, classes, strict=True)]
+        timesteps = torch.tensor([sample.timestep for sample in samples], device=self.device)
+        noise = torch.stack([sample.noise for sample in samples]).to(self.device)
+        noisy = self.backbone.process.add_noise(latents, noise, timesteps)
+        # Images that do not count go through as well, so that each process has a gradient to average.
+        conditioning = self.pipeline.encode([sample.prompt for sample in samples])
+        predicted = self.backbone.predict_noise(noisy, timesteps, conditioning)
+        errors = (predicted - noise).square().mean(dim=(1, 2, 3))
+        return errors, torch.tensor([sample.labelled for sample in samples], device=self.device)
+
+    def sample(self, rng: np.random.Generator, classes: Sequence[int], shape: Sequence[int]) -> Sample:
+        """The random part of a sample.
+
+        Args:
+            rng: source of random numbers.
+            classes: class index of the image for each attribute, -1 where it is not known.
+            shape: (C, h, w) of the noise.
+        """
+        known = [
+            attribute.placeholders[index]
+            for attribute, index in zip(self.attributes, classes, strict=True)
+            if index != UNKNOWN
+        ]
+        candidates = known or self.placeholders
+        token = candidates[int(rng.integers(len(candidates)))]
+        template = self.templates[int(rng.integers(len(self.templates)))]
+        timestep = int(rng.integers(self.backbone.process.num_timesteps))
+        noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+        return Sample(template.format(token), timestep, noise, bool(known))
+
+    def _classes(self, batch: ImageBatch) -> list[list[int]]:
+        """Class indices of each image, one per attribute, -1 where it is not known."""
+        for attribute in self.attributes:
+            _require_label(attribute.name, batch.labels)
+        classes = torch.stack([batch.labels[attribute.name] for attribute in self.attributes], dim=1).cpu()
+        for attribute, largest in zip(self.attributes, classes.amax(dim=0).tolist(), strict=True):
+            if largest >= len(attribute.class_names):
+                raise UserError(
+                    f"the data have class {largest} of '{attribute.name}', whose {len(attribute.class_names)} classes "
+                    f"in the model are numbered from 0; name all of them in model.attributes.{attribute.name}"
+                )
+        rows: list[list[int]] = classes.tolist()
+        return rows
+
+    @property
+    def _attribute_names(self) -> str:
+        return ", ".join(attribute.name for attribute in self.attributes)
+
+
+def _require_label(name: str, labels: Mapping[str, Any]) -> None:
+    """Raise UserError if there is no label of a name."""
+    if name not in labels:
+        raise UserError(
+            f"the data have labels of {', '.join(sorted(labels)) or 'nothing'}, not of '{name}'; name its column in "
+            "data.labels.columns, or leave it out of model.attributes"
+        )
