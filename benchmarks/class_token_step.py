@@ -46,6 +46,7 @@ from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.common import BareParts, RowCounter, TaskStep, take_turns
+from benchmarks.memory import peak_bytes
 from tokenlearn.data import PromptStream
 from tokenlearn.errors import UserError
 from tokenlearn.methods import ClassTokens
@@ -160,25 +161,6 @@ def _zero_other_rows(table: Tensor, num_words: int) -> None:
     """Zero the gradient of words as the published code does, by a mask of rows."""
     assert table.grad is not None
     table.grad[torch.arange(len(table), device=table.device) < num_words] = 0
-
-
-def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
-    """Most bytes that a step has allocated at once, beyond those before it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    results: Any = cast(Any, profile).profiler.kineto_results
-    changes = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
-    peak = now = 0
-    for _, change in sorted(changes, key=lambda item: item[0]):
-        now += change
-        peak = max(peak, now)
-    return peak
 
 
 def state_bytes(optimizer: Optimizer) -> int:

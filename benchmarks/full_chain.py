@@ -34,7 +34,7 @@ from jsonargparse import auto_cli
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from benchmarks.class_token_step import peak_bytes
+from benchmarks.memory import peak_bytes
 from benchmarks.common import RowCounter, take_turns
 from tokenlearn.diffusion import sample
 from tokenlearn.diffusion.reversible import sample_reversible

@@ -2,34 +2,27 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from tokenlearn.diffusion import Inverted, edit_friendly_noise, sample
+from tests.diffusion.networks import (
+    DDIM,
+    EMPTY,
+    SPREAD,
+    UNGUIDED,
+    FunctionNetwork,
+    FunctionRule,
+    conditioning,
+    gaussian,
+    guided,
+)
+from tokenlearn.diffusion import Inverted, SchedulerSolver, edit_friendly_noise, sample
 from tokenlearn.errors import UserError
-from tokenlearn.guidance import ClassifierFreeGuidance
-from tokenlearn.models import Conditioning, StableDiffusion
+from tokenlearn.guidance import ClassifierFreeGuidance, GuidedModel
+from tokenlearn.models import StableDiffusion
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
-DDIM = DDIMScheduler(**SCHEDULE, set_alpha_to_one=False, steps_offset=1)
-SPREAD = 0.5
 STEPS = 20
-
-
-def gaussian(latents, timestep, conditioning):
-    """The best prediction of noise where images are normal with deviation SPREAD about the conditioning."""
-    alpha_squared = DDIM.alphas_cumprod[timestep]
-    mean = alpha_squared.sqrt() * conditioning.prompt_embeds.mean(dim=(1, 2)).reshape(-1, 1, 1, 1)
-    variance = alpha_squared * SPREAD**2 + 1 - alpha_squared
-    return (1 - alpha_squared).sqrt() / variance * (latents - mean)
-
-
-def conditioning(*means):
-    return Conditioning(torch.tensor(means).reshape(-1, 1, 1))
-
-
-EMPTY, PROMPT = conditioning(0.0), conditioning(0.5, -0.5, 1.0)
-
-
-def first(outputs, step):
-    return outputs[0]
+SOLVER = SchedulerSolver(DDIM, STEPS)
+PROMPT = conditioning(0.5, -0.5, 1.0)
+UNPROMPTED = guided(gaussian, [EMPTY])
 
 
 def generators(*seeds):
@@ -46,25 +39,17 @@ def latents():
     return SPREAD * torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
 
 
-def sampled(model, scheduler, noisy, conditionings, combine, steps, from_timestep=None):
-    return noisy.finish(
-        sample(
-            model,
-            scheduler,
-            noisy.latents,
-            conditionings,
-            combine,
-            steps,
-            step_options=noisy.step_options,
-            from_timestep=from_timestep,
-        )
+def sampled(model, solver, noisy, from_timestep=None):
+    latents = sample(
+        model, noisy.latents, solver=solver, step_options=noisy.step_options, from_timestep=from_timestep
     )
+    return noisy.finish(latents)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("from_timestep", [None, 401])
 def test_noise_is_that_of_the_posterior_of_ddpm(latents, prediction_type, from_timestep):
-    """Equations 6 and 7 of DDPM, and the noise that each picture's generator draws for all levels at once."""
+    """Equations 6 and 7 of DDPM, and the noise that each image's generator gives all levels at once."""
     latents = latents.double()
 
     def model(latents, timestep, conditioning):
@@ -75,7 +60,11 @@ def test_noise_is_that_of_the_posterior_of_ddpm(latents, prediction_type, from_t
 
     scheduler = DDIMScheduler.from_config(DDIM.config, prediction_type=prediction_type)
     noisy = edit_friendly_noise(
-        model, scheduler, latents, [EMPTY], first, STEPS, generators(5, 6, 7), from_timestep=from_timestep
+        GuidedModel(FunctionNetwork(model), UNGUIDED, [EMPTY]),
+        latents,
+        solver=SchedulerSolver(scheduler, STEPS),
+        generators=generators(5, 6, 7),
+        from_timestep=from_timestep,
     )
 
     timesteps = list(range(951 if from_timestep is None else from_timestep, 0, -50))
@@ -112,42 +101,46 @@ def test_the_same_guidance_leads_back(latents, name, steps):
     def combine(outputs, step):
         return outputs[0] + step / steps * (outputs[1] - outputs[0])
 
+    model, solver = guided(gaussian, [EMPTY, PROMPT], FunctionRule(combine)), SchedulerSolver(scheduler, steps)
     for timestep in {None, int(scheduler.timesteps[0]), int(scheduler.timesteps[steps // 2])}:
-        arguments = [[EMPTY, PROMPT], combine, steps]
-        noisy = edit_friendly_noise(gaussian, scheduler, latents, *arguments, generators(1, 2, 3), timestep)
-        assert decibels(sampled(gaussian, scheduler, noisy, *arguments, timestep), latents) >= 120
+        noisy = edit_friendly_noise(
+            model, latents, solver=solver, generators=generators(1, 2, 3), from_timestep=timestep
+        )
+        assert decibels(sampled(model, solver, noisy, timestep), latents) >= 120
         # All but the schedules that end without a deviation need nothing but the noise of the steps.
         without = sample(
-            gaussian,
-            scheduler,
-            noisy.latents,
-            *arguments,
-            step_options=noisy.step_options,
-            from_timestep=timestep,
+            model, noisy.latents, solver=solver, step_options=noisy.step_options, from_timestep=timestep
         )
         has_deviation = name in ("last step with a deviation", "trailing")
         assert (decibels(without, latents) >= 120) == has_deviation
         assert noisy.step_noise[:, -1].any() == has_deviation
 
 
-def test_another_guidance_moves_the_picture_towards_it(latents):
-    noisy = edit_friendly_noise(gaussian, DDIM, latents, [EMPTY], first, STEPS, generators(1, 2, 3), 801)
+def test_another_guidance_moves_the_image_towards_it(latents):
+    noisy = edit_friendly_noise(
+        UNPROMPTED, latents, solver=SOLVER, generators=generators(1, 2, 3), from_timestep=801
+    )
     moved = []
     for scale in (0.0, 0.5, 1.0):
-        guidance = ClassifierFreeGuidance(scale)
-        edited = sampled(gaussian, DDIM, noisy, guidance.conditionings(EMPTY, conditioning(2.0)), guidance, STEPS, 801)
-        moved.append((edited - latents).mean())
+        rule = ClassifierFreeGuidance(scale)
+        model = guided(gaussian, rule.conditionings(EMPTY, conditioning(2.0)), rule)
+        moved.append((sampled(model, SOLVER, noisy, 801) - latents).mean())
     assert moved[0].abs() < 1e-6
     assert 0.1 < moved[1] < 0.9 * moved[2]
 
 
-def test_a_picture_does_not_depend_on_those_beside_it(latents):
-    arguments = [first, STEPS]
-    together = edit_friendly_noise(gaussian, DDIM, latents, [PROMPT], *arguments, generators(1, 2, 3), 601)
+def test_an_image_does_not_depend_on_its_neighbours(latents):
+    together = edit_friendly_noise(
+        guided(gaussian, [PROMPT]), latents, solver=SOLVER, generators=generators(1, 2, 3), from_timestep=601
+    )
     for index in range(3):
         row = slice(index, index + 1)
         alone = edit_friendly_noise(
-            gaussian, DDIM, latents[row], [PROMPT[row]], *arguments, generators(index + 1), 601
+            guided(gaussian, [PROMPT[row]]),
+            latents[row],
+            solver=SOLVER,
+            generators=generators(index + 1),
+            from_timestep=601,
         )
         for part in ("latents", "step_noise", "remainder"):
             torch.testing.assert_close(getattr(alone, part), getattr(together, part)[row], rtol=1e-4, atol=1e-5)
@@ -155,14 +148,14 @@ def test_a_picture_does_not_depend_on_those_beside_it(latents):
 
 
 def test_rows_are_repeated_with_all_their_parts(latents):
-    options = [[EMPTY], first, 4]
-    noisy = edit_friendly_noise(gaussian, DDIM, latents, *options, generators(1, 2, 3))
+    solver = SchedulerSolver(DDIM, 4)
+    noisy = edit_friendly_noise(UNPROMPTED, latents, solver=solver, generators=generators(1, 2, 3))
     twice = noisy.repeat_interleave(2)
     assert len(twice) == 6
     expected = latents.repeat_interleave(2, dim=0)
-    assert decibels(sampled(gaussian, DDIM, twice, *options), expected) >= 120
-    one = edit_friendly_noise(gaussian, DDIM, latents[1:2], *options, generators(1)).expand(3)
-    assert decibels(sampled(gaussian, DDIM, one, *options), latents[1:2].expand(3, -1, -1, -1)) >= 120
+    assert decibels(sampled(UNPROMPTED, solver, twice), expected) >= 120
+    one = edit_friendly_noise(UNPROMPTED, latents[1:2], solver=solver, generators=generators(1)).expand(3)
+    assert decibels(sampled(UNPROMPTED, solver, one), latents[1:2].expand(3, -1, -1, -1)) >= 120
     plain = Inverted(latents)
     assert torch.equal(plain.repeat_interleave(2).latents, expected)
     assert plain.step_options(0) == {}
@@ -173,7 +166,9 @@ def test_noise_is_constant_and_the_scheduler_stays_as_it_was(latents):
     prompt = conditioning(0.5, 0.5, 0.5)
     prompt.prompt_embeds.requires_grad_()
     scheduler = DDIMScheduler.from_config(DDIM.config)
-    noisy = edit_friendly_noise(gaussian, scheduler, latents, [prompt], first, 4, generators(1, 2, 3))
+    noisy = edit_friendly_noise(
+        guided(gaussian, [prompt]), latents, solver=SchedulerSolver(scheduler, 4), generators=generators(1, 2, 3)
+    )
     assert not any(part.requires_grad for part in (noisy.latents, noisy.step_noise, noisy.remainder))
     assert scheduler.num_inference_steps is None
     assert "step" not in vars(scheduler)
@@ -182,25 +177,21 @@ def test_noise_is_constant_and_the_scheduler_stays_as_it_was(latents):
 @torch.no_grad()
 def test_a_network_leads_back_under_the_guidance_of_the_source(tiny_models):
     backbone = StableDiffusion(str(tiny_models / "pipeline"))
-    scheduler, guidance = backbone.make_scheduler("DDIM"), ClassifierFreeGuidance(3.5)
+    solver, rule = backbone.make_solver("DDIM", STEPS), ClassifierFreeGuidance(3.5)
     empty, source, other = (backbone.encode_prompts([text]) for text in ("", "a photo of a king", "wizard with hat"))
     latents = backbone.initial_latents([1, 2])
-    conditionings = guidance.conditionings(empty, source)
-    noisy = edit_friendly_noise(
-        backbone, scheduler, latents, conditionings, guidance, STEPS, generators(3, 4), from_timestep=851
-    )
-    assert decibels(sampled(backbone, scheduler, noisy, conditionings, guidance, STEPS, 851), latents) >= 60
-    edited = sampled(
-        backbone, scheduler, noisy, guidance.conditionings(empty, other), guidance, STEPS, from_timestep=851
-    )
+    model = GuidedModel(backbone, rule, [empty, source])
+    noisy = edit_friendly_noise(model, latents, solver=solver, generators=generators(3, 4), from_timestep=851)
+    assert decibels(sampled(model, solver, noisy, 851), latents) >= 60
+    edited = sampled(GuidedModel(backbone, rule, [empty, other]), solver, noisy, 851)
     assert decibels(edited, latents) < 40
 
 
 def test_impossible_arguments_are_refused(latents):
-    arguments = [gaussian, DDIM, latents, [EMPTY], first, STEPS]
-    with pytest.raises(UserError, match="timestep 400 is not one of the scheduler's 20; take 401 or 351"):
-        edit_friendly_noise(*arguments, generators(1, 2, 3), from_timestep=400)
-    with pytest.raises(UserError, match="timestep 999 is not one of the scheduler's 20; take 951 or 901"):
-        edit_friendly_noise(*arguments, generators(1, 2, 3), from_timestep=999)
+    for timestep, near in ((400, "351 or 401"), (999, "901 or 951")):
+        with pytest.raises(UserError, match=f"timestep {timestep} .* 20; .* {near}"):
+            edit_friendly_noise(
+                UNPROMPTED, latents, solver=SOLVER, generators=generators(1, 2, 3), from_timestep=timestep
+            )
     with pytest.raises(ValueError, match="1 generators for 3 latents"):
-        edit_friendly_noise(*arguments, generators(1))
+        edit_friendly_noise(UNPROMPTED, latents, solver=SOLVER, generators=generators(1))
