@@ -3,15 +3,16 @@ import torch
 from torch.nn.functional import normalize
 
 from tokenlearn.errors import UserError
-from tokenlearn.tokens import TokenBank, TokenInjection, class_vectors, with_vectors, word_ids
+from tokenlearn.tokens import PlaceholderVocabulary, TokenBank, class_vectors, with_vectors, word_ids
 from tokenlearn.tokens.class_initialisation import mean_gradients, nearest_words, pull_back, ridge_vectors
+from tokenlearn.tokens.injection import accept_learned_embeddings, learned_embeddings
 
 WORDS, VECTORS, WIDTH, FEATURES = 40, 2, 6, 9
 
 
 @pytest.fixture
 def toy():
-    """Features that depend linearly on the vectors, by another matrix for each picture."""
+    """Features that depend linearly on the vectors, by another matrix for each image."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -41,7 +42,12 @@ def arguments(toy, *names):
     return [toy[name] for name in names]
 
 
-def test_mean_gradient_is_the_transposed_jacobian_over_all_pictures(toy):
+def choice(toy, candidates=range(WORDS)):
+    """Images and words to choose from."""
+    return {"batches": toy["batches"], "table": toy["table"], "candidates": candidates}
+
+
+def test_mean_gradient_is_the_transposed_jacobian_over_all_images(toy):
     with torch.no_grad():  # wherever it is called from
         gradients = mean_gradients(*arguments(toy, "features", "base", "directions", "batches"))
     expected = (toy["directions"] @ toy["jacobian"]).reshape(3, VECTORS, WIDTH)
@@ -68,9 +74,7 @@ def test_nearest_word_moves_features_along_the_direction_and_not_away_from_it(to
     wanted = [7, 11, 30]
     directions = changes_of(toy, words[wanted])
     directions = directions + 0.02 * torch.randn(3, FEATURES, generator=torch.Generator().manual_seed(4))
-    found = nearest_words(
-        *arguments(toy, "features", "base"), directions, *arguments(toy, "batches", "table"), range(WORDS), WORDS
-    )
+    found = nearest_words(*arguments(toy, "features", "base"), directions, **choice(toy), num_candidates=WORDS)
     assert torch.equal(found, words[wanted])
 
 
@@ -80,16 +84,19 @@ def test_a_word_that_goes_further_but_astray_is_not_taken():
 
     table = torch.zeros(3, WIDTH)
     table[:, :2] = torch.tensor([[1.0, 0.5], [3.0, 3.1], [-2.0, 0.0]])
-    arguments_of = [features, torch.zeros(VECTORS, WIDTH), torch.tensor([[5.0, 0.0]]), [None], table, range(3), 3]
-    assert torch.equal(nearest_words(*arguments_of)[0, 0], table[0])
+    words = {"batches": [None], "table": table, "candidates": range(3), "num_candidates": 3}
+    inputs = (features, torch.zeros(VECTORS, WIDTH), torch.tensor([[5.0, 0.0]]))
+    assert torch.equal(nearest_words(*inputs, **words)[0, 0], table[0])
     table[1, 1] = 2.4  # scores 2 (3 - 2.4) now, above 2 (1 - 0.5)
-    assert torch.equal(nearest_words(*arguments_of)[0, 0], table[1])
+    assert torch.equal(nearest_words(*inputs, **words)[0, 0], table[1])
 
 
 def test_a_class_that_no_word_is_for_starts_from_the_base(toy):
     for num_candidates in (1, 4, WORDS):
         found = nearest_words(
-            *arguments(toy, "features", "base", "directions", "batches", "table"), range(5, WORDS), num_candidates
+            *arguments(toy, "features", "base", "directions"),
+            **choice(toy, range(5, WORDS)),
+            num_candidates=num_candidates,
         )
         assert torch.equal(found, toy["base"].expand(3, -1, -1))
 
@@ -103,28 +110,35 @@ def test_shortlisted_words_are_judged_by_their_own_edits(toy):
     table = torch.zeros(4, WIDTH)
     table[:, 0] = torch.tensor([9.0, 3.0, 1.0, -1.0])
     base, direction = torch.zeros(VECTORS, WIDTH), torch.ones(1, 1)
-    found = {n: nearest_words(saturating, base, direction, [None], table, range(4), n)[0, 0, 0] for n in (1, 2, 3, 4)}
+    words = {"batches": [None], "table": table, "candidates": range(4)}
+    found = {n: nearest_words(saturating, base, direction, **words, num_candidates=n)[0, 0, 0] for n in (1, 2, 3, 4)}
     assert found == {1: 0, 2: 0, 3: 1, 4: 1}  # 0 is the base, of which the first words' edits fall short
 
 
 def test_ridge_finds_the_vector_whose_edit_gave_the_direction(toy):
-    """Features of one picture, in more dimensions than the embedding: then the map can be undone."""
+    """Features of one image, in more dimensions than the embedding: then the map can be undone."""
     matrix = torch.randn(FEATURES, WIDTH, generator=torch.Generator().manual_seed(2))
-    wanted = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(3))
+    expected = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(3))
 
     def features(vectors, batch):
         return (10 + matrix @ vectors[0])[None]
 
     vectors = ridge_vectors(
-        features, toy["base"], wanted @ matrix.T, [None], toy["table"], range(WORDS), 20, ridge=1e-5, norm=0.4
+        features,
+        toy["base"],
+        expected @ matrix.T,
+        **(choice(toy) | {"batches": [None]}),
+        num_words=20,
+        ridge=1e-5,
+        norm=0.4,
     )
-    expected = 0.4 * normalize(wanted, dim=1)[:, None].expand(-1, VECTORS, -1)
+    expected = 0.4 * normalize(expected, dim=1)[:, None].expand(-1, VECTORS, -1)
     torch.testing.assert_close(vectors, expected, rtol=1e-2, atol=1e-3)
 
 
 def test_ridge_equals_its_primal_form(toy):
     fit = {"num_words": WORDS, "ridge": 0.3, "norm": 1.0}
-    vectors = ridge_vectors(*arguments(toy, "features", "base", "directions", "batches", "table"), range(WORDS), **fit)
+    vectors = ridge_vectors(*arguments(toy, "features", "base", "directions"), **choice(toy), **fit)
     edits = torch.stack([
         torch.cat([toy["features"](word.expand(VECTORS, -1), batch) for batch in toy["batches"]]).mean(0)
         for word in toy["table"]
@@ -138,10 +152,27 @@ def test_ridge_equals_its_primal_form(toy):
 
 @pytest.mark.parametrize("initialiser", ["words", "pull_back", "vocabulary", "ridge"])
 def test_every_initialiser_behind_one_argument(toy, initialiser):
-    names = ("base", "directions", "features", "batches", "table")
-    if initialiser == "vocabulary":  # random directions are no word's
+    if initialiser == "vocabulary":  # random directions belong to no word
         toy["directions"] = changes_of(toy, toy["table"][[7, 11, 30], None].expand(-1, VECTORS, -1))
-    vectors = class_vectors(initialiser, *arguments(toy, *names), range(WORDS), step=2.0, num_candidates=WORDS)
+    evaluations = []
+
+    def progress(steps):
+        for step in steps:
+            evaluations.append(step)
+            yield step
+
+    vectors = class_vectors(
+        initialiser,
+        *arguments(toy, "base", "directions"),
+        features=toy["features"],
+        **choice(toy),
+        step=2.0,
+        num_candidates=WORDS,
+        progress=progress,
+    )
+    gradients, words = len(toy["batches"]), WORDS
+    expected = {"words": 0, "pull_back": gradients, "vocabulary": gradients + 1 + words, "ridge": words}
+    assert len(evaluations) == expected[initialiser]
     assert vectors.shape == (3, VECTORS, WIDTH)
     assert not vectors.requires_grad
     median = toy["table"].norm(dim=1).median()
@@ -161,13 +192,13 @@ def test_every_initialiser_behind_one_argument(toy, initialiser):
 
 
 def test_refusals(toy):
-    names = ("base", "directions", "features", "batches", "table")
-    with pytest.raises(UserError, match="needs pictures, got none"):
-        class_vectors("ridge", *arguments(toy, "base", "directions", "features"), [], toy["table"], range(WORDS))
-    with pytest.raises(UserError, match="needs words to choose from"):
-        class_vectors("vocabulary", *arguments(toy, *names))
-    with pytest.raises(UserError, match="above 0"):
-        class_vectors("ridge", *arguments(toy, *names), range(WORDS), ridge=0.0)
+    start = arguments(toy, "base", "directions")
+    with pytest.raises(UserError, match=r"'ridge'.*images"):
+        class_vectors("ridge", *start, features=toy["features"], **(choice(toy) | {"batches": []}))
+    with pytest.raises(UserError, match=r"'vocabulary'.*words"):
+        class_vectors("vocabulary", *start, features=toy["features"], **choice(toy, ()))
+    with pytest.raises(UserError, match=r"ridge.*0\.0"):
+        class_vectors("ridge", *start, features=toy["features"], **choice(toy), ridge=0.0)
     with pytest.raises(UserError, match="start tokens from 'words'"):
         mean_gradients(toy["features"], toy["base"], torch.zeros(1, FEATURES), toy["batches"])
 
@@ -175,12 +206,15 @@ def test_refusals(toy):
 def test_with_vectors_reaches_the_prompt_and_leaves_the_bank(tokenizer, text_encoder):
     bank = TokenBank({"<hat>": 2, "<smile>": 1}, [16])
     bank.vectors[0].data.normal_()
-    TokenInjection(bank, [tokenizer], [text_encoder])
+    vocabulary = PlaceholderVocabulary(bank, [tokenizer])
+    accept_learned_embeddings(text_encoder)
     before = bank.vectors[0].detach().clone()
 
     def encode(prompt):
-        ids = tokenizer(prompt.replace("<hat>", "<hat> <hat>_1"), return_tensors="pt").input_ids
-        return text_encoder(ids).last_hidden_state
+        ids = vocabulary.tokenizers[0](vocabulary.expand(prompt), return_tensors="pt").input_ids
+        rows = vocabulary.rows(ids, 0)
+        with learned_embeddings(rows, bank.vectors[0]):
+            return text_encoder(ids.masked_fill(rows >= 0, 0)).last_hidden_state
 
     read = with_vectors(bank, "<hat>", encode)
     vectors = torch.randn(2, 16, requires_grad=True)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tokenlearn.errors import UserError
-from tokenlearn.tokens import TokenBank, TokenInjection, vectors_from_words, vocabulary_norm_range
+from tokenlearn.tokens import vectors_from_words, vocabulary_norm_range
 
 
 def table_rows(words: list[str], tokenizer, text_encoder) -> torch.Tensor:
@@ -36,13 +36,6 @@ def test_result_is_a_float32_copy_without_gradient(tokenizer, text_encoder, num_
     assert not vectors.requires_grad
     vectors.fill_(9)
     assert torch.equal(text_encoder.get_input_embeddings().weight, before)
-
-
-def test_placeholder_of_an_injection_as_a_start(tokenizer, text_encoder):
-    bank = TokenBank({"<wizard>": 2}, [16])
-    bank.vectors[0].data.normal_()
-    injection = TokenInjection(bank, [tokenizer], [text_encoder])
-    assert torch.equal(vectors_from_words(injection.expand("<wizard>"), tokenizer, text_encoder), bank.vectors[0])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Where learned vectors start, and the range that they are kept in."""
+"""Starting vectors of tokens from words, and the range of norms of a vocabulary."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 def vectors_from_words(
     words: str, tokenizer: PreTrainedTokenizerBase, text_encoder: nn.Module, num_vectors: int | None = None
 ) -> Tensor:
-    """Vectors that stand for one or several words.
+    """Input embeddings of one or several words.
 
     Args:
-        words: text such as ``"a"`` (which Discriminative Class Tokens, arXiv:2303.17155, starts from: the baseline
-            prompt is then reproduced exactly) or ``"striped tiger cat"``; placeholders of an injection count too.
+        words: text such as ``"striped tiger cat"``, or ``"a"``, the start of discriminative class tokens
+            (https://arxiv.org/abs/2303.17155), which reproduces the prompt without the token exactly.
         tokenizer: the text encoder's tokenizer.
         text_encoder: text encoder whose input embedding is read.
-        num_vectors: vectors wanted. None or the number of vocabulary units in ``words``: one vector each; 1: their
-            mean; more: they repeat in turn.
+        num_vectors: number of vectors. None or the number of vocabulary units in ``words`` gives one vector per unit,
+            1 gives their mean, and a larger number repeats them in turn.
 
     Returns:
         (n, width) float32 copies, without gradient.
@@ -56,11 +56,11 @@ def vectors_from_words(
 def vocabulary_norm_range(
     text_encoder: nn.Module, quantiles: tuple[float, float] = (0.01, 0.99)
 ) -> tuple[float, float]:
-    """L2 norms between which nearly all words of the vocabulary lie.
+    """Range of the L2 norms of nearly all words of the vocabulary.
 
     Args:
-        text_encoder: text encoder whose table is read; placeholders do not count.
-        quantiles: lower and upper quantile in [0, 1]; the default leaves out rows that training hardly touched.
+        text_encoder: text encoder whose input embedding is read.
+        quantiles: lower and upper quantile in [0, 1]; the default leaves out rows that training hardly changed.
 
     Returns:
         Smallest and largest norm.

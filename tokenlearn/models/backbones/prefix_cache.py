@@ -49,8 +49,12 @@ class PrefixCache:
     def cache(self) -> Iterator[None]:
         """While the UNet gets the same latents and timesteps again and again.
 
-        Outputs that need a gradient with respect to the latents are computed each time.
+        Outputs that need a gradient with respect to the latents are computed each time. Within another call of this
+        method, the outputs of the outer call are used.
         """
+        if self._state.outputs is not None:
+            yield
+            return
         self._state.outputs = {}
         try:
             yield
