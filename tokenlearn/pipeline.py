@@ -245,9 +245,7 @@ class Pipeline:
 
         Arguments as in :meth:`sample_latents`. The gradient reaches the vectors of the tokens.
         """
-        latents = self.generate_latents(
-            prompts, seeds, rule=rule, gradient=gradient, steps=steps, solver=solver
-        )
+        latents = self.generate_latents(prompts, seeds, rule=rule, gradient=gradient, steps=steps, solver=solver)
         return self.backbone.decode_latents(latents)
 
 

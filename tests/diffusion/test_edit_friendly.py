@@ -40,9 +40,7 @@ def latents():
 
 
 def sampled(model, solver, noisy, from_timestep=None):
-    latents = sample(
-        model, noisy.latents, solver=solver, step_options=noisy.step_options, from_timestep=from_timestep
-    )
+    latents = sample(model, noisy.latents, solver=solver, step_options=noisy.step_options, from_timestep=from_timestep)
     return noisy.finish(latents)
 
 
@@ -108,18 +106,14 @@ def test_the_same_guidance_leads_back(latents, name, steps):
         )
         assert decibels(sampled(model, solver, noisy, timestep), latents) >= 120
         # All but the schedules that end without a deviation need nothing but the noise of the steps.
-        without = sample(
-            model, noisy.latents, solver=solver, step_options=noisy.step_options, from_timestep=timestep
-        )
+        without = sample(model, noisy.latents, solver=solver, step_options=noisy.step_options, from_timestep=timestep)
         has_deviation = name in ("last step with a deviation", "trailing")
         assert (decibels(without, latents) >= 120) == has_deviation
         assert noisy.step_noise[:, -1].any() == has_deviation
 
 
 def test_another_guidance_moves_the_image_towards_it(latents):
-    noisy = edit_friendly_noise(
-        UNPROMPTED, latents, solver=SOLVER, generators=generators(1, 2, 3), from_timestep=801
-    )
+    noisy = edit_friendly_noise(UNPROMPTED, latents, solver=SOLVER, generators=generators(1, 2, 3), from_timestep=801)
     moved = []
     for scale in (0.0, 0.5, 1.0):
         rule = ClassifierFreeGuidance(scale)

@@ -85,9 +85,7 @@ def test_gradient_of_a_part_is_counted_from_its_end(latents):
     prompt.prompt_embeds.requires_grad_()
     gradients = []
     for gradient in (Stored(), LastK(5, checkpointing=False), LastK(2, checkpointing=False)):
-        edited = sample(
-            guided(gaussian, [prompt]), latents, solver=ddim(10), gradient=gradient, from_timestep=401
-        )
+        edited = sample(guided(gaussian, [prompt]), latents, solver=ddim(10), gradient=gradient, from_timestep=401)
         gradients.append(torch.autograd.grad(edited.sum(), prompt.prompt_embeds)[0])
     assert torch.equal(gradients[0], gradients[1])
     assert not torch.allclose(gradients[0], gradients[2])

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from tests.diffusion.networks import DDIM
-
 from tokenlearn.diffusion import DiscreteProcess, FlowProcess
 from tokenlearn.diffusion.process import (
     add_noise,

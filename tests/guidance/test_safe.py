@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from tokenlearn.diffusion import sample
-from tokenlearn.diffusion.sampling import SteppedRule
 from tokenlearn.errors import UserError
 from tokenlearn.guidance import (
     SAFETY_PRESETS,
     ClassifierFreeGuidance,
+    GuidedModel,
     SafeGuidance,
     SafetySettings,
     safely_guided,
@@ -86,7 +86,6 @@ def test_scale_0_is_classifier_free_guidance(guidance_scale):
 
 def test_only_what_matters_is_needed():
     without = dataclasses.replace(SETTINGS, momentum_scale=0.0)
-    assert isinstance(SafeGuidance(4.0), SteppedRule)
     assert SafeGuidance(4.0).conditionings("empty", "prompt", "pipe") == ["empty", "prompt", "pipe"]
     assert [SafeGuidance(4.0, without).needed(step) for step in range(4)] == [[0, 1]] * 2 + [[0, 1, 2]] * 2
     assert [SafeGuidance(1.0, without).needed(step) for step in range(4)] == [[1]] * 2 + [[0, 1, 2]] * 2
@@ -117,9 +116,8 @@ def test_samples_with_the_network(tiny_models):
 
     def run(rule, *prompts):
         conditionings = rule.conditionings(*(backbone.encode_prompts([text]) for text in prompts))
-        return sample(
-            backbone, backbone.make_scheduler("DDIM"), backbone.initial_latents([1, 2]), conditionings, rule, 4
-        )
+        model = GuidedModel(backbone, rule, conditionings)
+        return sample(model, backbone.initial_latents([1, 2]), solver=backbone.make_solver("DDIM", 4))
 
     with torch.no_grad():
         unguarded = run(ClassifierFreeGuidance(4.0), "", "a man with hat")

@@ -3,16 +3,17 @@ import dataclasses
 import pytest
 import torch
 
-from tokenlearn.diffusion import sample
-from tokenlearn.diffusion.sampling import SteppedRule
+from tests.diffusion.networks import Recorder
+from tokenlearn.diffusion import Checkpointed, sample
 from tokenlearn.errors import UserError
 from tokenlearn.guidance import (
     ClassifierFreeGuidance,
+    ComposableGuidance,
     Concept,
     ConceptSettings,
+    GuidedModel,
     RecordedGuidance,
     SemanticGuidance,
-    SummedGuidance,
     concept_guidance,
     semantic_direction,
     semantically_guided,
@@ -167,10 +168,10 @@ def test_momentum_by_hand():
     torch.testing.assert_close(results[:, 0, 0, 0, 0], torch.tensor([0.0, second, third]))
 
 
-def test_unmasked_concepts_without_momentum_are_summed_guidance():
+def test_unmasked_concepts_without_momentum_are_composable_guidance():
     outputs = predictions(2)
     rule = SemanticGuidance(4.0, [Concept(PLAIN), Concept(dataclasses.replace(PLAIN, scale=-2.0))])
-    expected = [SummedGuidance([4.0, 3.0, -2.0])(list(output), 0) for output in outputs]
+    expected = [ComposableGuidance([4.0, 3.0, -2.0])(list(output), 0) for output in outputs]
     torch.testing.assert_close(guided(rule, outputs), torch.stack(expected))
 
 
@@ -248,7 +249,6 @@ def test_terms_that_cannot_matter_are_not_needed():
         Concept(dataclasses.replace(PLAIN, scale=0.0), sample_scales=torch.tensor([0.0, 1.0, 0.0])),
     ]
     rule = SemanticGuidance(4.0, concepts)
-    assert isinstance(rule, SteppedRule)
     assert rule.conditionings("empty", "prompt", *"abcdef") == ["empty", "prompt", *"abcdef"]
     assert [rule.needed(step) for step in range(5)] == [[0, 1, 4, 7]] * 3 + [[0, 1, 2, 3, 4, 7], [0, 1, 2, 3, 7]]
     outputs = predictions(6, steps=5)
@@ -360,52 +360,63 @@ class TestRecording:
 
 class TestSampling:
     def run(self, backbone, rule, conditionings, seeds=(1, 2), steps=5, model=None):
-        return sample(
-            model or backbone,
-            backbone.make_scheduler("DDIM"),
-            backbone.initial_latents(list(seeds)),
-            rule.conditionings(*conditionings),
-            rule,
-            steps,
-        )
+        """Latents, and the model with its copy of the rule."""
+        guided_model = GuidedModel(model or backbone, rule, rule.conditionings(*conditionings))
+        solver = backbone.make_solver("DDIM", steps)
+        latents = sample(guided_model, backbone.initial_latents(list(seeds)), solver=solver, gradient=Checkpointed())
+        return latents, guided_model
 
     def test_the_network_is_evaluated_for_no_row_in_vain(self, backbone, conditionings):
-        rows = []
-
-        def model(latents, timestep, conditioning):
-            rows.append(len(latents))
-            return backbone(latents, timestep, conditioning)
-
+        model = Recorder(backbone)
         concepts = [
             Concept(dataclasses.replace(PLAIN, warmup_steps=1, cooldown_step=4)),
             Concept(dataclasses.replace(PLAIN, warmup_steps=3), (1, -1)),
         ]
         with torch.no_grad():
             self.run(backbone, SemanticGuidance(4.0, concepts), conditionings, model=model)
-        assert rows == [4, 6, 6, 10, 8]
+        assert [rows for rows, _ in model.calls] == [4, 6, 6, 10, 8]
 
     def test_a_batch_is_its_samples(self, backbone, conditionings):
         concepts = [Concept(ConceptSettings(warmup_steps=1)), Concept(ConceptSettings(-3.0, 0.5, 2), (1, -1))]
         rule = SemanticGuidance(4.0, concepts)
         with torch.no_grad():
-            together = self.run(backbone, rule, conditionings)
-            alone = torch.cat([self.run(backbone, rule, conditionings, seeds=[seed]) for seed in (1, 2)])
+            together = self.run(backbone, rule, conditionings)[0]
+            alone = torch.cat([self.run(backbone, rule, conditionings, seeds=[seed])[0] for seed in (1, 2)])
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
-    def test_recorded_guidance_repeats_the_picture(self, backbone, conditionings):
+    def test_recorded_guidance_repeats_the_image(self, backbone, conditionings):
         rule = SemanticGuidance(4.0, [Concept(ConceptSettings(warmup_steps=1))], record=True)
         with torch.no_grad():
-            edited = self.run(backbone, rule, conditionings[:3])
-            repeated = self.run(backbone, RecordedGuidance(4.0, rule.recorded), conditionings[:2])
-            unedited = self.run(backbone, ClassifierFreeGuidance(4.0), conditionings[:2])
+            edited, model = self.run(backbone, rule, conditionings[:3])
+            repeated, _ = self.run(backbone, RecordedGuidance(4.0, model.rule.recorded), conditionings[:2])
+            unedited, _ = self.run(backbone, ClassifierFreeGuidance(4.0), conditionings[:2])
         torch.testing.assert_close(repeated, edited, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(unedited, edited, atol=1e-2)
+
+    def test_one_rule_serves_several_models_at_once(self, backbone, conditionings):
+        """Steps of two models of one rule in turns give what each gives alone: the momentum is not the rule's."""
+        rule = SemanticGuidance(4.0, [Concept(ConceptSettings(warmup_steps=0, momentum_scale=0.9))])
+        timesteps = torch.tensor([801, 601, 401])
+        inputs = {seed: backbone.initial_latents([seed]) for seed in (1, 2)}
+
+        def model():
+            return GuidedModel(backbone, rule, rule.conditionings(*conditionings[:3]))
+
+        with torch.no_grad():
+            alone = {}
+            for seed, latents in inputs.items():
+                single = model()
+                alone[seed] = [single(latents, timestep, step) for step, timestep in enumerate(timesteps)]
+            models = {seed: model() for seed in inputs}
+            for step, timestep in enumerate(timesteps):
+                for seed, latents in inputs.items():
+                    assert torch.equal(models[seed](latents, timestep, step), alone[seed][step])
 
     def test_a_concept_can_be_learned_under_it(self, backbone, conditionings):
         term = conditionings[2].detach()
         term.prompt_embeds.requires_grad_()
         rule = SemanticGuidance(4.0, [Concept(ConceptSettings(warmup_steps=2))])
-        self.run(backbone, rule, [*conditionings[:2], term]).square().sum().backward()
+        self.run(backbone, rule, [*conditionings[:2], term])[0].square().sum().backward()
         assert term.prompt_embeds.grad.isfinite().all()
         assert term.prompt_embeds.grad.abs().max() > 0
 

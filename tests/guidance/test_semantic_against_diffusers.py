@@ -12,7 +12,7 @@ import torch
 from diffusers import SemanticStableDiffusionPipeline
 
 from tokenlearn.diffusion import sample
-from tokenlearn.guidance import ClassifierFreeGuidance, Concept, ConceptSettings, SemanticGuidance
+from tokenlearn.guidance import ClassifierFreeGuidance, Concept, ConceptSettings, GuidedModel, SemanticGuidance
 from tokenlearn.models import StableDiffusion
 
 PORTRAITS = Path(__file__).parents[2] / "checkpoints" / "portraits"
@@ -53,13 +53,11 @@ def our_latents(backbone, latents, rule, texts=()):
     steps = []
     with torch.no_grad():
         terms = [backbone.encode_prompts([text]) for text in texts]
+        prompts = backbone.encode_prompts([""]), backbone.encode_prompts(PROMPTS)
         sample(
-            backbone,
-            backbone.make_scheduler(),
+            GuidedModel(backbone, rule, rule.conditionings(*prompts, *terms)),
             latents,
-            rule.conditionings(backbone.encode_prompts([""]), backbone.encode_prompts(PROMPTS), *terms),
-            rule,
-            STEPS,
+            solver=backbone.make_solver(None, STEPS),
             callback=lambda step, latents: steps.append(latents.clone()),
         )
     return torch.stack(steps).double()

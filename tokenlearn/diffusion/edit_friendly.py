@@ -140,9 +140,7 @@ def edit_friendly_noise(
     towards_targets = copy.copy(scheduler)
     towards_targets.step = step_to_target
     start = next(targets)
-    arrived = sample(
-        model, start, solver=SchedulerSolver(towards_targets, solver.steps), from_timestep=from_timestep
-    )
+    arrived = sample(model, start, solver=SchedulerSolver(towards_targets, solver.steps), from_timestep=from_timestep)
     return Inverted(start, torch.stack(step_noise, dim=1), latents - arrived)
 
 

@@ -77,7 +77,9 @@ def noise_from_flow(latents: Tensor, u: Tensor, alpha: Tensor) -> Tensor:
     return latents + _per_sample(alpha, latents) * u
 
 
-def convert(prediction: Tensor, latents: Tensor, alpha: Tensor, sigma: Tensor, *, source: Kind, target: Kind) -> Tensor:
+def convert(
+    prediction: Tensor, latents: Tensor, alpha: Tensor, sigma: Tensor, *, source: Kind, target: Kind
+) -> Tensor:
     """Turn one kind of prediction into another at the same latents.
 
     Args:

@@ -53,6 +53,11 @@ class GuidanceRule(ABC):
         """Prompts that the rule evaluates besides the prompt and the negative prompt."""
         return ()
 
+    @property
+    def has_memory(self) -> bool:
+        """Whether a step depends on the steps before it, as momentum does."""
+        return False
+
     def conditionings(self, unconditional: C, prompt: C, *concepts: C) -> list[C]:
         """The conditionings that the network is evaluated for, in the order of the predictions.
 
@@ -79,9 +84,7 @@ class GuidanceRule(ABC):
             (B, C, h, w) guided prediction.
         """
 
-    def guide(
-        self, model: Predictor, latents: Tensor, timestep: Tensor, step: int, recompute: bool = False
-    ) -> Tensor:
+    def guide(self, model: Predictor, latents: Tensor, timestep: Tensor, step: int, recompute: bool = False) -> Tensor:
         """Guided prediction (B, C, h, w) at latents (B, C, h, w), with the network at hand.
 
         Args:

@@ -50,9 +50,7 @@ class ClassifierGuidance(GuidanceRule):
         unconditional, conditional = predictions
         return classifier_free_guidance(unconditional, conditional, self.guidance_scale)
 
-    def guide(
-        self, model: Predictor, latents: Tensor, timestep: Tensor, step: int, recompute: bool = False
-    ) -> Tensor:
+    def guide(self, model: Predictor, latents: Tensor, timestep: Tensor, step: int, recompute: bool = False) -> Tensor:
         """See :class:`GuidanceRule`; crops of the objective are named by the timestep."""
         process = model.process
         alpha, sigma = process.alpha(timestep), process.sigma(timestep)

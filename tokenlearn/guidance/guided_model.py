@@ -74,6 +74,11 @@ class GuidedModel(Generic[C]):
         self.rule = rule.fresh()
         self.process = backbone.process
 
+    @property
+    def has_memory(self) -> bool:
+        """Whether a step depends on the steps before it."""
+        return self.rule.has_memory
+
     def with_conditionings(self, conditionings: Sequence[C]) -> Self:
         """The same model, with the same state of the rule, for other conditionings."""
         other = copy.copy(self)

@@ -141,6 +141,11 @@ class SafeGuidance(GuidanceRule):
         """See :class:`GuidanceRule`."""
         return (self.concept,)
 
+    @property
+    def has_memory(self) -> bool:
+        """See :class:`GuidanceRule`."""
+        return self.settings.scale > 0 and self.settings.momentum_scale > 0
+
     def conditionings(self, unconditional: C, prompt: C, *concepts: C) -> list[C]:
         """See :class:`GuidanceRule`."""
         (unwanted,) = concepts

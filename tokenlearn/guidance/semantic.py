@@ -274,6 +274,11 @@ class SemanticGuidance(GuidanceRule):
         self._momenta: dict[int, Tensor] = {}
         self._recorded: list[Tensor] = []
 
+    @property
+    def has_memory(self) -> bool:
+        """See :class:`GuidanceRule`."""
+        return any(concept.is_possible and concept.settings.momentum_scale > 0 for concept in self.concepts)
+
     def fresh(self) -> Self:
         """See :class:`GuidanceRule`."""
         fresh = super().fresh()

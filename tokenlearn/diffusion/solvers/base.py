@@ -25,6 +25,10 @@ class Model(Protocol):
     process: Process
     conditionings: Sequence[Any]
 
+    @property
+    def has_memory(self) -> bool:
+        """Whether a step depends on the steps before it."""
+
     def __call__(self, latents: Tensor, timestep: Tensor, step: int, recompute: bool = False) -> Tensor:
         """Prediction (B, C, h, w) of the process's kind at the step with an index.
 

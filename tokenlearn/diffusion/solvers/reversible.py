@@ -166,12 +166,18 @@ class GridSolver(Solver):
         """See :func:`tokenlearn.diffusion.sample`.
 
         Raises:
-            UserError: if the gradient is neither None, :class:`Reversible` nor :class:`Stored`.
+            UserError: if the gradient is neither None, :class:`Reversible` nor :class:`Stored`, or it is reversible and
+                guidance has a memory of earlier steps.
         """
         if gradient is not None and not isinstance(gradient, Reversible | Stored):
             raise UserError(
                 f"gradient {type(gradient).__name__} does not fit solver {type(self.method).__name__}; set the "
                 "gradient to Reversible, or to Stored where memory allows"
+            )
+        if isinstance(gradient, Reversible) and model.has_memory:
+            raise UserError(
+                "gradient Reversible evaluates steps again in another order, which guidance with momentum does not "
+                "allow; set momentum_scale to 0, or the gradient to Stored"
             )
         grid = self.grid(from_timestep, to_timestep)
         stages = self.method.steps(grid)
@@ -215,7 +221,9 @@ class GridSolver(Solver):
         return ReversibleState(scaled, scaled)
 
 
-def run_stages(model: Model, stages: Sequence[Stage], state: ReversibleState, constant_memory: bool) -> ReversibleState:
+def run_stages(
+    model: Model, stages: Sequence[Stage], state: ReversibleState, constant_memory: bool
+) -> ReversibleState:
     """The pair after all stages, differentiable by the pair before them and by the conditionings.
 
     Args:

@@ -2,15 +2,7 @@ import pytest
 import torch
 
 from tokenlearn.errors import UserError
-from tokenlearn.methods.concepts import (
-    SemanticEdit,
-    check_steps,
-    check_tokens,
-    encode_terms,
-    parse_concept,
-    semantic_guidance,
-)
-from tokenlearn.models import StableDiffusion
+from tokenlearn.guidance import SEGA, SemanticEdit, check_tokens, parse_concept
 
 
 @pytest.mark.parametrize(
@@ -42,24 +34,28 @@ def test_captions():
 
 def test_tokens_and_steps_are_checked():
     check_tokens(["<smile> - hat", "x < y"], ["<smile>"])
-    with pytest.raises(UserError, match=r"token '<hat>' of concept 'a <hat>' is not loaded, only <smile>; give its f"):
+    with pytest.raises(UserError, match=r"'<hat>' of 'a <hat>' .* <smile>"):
         check_tokens(["<smile>", "a <hat>"], ["<smile>"])
-    check_steps([SemanticEdit(concept="hat", warmup_steps=9)], 10)
-    with pytest.raises(UserError, match=r"warmup_steps 10 of concept 'hat' leaves none of 10 steps"):
-        check_steps([SemanticEdit(concept="hat", warmup_steps=10)], 10)
+    SEGA([SemanticEdit(concept="hat", warmup_steps=9)]).check_steps(10)
+    with pytest.raises(UserError, match=r"warmup_steps 10 .*'hat'.* 10 steps"):
+        SEGA([SemanticEdit(concept="hat", warmup_steps=10)]).check_steps(10)
 
 
-@torch.no_grad()
-def test_terms_go_to_the_guidance_with_their_signs(tiny_models):
-    backbone = StableDiffusion(str(tiny_models / "pipeline"))
+def test_words_alone_are_concepts_with_the_default_settings():
+    rule = SEGA(["glasses", SemanticEdit(concept="hat", scale=2.0)], scale=8.0)
+    assert [(edit.concept, edit.scale) for edit in rule.edits] == [("glasses", 8.0), ("hat", 2.0)]
+    assert rule.concept_prompts == ("glasses", "hat")
+    with pytest.raises(UserError, match="SEGA"):
+        SEGA([])
+
+
+def test_terms_go_to_the_guidance_with_their_signs():
     options = {"threshold": None, "warmup_steps": 0, "momentum_scale": 0.0}
     edits = [SemanticEdit(concept="a - red", scale=2.0, **options), SemanticEdit(concept="portrait", **options)]
-    terms = encode_terms(backbone, edits)
-    assert [len(term) for term in terms] == [1, 1, 1]
-    assert torch.equal(terms[1].prompt_embeds, backbone.encode_prompts(["red"]).prompt_embeds)
     scales = torch.tensor([0.0, 3.0])
-    rule = semantic_guidance(4.0, edits, sample_scales=[None, scales])
+    rule = SEGA(edits, 4.0, sample_scales=[None, scales])
+    assert rule.concept_prompts == ("a", "red", "portrait")
     empty, prompt, a, red, portrait = torch.randn(5, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    guided = rule([empty, prompt, a, red, portrait], 0)
+    guided = rule(rule.conditionings(empty, prompt, a, red, portrait), 0)
     expected = empty + 4 * (prompt - empty) + 2 * (a - red) + scales.view(2, 1, 1, 1) * (portrait - empty)
     torch.testing.assert_close(guided, expected)

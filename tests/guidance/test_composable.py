@@ -1,13 +1,14 @@
 import pytest
 import torch
 
-from tokenlearn.guidance import ClassifierFreeGuidance, SummedGuidance
+from tokenlearn.errors import UserError
+from tokenlearn.guidance import ClassifierFreeGuidance, ComposableGuidance
 
 EMPTY, PROMPT, HAT, SMILE = torch.randn(4, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
 
 
 def guided(scales, *conditionals):
-    guidance = SummedGuidance(scales)
+    guidance = ComposableGuidance(scales)
     return guidance(guidance.conditionings(EMPTY, *conditionals), 0)
 
 
@@ -42,7 +43,7 @@ def test_opposite_scales_move_opposite_ways():
     ],
 )
 def test_terms_without_a_scale_are_not_evaluated(scales, evaluated):
-    guidance = SummedGuidance(scales)
+    guidance = ComposableGuidance(scales)
     assert guidance.conditionings("empty", "prompt", "hat", "smile") == evaluated
     predictions = {"empty": EMPTY[:2], "prompt": PROMPT[:2], "hat": HAT[:2], "smile": SMILE[:2]}
     expected = EMPTY[:2].clone()
@@ -52,9 +53,17 @@ def test_terms_without_a_scale_are_not_evaluated(scales, evaluated):
 
 
 def test_impossible_scales_are_refused():
-    with pytest.raises(ValueError, match="finite"):
-        SummedGuidance([float("nan")])
-    with pytest.raises(ValueError, match="one per sample"):
-        SummedGuidance([torch.ones(2, 2)])
+    with pytest.raises(UserError, match="nan"):
+        ComposableGuidance([float("nan")])
+    with pytest.raises(UserError, match=r"\[\[1.0, 1.0\]"):
+        ComposableGuidance([torch.ones(2, 2)])
     with pytest.raises(ValueError, match="1 conditions for 2 guidance scales"):
-        SummedGuidance([1.0, 2.0]).conditionings("empty", "prompt")
+        ComposableGuidance([1.0, 2.0]).conditionings("empty", "prompt")
+
+
+def test_concepts_are_prompts_with_their_scales():
+    rule = ComposableGuidance([7.5, 3.0, 0.0], ["a hat", "a beard"])
+    assert rule.concept_prompts == ("a hat", "a beard")
+    assert rule.conditionings("empty", "prompt", "hat", "beard") == ["empty", "prompt", "hat"]
+    with pytest.raises(UserError, match="2 scales .* 2 concepts"):
+        ComposableGuidance([7.5, 3.0], ["a hat", "a beard"])
