@@ -64,7 +64,7 @@ class Records(Metric):
         seeds: Sequence[int | str],
         *,
         method: str,
-        item: str = "",
+        item: str | Sequence[str] = "",
         side: str | Sequence[str] = "",
         strength: float | None = None,
         label: str = "",
@@ -76,15 +76,15 @@ class Records(Metric):
             values: (B,) numbers or truth values.
             seeds: B seeds or names.
             method: of all images.
-            item: of all images.
-            side: of all images, or B of them.
+            item: of all images, or B items.
+            side: of all images, or B sides.
             strength: of all images.
             label: of all images.
         """
-        sides = [side] * len(values) if isinstance(side, str) else side
+        items, sides = ([words] * len(values) if isinstance(words, str) else words for words in (item, side))
         lines = [
-            json.dumps(Record(method, item, of_image, measure, seed, float(value), strength, label))
-            for value, seed, of_image in zip(values.tolist(), seeds, sides, strict=True)
+            json.dumps(Record(method, of_item, of_side, measure, seed, float(value), strength, label))
+            for value, seed, of_item, of_side in zip(values.tolist(), seeds, items, sides, strict=True)
         ]
         encoded = bytearray("".join(f"{line}\n" for line in lines).encode())
         if encoded:

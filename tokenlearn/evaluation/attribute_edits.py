@@ -1,0 +1,230 @@
+"""Evaluation of tokens that stand for attributes: held-out images are edited, and a judge looks at the edits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tokenlearn.data.batches import ImageBatch
+from tokenlearn.data.interfaces import LabelledImages, find_data
+from tokenlearn.editing import Editing, ImageEditor
+from tokenlearn.errors import UserError
+from tokenlearn.evaluation.base import Evaluation
+from tokenlearn.evaluation.edit_protocol import Conditions, EditProtocol, Removal, directions_of
+from tokenlearn.evaluation.edit_table import edit_table
+from tokenlearn.evaluation.records import Record
+from tokenlearn.evaluation.table import Table
+from tokenlearn.models import Conditioning, TimmClassifier
+from tokenlearn.models.attributes import resolve_attributes
+from tokenlearn.pipeline import Pipeline
+from tokenlearn.tokens import Embeddings, TokenBank, load_bank, vocabulary_norm_range
+from tokenlearn.training.caso import Caso
+
+_OTHER_IMAGES = "other pictures"  # a row of tables
+
+
+class AttributeEdits(Evaluation[Caso]):
+    """Success and side effects of edits by the tokens of attributes, beside other ways to make the same edits.
+
+    Held-out images are inverted and edited in every direction, at several strengths. The judge sees whether the
+    attribute changed, and whether the other attributes did not. The data are those of the task, such as
+    ``ImageDataModule`` with ``test_images`` and, for groups of other images, ``transfer_images``.
+
+    Args:
+        editing: settings of inversion and denoising.
+        strengths: guidance scales of the curves.
+        strength: guidance scale of the table, one of ``strengths``.
+        removal: how classes are removed: by the class's token at a negative scale (``negative``), towards the opposite
+            class, where an attribute has two (``opposite``), or by half of each, so that the common part of both
+            tokens cancels (``difference``).
+        prompts: class to a prompt that asks for it; adds the method prompt editing.
+        embeddings: embedding files of textual inversion, with the class in their metadata; adds this method.
+        random_tokens: whether to add random tokens as a method.
+        watched: labels of the judge that edits should leave alone, besides the task's attributes.
+        combinations: classes to change in one edit.
+        group_column: label of the images that names the groups of other images, such as ``style``.
+
+    Raises:
+        UserError: if ``strength`` is not among ``strengths``, or a strength is not positive.
+    """
+
+    task_class = Caso
+
+    def __init__(
+        self,
+        *,
+        editing: Editing = Editing(timestep=601, steps=20),  # noqa: B008 - frozen
+        strengths: list[float] = [2.0, 4.0, 6.0],  # noqa: B006 - read only; a list is what YAML shows
+        strength: float = 4.0,
+        removal: Removal = "negative",
+        prompts: dict[str, str] = {},  # noqa: B006 - read only
+        embeddings: Embeddings = [],  # noqa: B006 - read only
+        random_tokens: bool = True,
+        watched: list[str] = [],  # noqa: B006 - read only
+        combinations: list[list[str]] = [],  # noqa: B006 - read only
+        group_column: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not strengths or min(strengths) <= 0:
+            raise UserError(f"evaluation.strengths must be positive numbers, at least one, got {strengths}")
+        if strength not in strengths:
+            raise UserError(
+                f"evaluation.strength {strength} is not among evaluation.strengths {strengths}; add it there"
+            )
+        self.editing, self.strengths, self.strength, self.removal = editing, strengths, strength, removal
+        self.prompts, self.embeddings, self.random_tokens = prompts, embeddings, random_tokens
+        self.watched, self.combinations, self.group_column = watched, combinations, group_column
+        self.groups: tuple[str, ...] = ()
+        self._protocol: EditProtocol | None = None
+
+    def on_test_start(self) -> None:
+        """Encode the conditions of the edits.
+
+        Raises:
+            UserError: without a judge, or if the settings do not fit the task, the data or the backbone.
+        """
+        super().on_test_start()
+        task, judge = self.task, self._judge()
+        self.groups = self._groups()
+        class_names = [name for attribute in task.attributes for name in attribute.class_names]
+        watched = {name: None for name in self.watched if name not in class_names}
+        self._protocol = EditProtocol(
+            editor=ImageEditor(task.backbone, self.editing, setting="evaluation.editing"),
+            source=self._source(),
+            conditions=self.conditions(),
+            attributes=task.judge_attributes,
+            watched=resolve_attributes(watched, judge),
+            judge=judge,
+            strengths=self.strengths,
+            strength=self.strength,
+            removal=self.removal,
+            combinations=self.combinations,
+            records=self.records,
+            image_rows=self.image_rows,
+        )
+
+    @torch.no_grad()
+    def test_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Edit held-out images, or with the second dataloader images of other groups, and judge them."""
+        assert self._protocol is not None
+        latents = self.task.clean_latents(batch)
+        images = self.task.clean_images(batch, latents)
+        if dataloader_idx == 0:
+            self._protocol.measure(images, latents, batch.names)
+        else:
+            self._protocol.measure_transfer(images, latents, batch.names, self._groups_of(batch))
+
+    def on_test_epoch_end(self) -> None:
+        """Make the table, log its summary, and free the encoded conditions."""
+        super().on_test_epoch_end()
+        self._protocol = None
+
+    def make_table(self, records: list[Record]) -> Table:
+        """See :class:`Evaluation`: a row per direction, columns of each method."""
+        assert self._protocol is not None
+        table = edit_table(
+            records,
+            title=f"edits judged by {self._judge().pretrained}",
+            methods=list(self._protocol.conditions),
+            directions=[direction.name for direction in self._protocol.directions],
+            combinations=self.combinations,
+            groups=self.groups,
+            strengths=self.strengths,
+            strength=self.strength,
+        )
+        table.images = {"edits": self.image_rows.rows()}
+        return table
+
+    @torch.no_grad()
+    def conditions(self) -> dict[str, list[Conditions]]:
+        """Method to its encoded conditions for each direction, the task's tokens first.
+
+        Raises:
+            UserError: if a method has no prompt for a class.
+        """
+        task = self.task
+        tokens = {
+            name: task.template.format(token)
+            for attribute in task.attributes
+            for name, token in zip(attribute.class_names, attribute.placeholders, strict=True)
+        }
+        conditions = {"caso": self._encoded(task.pipeline, tokens, "the task")}
+        if self.prompts:
+            conditions["prompt editing"] = self._encoded(task.pipeline, self.prompts, "evaluation.prompts")
+        if self.embeddings:
+            bank, files = load_bank(self.embeddings, task.backbone.embedding_widths, task.vocabulary_hash)
+            prompts = {
+                file.metadata.get("class", file.token): file.metadata.get("prompt", file.token) for file in files
+            }
+            pipeline = task.pipeline.with_tokens(bank)
+            conditions["textual inversion"] = self._encoded(pipeline, prompts, "evaluation.embeddings")
+        if self.random_tokens:
+            pipeline = task.pipeline.with_tokens(self.random_bank())
+            conditions["random token"] = self._encoded(pipeline, tokens, "the task")
+        return conditions
+
+    def random_bank(self) -> TokenBank:
+        """Random tokens with the names of the task's tokens: Gaussian vectors of the usual length of words."""
+        learned = self.task.bank
+        assert learned is not None
+        generator = torch.Generator().manual_seed(self.task.seed)
+        bank = TokenBank(learned.num_vectors, learned.embedding_widths)
+        lengths = [sum(vocabulary_norm_range(encoder)) / 2 for encoder in self.task.backbone.text_encoders]
+        for token, count in bank.num_vectors.items():
+            vectors = [torch.randn(count, width, generator=generator) for width in bank.embedding_widths]
+            bank.set(
+                token, [length * functional.normalize(part) for length, part in zip(lengths, vectors, strict=True)]
+            )
+        return bank
+
+    def _source(self) -> Conditioning:
+        """Conditioning of the inversion, one row."""
+        pipeline, prompt = self.task.pipeline, self.editing.source_prompt
+        return pipeline.encode([prompt]) if prompt else pipeline.unconditional()
+
+    def _judge(self) -> TimmClassifier:
+        if self.task.judge is None:
+            raise UserError("the evaluation needs a classifier that did not train the tokens; set model.judge")
+        return self.task.judge
+
+    def _encoded(self, pipeline: Pipeline, prompts: Mapping[str, str], source: str) -> list[Conditions]:
+        """Conditions of each direction, from prompts by class."""
+        encoded: list[Conditions] = []
+        for direction in directions_of(self.task.attributes):
+            if direction.name not in prompts:
+                raise UserError(
+                    f"{source} has no prompt for class '{direction.name}', only for {', '.join(prompts)}; add it"
+                )
+            names = self.task.attributes[direction.attribute].class_names
+            opposite = prompts.get(names[0]) if len(names) == 2 else None
+            encoded.append(
+                Conditions(
+                    pipeline.encode([prompts[direction.name]]),
+                    None if opposite is None else pipeline.encode([opposite]),
+                )
+            )
+        return encoded
+
+    def _groups(self) -> tuple[str, ...]:
+        """Names of the groups of other images."""
+        if self.group_column is None:
+            return (_OTHER_IMAGES,)
+        data = find_data(self.trainer, LabelledImages)
+        known = {} if data is None else data.class_names
+        if self.group_column not in known:
+            raise UserError(
+                f"the data have no label '{self.group_column}' (evaluation.group_column), only "
+                f"{', '.join(known) or 'none'}; name its column in data.label_columns"
+            )
+        return known[self.group_column]
+
+    def _groups_of(self, batch: ImageBatch) -> Sequence[str]:
+        """The group of each image of a batch; empty where it is not known."""
+        if self.group_column is None:
+            return self.groups * len(batch.names)
+        labels: Tensor | None = batch.labels.get(self.group_column)
+        indices = [-1] * len(batch.names) if labels is None else labels.tolist()
+        return [self.groups[index] if index >= 0 else "" for index in indices]

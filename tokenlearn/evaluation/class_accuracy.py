@@ -1,0 +1,91 @@
+"""Evaluation of class tokens: the judged score of prompts with the class's name, its description and its token."""
+
+from __future__ import annotations
+
+import torch
+
+from tokenlearn.data.batches import PROMPT_KINDS, PromptBatch
+from tokenlearn.errors import UserError
+from tokenlearn.evaluation.base import Evaluation
+from tokenlearn.evaluation.records import Record
+from tokenlearn.evaluation.table import Column, Figure, Kind, Pivot, Table
+from tokenlearn.losses.objective import Objective
+from tokenlearn.training.class_tokens import ClassTokens
+
+_CAPTIONS = {"name": "before", "token": "after"}
+
+
+class ClassTokenEvaluation(Evaluation[ClassTokens]):
+    """Judged score of class tokens, beside the bare name and the described class.
+
+    The prompts and seeds are those of ``PromptDataModule``, the same for every class and kind of prompt.
+    """
+
+    task_class = ClassTokens
+    evaluate_after_fit = True
+
+    def on_test_start(self) -> None:
+        """Check that there is a judge.
+
+        Raises:
+            UserError: without a judge.
+        """
+        super().on_test_start()
+        self._judge()
+
+    @torch.no_grad()
+    def test_step(self, batch: PromptBatch) -> None:
+        """Generate the images of a batch and judge them."""
+        judge, targets = self._judge(), self.task.targets(batch)
+        images = self.task.pipeline.generate(self.task.prompts(batch), batch.seeds).clamp(0, 1)
+        scores = judge.score(images, targets)
+        for row, (name, kind, seed) in enumerate(zip(targets, batch.kinds, batch.seeds, strict=True)):
+            self.records.update(judge.score_name, scores[row, None], [seed], method=kind, item=name)
+            if kind in _CAPTIONS:
+                self.image_rows.add(f"{name}: {_CAPTIONS[kind]}", images[row, None])
+
+    def make_table(self, records: list[Record]) -> Table:
+        """See :class:`Evaluation`: a row per class, a column per kind of prompt."""
+        judge = self._judge()
+        measured = {record.method for record in records}
+        kind: Kind = judge.score_kind
+        is_share = kind == "share"
+        columns = [
+            Column(
+                name=name,
+                kind=kind,
+                measure=judge.score_name,
+                method=name,
+                interval=is_share,
+                bar=is_share and name in measured,
+                printed=name in measured,
+            )
+            for name in PROMPT_KINDS
+        ]
+        pivot = Pivot(records, self.task.class_names, columns)
+        means = {name: pivot.figure(name) for name in PROMPT_KINDS if name in measured}
+        self.task.judged_accuracies = {
+            self.task.placeholders[row.name]: value
+            for row in pivot.rows(["token"])
+            if (value := row.cells["token"].value) is not None
+        }
+        images = dict(self.image_rows.rows())
+        captions = [f"{name}: {caption}" for name in self.task.class_names for caption in _CAPTIONS.values()]
+        return Table(
+            title=f"judged by {', '.join(judge.models())}",
+            heading="class",
+            columns=columns,
+            rows=pivot.rows(),
+            summary={f"mean_{judge.score_name}_{name}": figure for name, figure in means.items()},
+            fit_summary=_before_and_after(means, judge),
+            images={"before_after": [(caption, images[caption]) for caption in captions if caption in images]},
+        )
+
+    def _judge(self) -> Objective:
+        if self.task.judge is None:
+            raise UserError("the evaluation needs an objective that did not train the tokens; set model.judge")
+        return self.task.judge
+
+
+def _before_and_after(means: dict[str, Figure], judge: Objective) -> dict[str, Figure]:
+    return {f"judged_{judge.score_name}_{_CAPTIONS[name]}": means[name] for name in _CAPTIONS if name in means}

@@ -1,0 +1,86 @@
+"""The methods that semantic guidance is compared with, each as a prompt and a guidance rule."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+from tokenlearn.evaluation.sega_settings import AttributeWords, SegaMethods
+from tokenlearn.guidance import (
+    SEGA,
+    ClassifierFreeGuidance,
+    ComposableGuidance,
+    ConceptSettings,
+    GuidanceRule,
+    SafeGuidance,
+    SemanticEdit,
+)
+
+Side = Literal["add", "remove"]
+
+PLAIN, SEMANTIC, TOKENS, PROMPTS, COMPOSABLE, SAFE = METHODS = (
+    "plain",
+    "semantic guidance",
+    "learned tokens",
+    "prompt editing",
+    "composable",
+    "safe",
+)
+
+
+class Request(NamedTuple):
+    """A prompt and the guidance rule that images of it are generated with."""
+
+    prompt: str
+    rule: GuidanceRule
+
+
+def edit_requests(
+    words: AttributeWords, side: Side, *, prompt: str, guidance_scale: float, methods: SegaMethods
+) -> dict[str, Request]:
+    """How each method adds or removes an attribute.
+
+    Args:
+        words: the attribute.
+        side: whether it is added or removed.
+        prompt: neutral prompt.
+        guidance_scale: classifier-free guidance scale.
+        methods: settings of the methods.
+
+    Returns:
+        Method to its prompt and rule, without methods that cannot make this edit.
+    """
+    adding = side == "add"
+    requests = {SEMANTIC: Request(prompt, SEGA([semantic_edit(words, side, methods)], guidance_scale))}
+    if methods.tokens is not None and words.token is not None:
+        edit = _directed(words.token, words.opposite_token, side, methods.tokens)
+        requests[TOKENS] = Request(prompt, SEGA([edit], guidance_scale))
+    edited_prompt = words.prompt if adding else words.opposite_prompt
+    if edited_prompt is not None:
+        requests[PROMPTS] = Request(edited_prompt, ClassifierFreeGuidance(guidance_scale))
+    scales = [guidance_scale, methods.composable_scale if adding else -methods.composable_scale]
+    requests[COMPOSABLE] = Request(prompt, ComposableGuidance(scales, [words.concept]))
+    if not adding:
+        requests[SAFE] = Request(prompt, SafeGuidance(guidance_scale, methods.safety, words.concept))
+    return requests
+
+
+def semantic_edit(words: AttributeWords, side: Side, methods: SegaMethods) -> SemanticEdit:
+    """The edit that adds or removes an attribute by semantic guidance."""
+    settings = methods.add if side == "add" else methods.remove or methods.add
+    scale = words.scale if side == "add" else words.removal_scale
+    if scale is not None:
+        settings = dataclasses.replace(settings, scale=scale)
+    return _directed(words.concept, words.opposite, side, settings)
+
+
+def concept_edit(concept: str, settings: ConceptSettings, sign: int = 1) -> SemanticEdit:
+    """The edit that adds a concept, or with sign -1 removes it."""
+    values: dict[str, Any] = dataclasses.asdict(settings)
+    return SemanticEdit(concept=concept, **(values | {"scale": sign * settings.scale}))
+
+
+def _directed(concept: str, opposite: str | None, side: Side, settings: ConceptSettings) -> SemanticEdit:
+    if side == "remove" and opposite is not None:
+        return concept_edit(opposite, settings)
+    return concept_edit(concept, settings, 1 if side == "add" else -1)
