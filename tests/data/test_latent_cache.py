@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tokenlearn.data import LatentCache
+from tokenlearn.data import LatentCache, LatentCaching
 from tokenlearn.data.latent_cache import in_full_batches, weights_hash
 from tokenlearn.errors import UserError
 
@@ -29,8 +29,8 @@ class Encoder:
         return [latents_of(item) for item in items]
 
 
-def cache(folder, key="a", **options):
-    return LatentCache(str(folder), {"model": key}, **({"shard_size": 3} | options))
+def cache(folder, key="a", dtype="float32", shard_size=3, **options):
+    return LatentCache(LatentCaching(str(folder), dtype, shard_size), {"model": key}, **options)
 
 
 def assert_holds_everything(made):
@@ -76,7 +76,7 @@ def test_another_key_is_another_cache(tmp_path):
     cache(tmp_path).build(ITEMS, Encoder())
     for other in (cache(tmp_path, "b"), cache(tmp_path, dtype="float16"), cache(tmp_path, shard_size=4)):
         assert not other.complete
-        with pytest.raises(UserError, match="cannot read cached latents"):
+        with pytest.raises(UserError, match=str(tmp_path)):
             other[0]
 
 
@@ -95,7 +95,7 @@ def test_a_damaged_shard_is_named(tmp_path):
     made = cache(tmp_path)
     made.build(ITEMS, Encoder())
     (made.folder / "00001.safetensors").write_bytes(b"\0" * 40)
-    with pytest.raises(UserError, match=r"00001.safetensors.*delete the folder") as raised:
+    with pytest.raises(UserError, match=r"00001.safetensors") as raised:
         cache(tmp_path)[4]
     assert "\n" not in str(raised.value)
 

@@ -1,10 +1,11 @@
 from collections import Counter
 from itertools import chain, islice
-from types import SimpleNamespace
 
 import pytest
 
-from tokenlearn.data import PromptDataModule, PromptList, PromptStream
+from tests.data.stand_ins import ClassTask, ImageTask, trainer_with
+from tokenlearn.data import PromptDataModule, PromptList
+from tokenlearn.data.prompts import prompt_stream
 from tokenlearn.errors import UserError
 
 TEMPLATES = ["a photo of a {}", "a portrait of a {}", "{}"]
@@ -16,13 +17,13 @@ def rows(*batches):
 
 def on_rank(module, rank=0, world_size=1, classes=None):
     """The module as Lightning attaches it on one process."""
-    task = SimpleNamespace(classes=classes or {"wizard": "man with a hat", "pirate": None, "chef": "cook"})
-    module.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, lightning_module=task)
+    task = ClassTask(classes or {"wizard": "man with a hat", "pirate": None, "chef": "cook"})
+    module.trainer = trainer_with(task, rank, world_size)
     return module
 
 
 def stream(batch_size=4, length=3, **options):
-    return PromptStream(TEMPLATES, 3, batch_size, length, **options)
+    return prompt_stream(TEMPLATES, 3, batch_size=batch_size, length=length, **options)
 
 
 def test_two_ranks_together_equal_one_process():
@@ -110,15 +111,15 @@ def test_every_kind_and_class_is_tested_with_the_same_seeds():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"templates": []}, "templates is empty"),
-        ({"templates": ["a photo"]}, "'a photo' must have exactly one"),
-        ({"templates": ["{} and {}"]}, "'{} and {}' must have exactly one"),
-        ({"batch_size": 0}, "data.batch_size must be at least 1, got 0"),
+        ({"templates": []}, "data.templates"),
+        ({"templates": ["a photo"]}, "'a photo'"),
+        ({"templates": ["{} and {}"]}, "'{} and {}'"),
+        ({"batch_size": 0}, "data.batch_size .* 1, got 0"),
         ({"batches_per_epoch": 0}, "data.batches_per_epoch"),
-        ({"validation_images": -1}, "data.validation_images must be at least 1, got -1"),
+        ({"validation_images": -1}, "data.validation_images .* 1, got -1"),
         ({"test_images": 0}, "data.test_images"),
         ({"eval_batch_size": 0}, "data.eval_batch_size"),
-        ({"seed": -1}, "data.seed must be from 0 to 999999999, got -1"),
+        ({"seed": -1}, "data.seed .* 0 .* 999999999, got -1"),
         ({"seed": 10**9}, "data.seed"),
     ],
 )
@@ -131,10 +132,17 @@ def test_bad_settings_are_named(options, message):
 def test_more_devices_than_images_are_refused():
     module = PromptDataModule(TEMPLATES, validation_images=1)
     for rank in range(4):
-        with pytest.raises(UserError, match="3 images cannot be split among 4 devices"):
+        with pytest.raises(UserError, match=r"3 .* 4 "):
             on_rank(module, rank, 4).val_dataloader()
-    with pytest.raises(UserError, match="1 images cannot be split among 2 devices"):
+    with pytest.raises(UserError, match=r"1 .* 2 "):
         on_rank(PromptList(["a"]), 1, 2).predict_dataloader()
+
+
+def test_data_module_needs_a_task_with_classes():
+    module = PromptDataModule(TEMPLATES)
+    module.trainer = trainer_with(ImageTask())
+    with pytest.raises(UserError, match=r"ImageTask.*data\.class_path"):
+        module.train_dataloader()
 
 
 def test_data_module_needs_its_trainer():
@@ -142,7 +150,7 @@ def test_data_module_needs_its_trainer():
         PromptDataModule(TEMPLATES).train_dataloader()
 
 
-def test_prompt_list_draws_every_prompt_with_every_seed():
+def test_prompt_list_has_every_prompt_with_every_seed():
     prompts, seeds = ["a <wizard> wizard", "a pirate"], [3, 1, 2]
     batches = list(PromptList(prompts, seeds, batch_size=4).predict_dataloader())
     assert [len(batch.seeds) for batch in batches] == [4, 2]
@@ -155,5 +163,5 @@ def test_prompt_list_draws_every_prompt_with_every_seed():
 
 @pytest.mark.parametrize(("prompts", "seeds", "message"), [([], [0], "data.prompts"), (["a"], [], "data.seeds")])
 def test_prompt_list_needs_prompts_and_seeds(prompts, seeds, message):
-    with pytest.raises(UserError, match=f"{message} is empty"):
+    with pytest.raises(UserError, match=message):
         PromptList(prompts, seeds)
