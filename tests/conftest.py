@@ -36,11 +36,17 @@ def tiny_config(tiny_models, tmp_path):
                         "class_path": "StableDiffusion",
                         "init_args": {"pretrained": str(tiny_models / "pipeline")},
                     },
-                    "classifier": str(tiny_models / "guide"),
-                    "judge": str(tiny_models / "judge"),
                     "classes": {"wizard": "man with a hat", "pirate": None},
-                    "num_inference_steps": 4,
-                    "gradient_steps": 2,
+                    "objective": {
+                        "class_path": "ClassifierLoss",
+                        "init_args": {"classifier": str(tiny_models / "guide")},
+                    },
+                    "judge": {
+                        "class_path": "ClassifierLoss",
+                        "init_args": {"classifier": str(tiny_models / "judge")},
+                    },
+                    "sampling": {"steps": 4, "guidance": 7.0},
+                    "gradient": {"class_path": "LastK", "init_args": {"steps": 2}},
                 },
             },
             "data": {
