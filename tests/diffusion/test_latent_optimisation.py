@@ -47,7 +47,9 @@ def test_without_a_limit_it_is_descent_with_momentum():
 
 
 def test_a_perturbation_is_neither_scaled_nor_clipped_nor_remembered():
-    latents, buffer = optimisation_step(ones(0.0), ones(0.0), ones(0.0), 0.1, 1e-3, 0.9, perturbation=ones(5.0))
+    latents, buffer = optimisation_step(
+        ones(0.0), ones(0.0), ones(0.0), grad_scale=0.1, clip=1e-3, momentum=0.9, perturbation=ones(5.0)
+    )
     torch.testing.assert_close(latents, ones(5.0))
     torch.testing.assert_close(buffer, ones(0.0))
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from tokenlearn.models.backbone import Conditioning, pool_at_end_of_text
+from tokenlearn.models.backbones.base import pool_at_end_of_text
+from tokenlearn.models.backbones.conditioning import Conditioning
 
 
 def conditioning(rows, start=0.0, **extra):

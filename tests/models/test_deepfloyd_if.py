@@ -6,12 +6,11 @@ from diffusers import IFPipeline
 from torch import nn
 
 from tests.tiny_if import tiny_if_pipeline
-from tokenlearn.data.prompts import PromptBatch
 from tokenlearn.diffusion import sample
 from tokenlearn.errors import UserError
-from tokenlearn.guidance import ClassifierFreeGuidance
-from tokenlearn.methods import Generate
+from tokenlearn.guidance import ClassifierFreeGuidance, GuidedModel
 from tokenlearn.models import DeepFloydIF
+from tokenlearn.pipeline import Pipeline, Sampling
 from tokenlearn.tokens import TokenBank, save_embedding, vectors_from_words, vocabulary_hash
 
 PROMPTS = ["a photo of a King with beard", ""]
@@ -42,10 +41,10 @@ def bank():
 
 
 def test_describes_the_pipeline(backbone, pipeline):
-    assert backbone.prediction_type == "epsilon"
+    assert backbone.process.kind == "noise"
     assert (backbone.latent_channels, backbone.latent_size, backbone.vae_scale_factor) == (3, 8, 1)
     assert (backbone.max_prompt_length, backbone.embedding_widths) == (77, (16,))
-    torch.testing.assert_close(backbone.alphas.square(), pipeline.scheduler.alphas_cumprod)
+    torch.testing.assert_close(backbone.process.alphas.square(), pipeline.scheduler.alphas_cumprod)
     assert backbone.initial_latents([0]).shape == (1, 3, 8, 8)
 
 
@@ -94,7 +93,7 @@ def test_guided_noise_is_that_of_the_pipeline_at_every_step(backbone, pipeline, 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", [None, "DDIM", "DPMSolverMultistep"])
-def test_pictures_are_those_of_the_pipeline(backbone, pipeline, name):
+def test_images_are_those_of_the_pipeline(backbone, pipeline, name):
     pipeline.scheduler = backbone.make_scheduler(name)
     theirs = pipeline(
         PROMPTS[:1],
@@ -107,12 +106,9 @@ def test_pictures_are_those_of_the_pipeline(backbone, pipeline, name):
     generators = [torch.Generator().manual_seed(7)]
     conditional, unconditional = (backbone.encode_prompts([prompt]) for prompt in PROMPTS)
     ours = sample(
-        backbone,
-        backbone.make_scheduler(name),
+        GuidedModel(backbone, ClassifierFreeGuidance(5.0), [unconditional, conditional]),
         backbone.initial_latents(generators),
-        [unconditional, conditional],
-        ClassifierFreeGuidance(5.0),
-        5,
+        solver=backbone.make_solver(name, 5),
         generators=generators,
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
@@ -145,13 +141,12 @@ def test_schedulers_expect_no_variance_and_keep_the_thresholding(folder, backbon
 )
 def test_placeholders_survive_lowering_and_are_one_unit_for_each_vector(backbone, bank, prompt, units):
     before = backbone.tokenize([prompt])
-    backbone.inject(bank)
-    ids = backbone.tokenize([prompt])[0].tolist()
+    ids = backbone.tokenize([prompt], bank)[0].tolist()
     end = ids.index(backbone.tokenizers[0].eos_token_id) + 1
-    assert backbone.tokenizers[0].convert_ids_to_tokens(ids[:end]) == units.split()
+    vocabulary = backbone.vocabulary(bank)
+    assert vocabulary.tokenizers[0].convert_ids_to_tokens(ids[:end]) == units.split()
     assert set(ids[end:]) == {backbone.tokenizers[0].pad_token_id}
-    assert backbone.learned_ids().intersection(ids)
-    backbone.inject(TokenBank({"<knight>": 1}, [16]))
+    assert (vocabulary.rows(torch.tensor(ids), 0) >= 0).any()
     assert torch.equal(backbone.tokenize([prompt]), before)
 
 
@@ -161,21 +156,19 @@ def test_words_to_start_from_are_lowered_like_prompts(backbone):
 
 
 def test_gradient_reaches_every_used_vector_of_the_bank(backbone, bank):
-    backbone.inject(bank)
-    conditioning = backbone.encode_prompts(["a photo of a <robot>"])
+    conditioning = backbone.encode_prompts(["a photo of a <robot>"], bank)
     assert conditioning.requires_grad
     backbone(backbone.initial_latents([0]), torch.tensor(500), conditioning).square().sum().backward()
     used = bank.vectors[0].grad.abs().sum(dim=1) > 0
     assert used.tolist() == [True, True, False]
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
-    assert not backbone.encode_prompts(["a photo of a king"]).requires_grad
+    assert not backbone.encode_prompts(["a photo of a king"], bank).requires_grad
 
 
 def test_the_same_vector_under_a_placeholder_is_the_word(backbone):
     bank = TokenBank({"<monarch>": 1}, [16])
     bank.set("<monarch>", [vectors_from_words("king", backbone.tokenizers[0], backbone.text_encoders[0])])
-    backbone.inject(bank)
-    ours, word = backbone.encode_prompts(["a photo of a <monarch>", "a photo of a king"]).prompt_embeds
+    ours, word = backbone.encode_prompts(["a photo of a <monarch>", "a photo of a king"], bank).prompt_embeds
     torch.testing.assert_close(ours, word)
 
 
@@ -185,10 +178,11 @@ def test_generation_with_embedding_files(folder, backbone, bank, tmp_path):
         str(save_embedding(tmp_path / f"{name}.safetensors", f"<{name}>", bank.get(token), metadata))
         for name, token in (("robot", "<Robot>"), ("elf", "<elf>"))
     ]
-    task = Generate(backbone, files, num_inference_steps=4, guidance_scale=5.0, scheduler="DDIM")
+    sampling = Sampling(steps=4, guidance=5.0, solver="DDIM")
+    pipeline = Pipeline(backbone, sampling=sampling).with_tokens(files)
     prompts = ["a photo of a <robot>", "a photo of a <elf>", "a photo of a king"]
     with torch.inference_mode():
-        images = task.predict_step(PromptBatch(prompts, [3] * 3, [0, 1, 2], ["token"] * 3))["images"]
+        images = pipeline.generate(prompts, [3] * 3).clamp(0, 1)
     assert images.shape == (3, 3, 8, 8)
     assert 0 <= images.min() < images.max() <= 1
     for first, second in ((0, 1), (0, 2), (1, 2)):
@@ -196,7 +190,7 @@ def test_generation_with_embedding_files(folder, backbone, bank, tmp_path):
 
     other = save_embedding(tmp_path / "other.safetensors", "<elf>", bank.get("<elf>"), {"vocabulary_hash": "0" * 16})
     with pytest.raises(UserError, match="text encoder differs"):
-        Generate(DeepFloydIF(str(folder)), [str(other)])
+        pipeline.with_tokens([str(other)])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -208,8 +202,7 @@ def test_half_precision_network_with_float32_around_it(folder, backbone, bank, d
     assert bool(kept) is (dtype == "float16")
     outputs = []
     for model in (half, backbone):
-        model.inject(bank)
-        output = model(model.initial_latents([0]), torch.tensor(500), model.encode_prompts(["a <elf>"]))
+        output = model(model.initial_latents([0]), torch.tensor(500), model.encode_prompts(["a <elf>"], bank))
         assert output.dtype == torch.float32
         outputs.append(output)
     torch.testing.assert_close(*outputs, rtol=0.1, atol=0.1)
@@ -222,8 +215,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(folder, backb
     for model in (backbone, DeepFloydIF(str(folder), gradient_checkpointing=True)):
         count = []
         model.unet.up_blocks[1].resnets[0].register_forward_pre_hook(lambda *_, count=count: count.append(1))
-        model.inject(bank)
-        output = model(model.initial_latents([0]), torch.tensor(500), model.encode_prompts(["a <elf>"]))
+        output = model(model.initial_latents([0]), torch.tensor(500), model.encode_prompts(["a <elf>"], bank))
         gradients.append(torch.autograd.grad(output.square().sum(), bank.vectors[0])[0])
         evaluations.append(len(count))
     torch.testing.assert_close(*gradients)
@@ -250,8 +242,8 @@ def test_unknown_folder():
         DeepFloydIF("./nowhere")
 
 
-def test_model_that_does_not_work_on_pictures(tiny_models):
-    with pytest.raises(UserError, match=r"takes 4 channels, not the 3 of a picture; give a first stage"):
+def test_model_that_does_not_work_on_pixels(tiny_models):
+    with pytest.raises(UserError, match="4 channels, not the 3"):
         DeepFloydIF(str(tiny_models / "pipeline"))
 
 
@@ -262,7 +254,7 @@ def test_tokenizer_that_needs_a_missing_package(folder, tmp_path, monkeypatch):
         raise ValueError("`tiktoken` is required to read a `tiktoken` file.")
 
     monkeypatch.setattr(IFPipeline, "from_pretrained", from_pretrained)
-    monkeypatch.setattr("tokenlearn.models.deepfloyd_if.find_spec", lambda name: None)
+    monkeypatch.setattr("tokenlearn.models.backbones.deepfloyd_if.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"is a sentencepiece model; .* uv pip install sentencepiece$"):
         DeepFloydIF(str(folder))
 

@@ -1,9 +1,16 @@
+import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import huggingface_hub
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+)
 from torch import nn
 
 from tests.tiny import tiny_pipeline
@@ -41,17 +48,19 @@ def images():
 
 
 def test_describes_the_pipeline(backbone):
-    assert backbone.prediction_type == "epsilon"
+    assert backbone.process.kind == "noise"
     assert (backbone.latent_channels, backbone.latent_size, backbone.vae_scale_factor) == (4, 8, 2)
     assert (backbone.max_prompt_length, backbone.embedding_widths) == (77, (16,))
-    torch.testing.assert_close(backbone.alphas**2 + backbone.sigmas**2, torch.ones(1000))
-    torch.testing.assert_close(backbone.alphas[400].square().item(), 0.424, rtol=0, atol=2e-3)  # Stable Diffusion's
+    torch.testing.assert_close(backbone.process.alphas**2 + backbone.process.sigmas**2, torch.ones(1000))
+    torch.testing.assert_close(
+        backbone.process.alphas[400].square().item(), 0.424, rtol=0, atol=2e-3
+    )  # Stable Diffusion's
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_predictions_add_up_to_the_latents(tmp_path, prediction_type):
     backbone = StableDiffusion(str(tiny_pipeline(tmp_path, prediction_type)))
-    assert backbone.prediction_type == prediction_type
+    assert backbone.process.kind == {"epsilon": "noise", "v_prediction": "velocity"}[prediction_type]
     latents, timesteps = backbone.initial_latents([1, 2]), torch.tensor([20, 700])
     conditioning = backbone.encode_prompts(["a king", "a cat"])
     arguments = (latents, timesteps, conditioning)
@@ -76,49 +85,80 @@ def test_prompts_are_encoded_as_by_diffusers(backbone, pipeline):
 
 
 def test_gradient_reaches_every_used_vector_of_the_bank(backbone, bank):
-    backbone.inject(bank)
-    conditioning = backbone.encode_prompts(["a photo of a <robot>"])
+    conditioning = backbone.encode_prompts(["a photo of a <robot>"], bank)
     assert conditioning.requires_grad
     conditioning.prompt_embeds.square().mean().backward()
     used = bank.vectors[0].grad.abs().sum(dim=1) > 0
     assert used.tolist() == [True, True, False]
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
-    assert not backbone.encode_prompts(["a photo of a king"]).requires_grad
+    assert not backbone.encode_prompts(["a photo of a king"], bank).requires_grad
 
 
-def test_a_second_injection_replaces_the_first(backbone, bank):
-    words_alone = backbone.tokenize(["<elf> king"])
-    backbone.inject(bank)
-    assert not torch.equal(backbone.tokenize(["<elf> king"]), words_alone)
+def test_banks_share_a_backbone_and_do_not_know_each_other(backbone, bank):
     other = TokenBank({"<knight>": 1}, [16])
-    backbone.inject(other)
-    assert torch.equal(backbone.tokenize(["<elf> king"]), words_alone)
-    backbone.encode_prompts(["<knight>"]).prompt_embeds.sum().backward()
+    with torch.no_grad():
+        other.vectors[0].fill_(0.5)
+        alone = backbone.encode_prompts(["an <elf> king"], bank).prompt_embeds
+    words_alone = backbone.tokenize(["<elf> king"])
+    assert not torch.equal(backbone.tokenize(["<elf> king"], bank), words_alone)
+    assert torch.equal(backbone.tokenize(["<elf> king"], other), words_alone)
+    backbone.encode_prompts(["<knight>"], other).prompt_embeds.sum().backward()
     assert other.vectors[0].grad is not None
+    with torch.no_grad():
+        assert torch.equal(backbone.encode_prompts(["an <elf> king"], bank).prompt_embeds, alone)
+        assert len(backbone.tokenizers[0]) == len(StableDiffusion(backbone.pretrained).tokenizers[0])
+
+
+def test_threads_share_a_backbone(backbone, bank):
+    """Each thread encodes and evaluates with its own bank; results are as one after another."""
+    other = TokenBank({"<elf>": 1}, [16])
+    with torch.no_grad():
+        other.vectors[0].fill_(0.5)
+    latents = backbone.initial_latents([1])
+
+    def outputs(tokens):
+        with torch.no_grad():
+            found = []
+            for timestep in range(900, 100, -100):
+                with backbone.same_latents():
+                    prompts = backbone.encode_prompts(["a <elf>", "a king"], tokens)
+                    found.append(backbone(latents, torch.tensor(timestep), prompts))
+            return torch.cat(found)
+
+    banks = [bank, other, bank, other]
+    expected = [outputs(tokens) for tokens in banks]
+    with ThreadPoolExecutor(len(banks)) as pool:
+        for found, alone in zip(pool.map(outputs, banks), expected, strict=True):
+            assert torch.equal(found, alone)
+    assert not torch.equal(expected[0], expected[1])
+
+
+def test_a_bank_of_another_width_is_refused(backbone):
+    with pytest.raises(UserError, match="width 24.* 16"):
+        backbone.encode_prompts(["a king"], TokenBank({"<wizard>": 1}, [24]))
+    with pytest.raises(UserError, match=r"2 text encoder\(s\).* 1"):
+        backbone.encode_prompts(["a king"], TokenBank({"<wizard>": 1}, [16, 16]))
 
 
 @pytest.mark.parametrize("stale_config", [False, True])
 def test_pooled_row_is_the_state_at_the_end_of_the_text(backbone, bank, stale_config):
-    backbone.inject(bank)
     encoder = backbone.text_encoders[0]
     if stale_config:  # the value in Stable Diffusion's configurations, for which transformers takes the largest id
         for part in encoder.modules():
             if hasattr(part, "eos_token_id"):
                 part.eos_token_id = 2
     prompts = ["a <elf> king", "a king"]
-    ids = backbone.tokenize(prompts)
-    conditioning = backbone.encode_prompts(prompts)
+    ids = backbone.tokenize(prompts, bank)
+    conditioning = backbone.encode_prompts(prompts, bank)
     for row, end in ((0, 4), (1, 3)):
         assert ids[row, end] == backbone.tokenizers[0].eos_token_id
         assert torch.equal(conditioning.pooled_prompt_embeds[row], conditioning.prompt_embeds[row, end])
-    theirs = encoder(ids).pooler_output
-    assert torch.allclose(theirs, conditioning.pooled_prompt_embeds) is not stale_config
+    torch.testing.assert_close(backbone.run_text_encoder(ids, bank).pooler_output, conditioning.pooled_prompt_embeds)
 
 
 def test_too_many_vectors_are_an_error_and_too_many_words_a_warning(backbone):
-    backbone.inject(TokenBank({"<robot>": 76}, [16]))
-    with pytest.raises(UserError, match=r"prompt 'a <robot>' has too many vectors: .* takes 79 tokens, this model 77"):
-        backbone.encode_prompts(["a <robot>"])
+    with pytest.raises(UserError, match=r"'a <robot>'.* 79 .* 77"):
+        backbone.encode_prompts(["a <robot>"], TokenBank({"<robot>": 76}, [16]))
     words = " ".join(["king"] * 75)
     with pytest.warns(UserWarning, match="dropped 'hat queen'"):
         ids = backbone.tokenize([words + " hat queen"])
@@ -162,8 +202,7 @@ def test_half_precision_network_with_float32_around_it(folder, backbone, bank, i
     torch.testing.assert_close(half.encode_images(images), backbone.encode_images(images))
     outputs = []
     for model in (half, backbone):
-        model.inject(bank)
-        output = model(model.initial_latents([0]), torch.tensor(500), model.encode_prompts(["a <elf>"]))
+        output = model(model.initial_latents([0]), torch.tensor(500), model.encode_prompts(["a <elf>"], bank))
         assert output.dtype == torch.float32
         outputs.append(output)
     torch.testing.assert_close(*outputs, rtol=0.1, atol=0.1)
@@ -177,8 +216,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(folder, backb
         block = model.unet.up_blocks[1].resnets[0]
         count = []
         block.register_forward_pre_hook(lambda *_, count=count: count.append(1))
-        model.inject(bank)
-        output = model(model.initial_latents([0]), torch.tensor(500), model.encode_prompts(["a <elf>"]))
+        output = model(model.initial_latents([0]), torch.tensor(500), model.encode_prompts(["a <elf>"], bank))
         gradients.append(torch.autograd.grad(model.decode_latents(output).square().sum(), bank.vectors[0])[0])
         evaluations.append(len(count))
     torch.testing.assert_close(*gradients)
@@ -271,15 +309,24 @@ def test_unknown_models_are_one_line(monkeypatch):
 
 
 def test_equal_prompts_are_encoded_once(backbone, bank):
-    backbone.inject(bank)
     rows = []
     backbone.text_encoders[0].register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     prompts = ["a <elf>", "a king", "a <elf>", "a <robot>", "a king"]
-    together = backbone.encode_prompts(prompts)
-    apart = [backbone.encode_prompts([prompt]) for prompt in prompts]
+    together = backbone.encode_prompts(prompts, bank)
+    apart = [backbone.encode_prompts([prompt], bank) for prompt in prompts]
     assert rows == [3, 1, 1, 1, 1, 1]
     torch.testing.assert_close(together.prompt_embeds, torch.cat([row.prompt_embeds for row in apart]))
     torch.testing.assert_close(together.pooled_prompt_embeds, torch.cat([row.pooled_prompt_embeds for row in apart]))
     (gradient,) = torch.autograd.grad(together.prompt_embeds.square().sum(), bank.vectors[0])
     (expected,) = torch.autograd.grad(sum(row.prompt_embeds.square().sum() for row in apart), bank.vectors[0])
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_scheduler_that_states_no_noise_process_is_refused(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(copy / "scheduler")
+    index = json.loads((copy / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    (copy / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler .*'beta_start'"):
+        StableDiffusion(str(copy))

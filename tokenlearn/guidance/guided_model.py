@@ -35,16 +35,17 @@ class ConditioningRows(Protocol):
 
 
 C = TypeVar("C", bound=ConditioningRows)
+Rows = TypeVar("Rows", bound=ConditioningRows, contravariant=True)
 
 
-class Network(Protocol[C]):
+class Network(Protocol[Rows]):
     """A frozen network, as adapters implement it, see :class:`tokenlearn.models.DiffusionBackbone`."""
 
     @property
     def process(self) -> Process:
         """Noise process, which says the kind of prediction."""
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, conditioning: C) -> Tensor:
+    def __call__(self, latents: Tensor, timesteps: Tensor, conditioning: Rows) -> Tensor:
         """Predictions (rows, C, h, w) for conditioning rows."""
 
 

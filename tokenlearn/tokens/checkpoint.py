@@ -8,7 +8,7 @@ from typing import Any
 from tokenlearn.errors import UserError
 
 CHECKPOINT_KEY = "tokenlearn"
-"""Key of a checkpoint's entry about its tokens: base_model, vocabulary_hash, num_vectors, embedding_widths, metadata."""
+"""Key of the entry about tokens, which has base_model, vocabulary_hash, num_vectors, embedding_widths and metadata."""
 
 
 def checkpoint_about(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -354,7 +354,7 @@ def pool_at_end_of_text(states: Tensor, ids: Tensor, eos_token_id: int) -> Tenso
     """State at the first end-of-text id, where CLIP puts the summary of a prompt.
 
     The pooled output of ``transformers`` is not used: for the configurations of Stable Diffusion
-    (``eos_token_id == 2``) it takes the largest id of a row, and ids of placeholders are larger than that of the end.
+    (``eos_token_id == 2``) it takes the largest id of a row, whatever that stands for.
 
     Args:
         states: (B, L, D) states of the last layer.
