@@ -24,6 +24,7 @@ from tokenlearn.models import Conditioning, DiffusionBackbone
 if TYPE_CHECKING:
     from tokenlearn.pipeline import Pipeline
 
+
 Inversion = Literal["ddim", "edit_friendly"] | ReversibleSolver
 """How images are inverted.
 
@@ -192,3 +193,8 @@ class ImageEditor:
                 edited = self.denoise_towards(noisy.expand(len(part)), source, conditions, scales)
                 images |= zip(part, edited, strict=True)
         return torch.stack([images[index] for index in range(len(edits))])
+
+
+def source_of(pipeline: Pipeline, editing: Editing) -> Conditioning:
+    """Conditioning of what images show: of the source prompt, or of the unconditional model without one."""
+    return pipeline.encode([editing.source_prompt]) if editing.source_prompt else pipeline.unconditional()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from PIL import Image
@@ -23,6 +23,9 @@ from tokenlearn.tokens import Embeddings, LearnedTokens, TokenBank, load_bank, v
 if TYPE_CHECKING:
     from typing import Self
 
+    from tokenlearn.image_functions import OptimisedImages
+    from tokenlearn.losses.objective import Objective
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -31,8 +34,8 @@ class Sampling:
     Attributes:
         steps: sampling steps.
         guidance: guidance rule, or the scale of classifier-free guidance; 1 is none.
-        solver: diffusers scheduler by class name, such as ``DDIM`` or ``DPMSolverMultistep``; a reversible solver, such
-            as :class:`EDICT`; or null for the pipeline's scheduler.
+        solver: diffusers scheduler by class name, such as ``DDIM`` or ``DPMSolverMultistep``; a reversible solver,
+            such as :class:`EDICT`; or null for the pipeline's scheduler.
         negative_prompt: prompt of the unconditional prediction.
         size: (height, width) of images in pixels; null for the size the model was trained for.
 
@@ -161,6 +164,66 @@ class Pipeline:
             batch_prompts, batch_seeds = zip(*samples[start : start + batch_size], strict=True)
             images += to_images(pipeline.generate(batch_prompts, batch_seeds))
         return images
+
+    @overload
+    def edit(
+        self,
+        image: Image.Image | str | Path,
+        edit: Mapping[str, float] | GuidanceRule,
+        **settings: Any,  # noqa: ANN401 - keywords of edit_images
+    ) -> Image.Image: ...
+
+    @overload
+    def edit(
+        self,
+        image: list[Image.Image] | list[str] | list[Path] | None,
+        edit: Mapping[str, float] | GuidanceRule,
+        **settings: Any,  # noqa: ANN401 - keywords of edit_images
+    ) -> list[Image.Image]: ...
+
+    def edit(
+        self,
+        image: Image.Image | str | Path | list[Image.Image] | list[str] | list[Path] | None,
+        edit: Mapping[str, float] | GuidanceRule,
+        **settings: Any,
+    ) -> Image.Image | list[Image.Image]:
+        """Edit an image by learned tokens, words or a guidance rule.
+
+        Args:
+            image: an image or its file; a list of these; or None to generate images of ``prompts`` and ``seeds``.
+            edit: token or words to signed scale, such as ``{"<smile>": 3, "<glasses>": -1}``; or a guidance rule.
+            settings: see :func:`tokenlearn.image_functions.edit_images`, such as ``inversion="edit_friendly"``.
+
+        Returns:
+            The edited image at its size, or a list of edited images.
+
+        Raises:
+            UserError: if an image cannot be read, or a setting is out of range.
+        """
+        from tokenlearn.image_functions import edit_images
+
+        if isinstance(image, str | Path) and Path(image).is_dir():
+            raise UserError(f"'{image}' is a folder; give an image, or a list of files")
+        edited = edit_images(self, image, edit, **settings)
+        return edited[0] if isinstance(image, Image.Image | str | Path) else edited
+
+    def optimise(
+        self,
+        prompts: str | Sequence[str] = (),
+        *,
+        objective: Objective | Sequence[Objective],
+        **settings: Any,  # noqa: ANN401 - keywords of optimise_latents
+    ) -> OptimisedImages:
+        """Optimise the latents of images, so that the finished images meet an objective (DOODL).
+
+        Args:
+            prompts: images to generate; without prompts, ``images`` are edited.
+            objective: loss of finished images.
+            settings: see :func:`tokenlearn.image_functions.optimise_latents`, such as ``seeds=[1]`` and ``steps=60``.
+        """
+        from tokenlearn.image_functions import optimise_latents
+
+        return optimise_latents(self, prompts, objective=objective, **settings)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning of B rows for B prompts with this pipeline's tokens, differentiable by these."""
