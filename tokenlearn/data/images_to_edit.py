@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokenlearn.data.pixels import rgb_pixels, to_rgb, unit_range
 from tokenlearn.errors import UserError, reason_of
+from tokenlearn.paths import resolve
 
 
 def generated_name(index: int, prompt: str, seed: int) -> str:
@@ -133,7 +134,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 def _files(source: str | Path) -> tuple[list[Path], list[str]]:
     """Sorted image files of a folder, or one file, and their names."""
-    root = Path(source).expanduser()
+    root = Path(resolve(source)).expanduser()
     if root.is_file():
         files, root = [root], root.parent
     elif root.is_dir():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokenlearn.errors import UserError
+from tokenlearn.paths import resolve
 from tokenlearn.tokens.bank import TokenBank
 from tokenlearn.tokens.files import (
     EmbeddingFile,
@@ -130,7 +131,7 @@ class LearnedTokens:
 
 def _paths(name: str) -> list[Path]:
     """A file, or the embedding files of a folder."""
-    path = Path(name).expanduser()
+    path = Path(resolve(name)).expanduser()
     if not path.is_dir():
         return [path]
     found = sorted(

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from tokenlearn.errors import UserError
 from tokenlearn.files import atomic_write
+from tokenlearn.paths import resolve
 from tokenlearn.tokens.files import a1111, diffusers, onetrainer, pickles, sdxl
 from tokenlearn.tokens.files.family import Content, Family, Found
 
@@ -143,7 +144,7 @@ def load_embedding(path: str | os.PathLike[str], token: str | None = None) -> Em
     Raises:
         UserError: if the file is missing, damaged, an unsafe pickle, of an unknown kind, or has non-finite values.
     """
-    source = Path(path).expanduser()
+    source = Path(resolve(path)).expanduser()
     if not source.is_file():
         raise UserError(f"no embedding file '{source}'; check the path")
     content = _read(source)
