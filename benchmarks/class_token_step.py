@@ -47,7 +47,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.common import BareParts, RowCounter, TaskStep, take_turns
 from benchmarks.memory import peak_bytes
-from tokenlearn.data import PromptStream
+from tokenlearn.data.prompts import prompt_stream
 from tokenlearn.errors import UserError
 from tokenlearn.methods import ClassTokens
 from tokenlearn.metrics import timed
@@ -72,7 +72,7 @@ class PromptStep(TaskStep):
 
     def use_batch_size(self, batch_size: int) -> None:
         """Go on with batches of this size."""
-        self.batches = PromptStream(TEMPLATES, len(self.task.classes), batch_size, length=1)
+        self.batches = prompt_stream(TEMPLATES, len(self.task.classes), batch_size=batch_size, length=1)
 
 
 class Floor(BareParts):

@@ -17,7 +17,8 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 # Imported so that configs may name their classes without a path.
-import tokenlearn.data  # noqa: F401
+import tokenlearn.data.image_datamodule
+import tokenlearn.data.prompts  # noqa: F401
 from tokenlearn.methods import Caso, ClassTokens, TokenTask
 from tokenlearn.metrics import timed
 from tokenlearn.models import StableDiffusion

@@ -123,7 +123,7 @@ def main(
                 "model.init_args.initialiser": initialiser,
                 "model.init_args.judge": None,
                 "data.init_args.batch_size": batch_size,
-                "data.init_args.validation_images": images,
+                "data.init_args.held_out.validation": images,
             }
             for seed in seeds:
                 reached = steps_to_accuracy(settings, changes, seed, accuracy, max_steps, check_every)

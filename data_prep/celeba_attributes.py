@@ -2,7 +2,7 @@
 
 ``uv run python -m data_prep.celeba_attributes --attribute_file list_attr_celeba.txt --image_folder img_align_celeba``
 writes ``metadata.jsonl`` into the folder. Then ``--data.source img_align_celeba`` and
-``--data.label_columns '{smile: Smiling}'`` learn from it.
+``--data.labels.columns '{smile: Smiling}'`` learn from it.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def tiny_classifier(folder: Path, label_names: Sequence[str], multi_label: bool 
 def write_image_config(
     folder: Path, name: str, model: dict, data: dict | None = None, trainer: dict | None = None, **sections: dict
 ) -> str:
-    """Write ``NAME.yaml``, the config of a short fit on the labelled pictures in ``folder / "faces"``."""
+    """Write ``NAME.yaml``, the config of a short fit on the labelled images in ``folder / "faces"``."""
     settings = {
         "seed_everything": 0,
         "model": model,
@@ -128,11 +128,10 @@ def write_image_config(
             "class_path": "ImageDataModule",
             "init_args": {
                 "source": str(folder / "faces"),
-                "label_columns": {"smile": "smile"},
+                "labels": {"columns": {"smile": "smile"}},
                 "batch_size": 4,
                 "batches_per_epoch": 2,
-                "validation_images": 3,
-                "test_images": 0,
+                "held_out": {"validation": 3, "test": 0},
                 "num_workers": 0,
             }
             | (data or {}),

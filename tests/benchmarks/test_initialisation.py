@@ -43,9 +43,9 @@ def config(tiny_models, tmp_path, monkeypatch):
         }
         data = {
             "source": str(tmp_path / "faces"),
-            "label_columns": {"smile": "smile"},
+            "labels": {"columns": {"smile": "smile"}},
             "batches_per_epoch": 3,
-            "test_images": 0,
+            "held_out": {"test": 0},
             "num_workers": 0,
         }
         settings = {
@@ -119,7 +119,7 @@ def test_counts_the_steps_until_the_accuracy(config, capsys, reached):
     for task, trainer in runs:
         data = trainer.datamodule
         assert ([attribute.name for attribute in task.attributes], task.judge) == (["smile"], None)
-        assert (data.seed, data.batch_size, data.validation_images) == (task.seed, 2, 2)
+        assert (data.seed, data.batch_size, data.held_out.validation) == (task.seed, 2, 2)
 
 
 def test_medians_are_over_attributes_and_seeds(config, capsys, monkeypatch):
