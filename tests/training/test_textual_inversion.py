@@ -340,7 +340,7 @@ def test_fit_leaves_embedding_files(config, tmp_path):
 
 def test_killed_and_resumed_equals_uninterrupted(config, tmp_path):
     always = {"checkpoint": {"every_n_train_steps": 1, "monitor": None}}
-    data = {"batches_per_epoch": 3, "validation_images": 0}
+    data = {"batches_per_epoch": 3, "held_out": {"validation": 0, "test": 0}}
     main(["fit", "--config", config("whole", data, {"max_steps": 5}, **always)])
     main(["fit", "--config", config("part", data, {"max_steps": 2}, **always)])
     last = str(tmp_path / "part" / "checkpoints" / "last.ckpt")
