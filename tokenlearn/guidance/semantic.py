@@ -236,8 +236,9 @@ class Concept:
 
 
 class SemanticGuidance(GuidanceRule):
-    """Semantic guidance (SEGA) by concepts whose conditionings are given; :class:`tokenlearn.guidance.SEGA` is the rule
-    with concepts as words.
+    """Semantic guidance (SEGA) by concepts whose conditionings are given.
+
+    :class:`tokenlearn.guidance.SEGA` is the rule with concepts as words.
 
     Every sample is treated by itself: a batch gives what its samples give one by one. Momentum is kept for each
     concept, ``nu_i <- beta_i nu_i + (1 - beta_i) gamma_i`` from the first step on, and applied with the concept after
@@ -312,7 +313,7 @@ class SemanticGuidance(GuidanceRule):
         Raises:
             UserError: if a concept has scales for another number of samples.
         """
-        if step == 0:
+        if step == 0 or len(self._scales) < len(self.concepts):  # O-BELM goes on from a pair at step 1
             self._start(predictions[0])
         if len(predictions) == 1:  # neither the unconditional prediction nor any concept is needed
             (guided,) = predictions
@@ -367,7 +368,7 @@ class SemanticGuidance(GuidanceRule):
             direction = semantic_direction(unconditional, terms, concept.signs)
             guidance = concept_guidance(direction, self._scales[index], settings.threshold, self.threshold_over)
             if settings.momentum_scale > 0:
-                momentum = self._momenta[index] if step > 0 else torch.zeros_like(guidance)
+                momentum = self._momenta.get(index, torch.zeros_like(guidance))
                 guidance = with_momentum(guidance, momentum, settings.momentum_scale)
                 self._momenta[index] = update_momentum(momentum, guidance, settings.momentum_beta)
             if settings.is_applied(step):
