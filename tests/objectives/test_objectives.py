@@ -152,6 +152,16 @@ def test_targets_by_name(folder, tiny_models, images):
     )
 
 
+def test_each_target_may_have_its_text(folder, images):
+    described = {"king": "a person with a crown", "nurse": "a person with a cap"}
+    text = CLIPTextLoss(str(folder / "clip"), described)
+    names = ["nurse", "king", "nurse"]
+    expected = [CLIPTextLoss(text.clip, described[name])(images[row, None]) for row, name in enumerate(names)]
+    torch.testing.assert_close(text(images[:3], 0, names), torch.cat(expected))
+    with pytest.raises(UserError, match="'wizard'.*king, nurse"):
+        text.check(["king", "wizard"])
+
+
 def test_directions_of_targets_from_inference_mode_serve_gradients(folder, images):
     objective = CLIPTextLoss(str(folder / "clip"))
     with torch.inference_mode():

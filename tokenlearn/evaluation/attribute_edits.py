@@ -10,14 +10,14 @@ from torch.nn import functional
 
 from tokenlearn.data.batches import ImageBatch
 from tokenlearn.data.interfaces import LabelledImages, find_data
-from tokenlearn.editing import Editing, ImageEditor
+from tokenlearn.editing import Editing, ImageEditor, source_of
 from tokenlearn.errors import UserError
 from tokenlearn.evaluation.base import Evaluation
 from tokenlearn.evaluation.edit_protocol import Conditions, EditProtocol, Removal, directions_of
 from tokenlearn.evaluation.edit_table import edit_table
 from tokenlearn.evaluation.records import Record
 from tokenlearn.evaluation.table import Table
-from tokenlearn.models import Conditioning, TimmClassifier
+from tokenlearn.models import TimmClassifier
 from tokenlearn.models.attributes import resolve_attributes
 from tokenlearn.pipeline import Pipeline
 from tokenlearn.tokens import Embeddings, TokenBank, load_bank, vocabulary_norm_range
@@ -93,7 +93,7 @@ class AttributeEdits(Evaluation[Caso]):
         watched = {name: None for name in self.watched if name not in class_names}
         self._protocol = EditProtocol(
             editor=ImageEditor(task.backbone, self.editing, setting="evaluation.editing"),
-            source=self._source(),
+            source=source_of(task.pipeline, self.editing),
             conditions=self.conditions(),
             attributes=task.judge_attributes,
             watched=resolve_attributes(watched, judge),
@@ -147,7 +147,7 @@ class AttributeEdits(Evaluation[Caso]):
         """
         task = self.task
         tokens = {
-            name: task.template.format(token)
+            name: task.prompt(token)
             for attribute in task.attributes
             for name, token in zip(attribute.class_names, attribute.placeholders, strict=True)
         }
@@ -179,11 +179,6 @@ class AttributeEdits(Evaluation[Caso]):
                 token, [length * functional.normalize(part) for length, part in zip(lengths, vectors, strict=True)]
             )
         return bank
-
-    def _source(self) -> Conditioning:
-        """Conditioning of the inversion, one row."""
-        pipeline, prompt = self.task.pipeline, self.editing.source_prompt
-        return pipeline.encode([prompt]) if prompt else pipeline.unconditional()
 
     def _judge(self) -> TimmClassifier:
         if self.task.judge is None:

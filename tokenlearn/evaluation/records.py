@@ -103,7 +103,6 @@ def write_records(records: Sequence[Record], path: Path) -> None:
     with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(Record._fields)
-        writer.writerows(
-            record._replace(value=f"{record.value:.9g}", strength="" if record.strength is None else record.strength)
-            for record in records
-        )
+        for record in records:
+            entries = record._asdict() | {"value": f"{record.value:.9g}"}
+            writer.writerow(["" if entry is None else entry for entry in entries.values()])

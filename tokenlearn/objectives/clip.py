@@ -58,7 +58,8 @@ class CLIPTextLoss(_CLIPLoss):
     Args:
         clip: hub id or folder, or a loaded CLIP.
         text: what images should show. ``{}`` in it is the target of each image, such as a class name; null for the
-            target alone. Without ``{}``, targets are ignored.
+            target alone. Without ``{}``, targets are ignored. Or target to text, such as each class with its
+            description.
         weight: factor of the loss.
         crops: random crops to average the loss over; null for the whole image.
 
@@ -69,26 +70,27 @@ class CLIPTextLoss(_CLIPLoss):
     def __init__(
         self,
         clip: str | ClipModel,
-        text: str | None = None,
+        text: str | dict[str, str] | None = None,
         *,
         weight: float = 1.0,
         crops: Crops | None = None,
     ) -> None:
-        if text is not None and not text.strip():
+        texts = list(text.values()) if isinstance(text, dict) else [_TARGET if text is None else text]
+        if not texts or not all(part.strip() for part in texts):
             raise UserError("text of CLIPTextLoss is empty; describe what images should show")
         super().__init__(clip, weight, crops)
-        self.text = _TARGET if text is None else text
-        self.uses_targets = _TARGET in self.text
+        self.text = text if isinstance(text, dict) else texts[0]
+        self.uses_targets = isinstance(self.text, dict) or _TARGET in self.text
         self._directions: dict[str, Tensor] = {}
         if not self.uses_targets:
             with torch.no_grad():
-                self.register_buffer("_direction", self.clip.text_features([self.text])[0], persistent=False)
+                self.register_buffer("_direction", self.clip.text_features(texts)[0], persistent=False)
 
     def direction(self, targets: Sequence[str] | None) -> Tensor:
         """Unit vector (D,) of the text, or (B, D) of the text of each target.
 
         Raises:
-            UserError: if the text needs targets and there are none.
+            UserError: if the text needs targets and there are none, or a target has no text.
         """
         if not self.uses_targets:
             return self.get_buffer("_direction")
@@ -104,19 +106,24 @@ class CLIPTextLoss(_CLIPLoss):
         return spherical_distance(features[:, None], self.direction(names))
 
     def check(self, targets: Sequence[str] | None = None) -> None:
-        """Refuse a text that needs targets where there are none.
+        """Refuse a text that needs targets where there are none, and targets without a text.
 
         Raises:
-            UserError: naming the text.
+            UserError: naming the text or the target.
         """
         if self.uses_targets and targets is None:
             raise UserError(f"text '{self.text}' of CLIPTextLoss has no target here; set a text without {_TARGET}")
+        if isinstance(self.text, dict) and (missing := sorted(set(targets or ()) - self.text.keys())):
+            raise UserError(
+                f"text of CLIPTextLoss has nothing for '{missing[0]}', only for {', '.join(self.text)}; add it"
+            )
 
     def _text_direction(self, target: str) -> Tensor:
         if target not in self._directions:
+            text = self.text[target] if isinstance(self.text, dict) else self.text.replace(_TARGET, target)
             # A tensor of inference mode could not be used in a later step that needs gradients.
             with torch.inference_mode(False), torch.no_grad():
-                self._directions[target] = self.clip.text_features([self.text.replace(_TARGET, target)])[0]
+                self._directions[target] = self.clip.text_features([text])[0]
         return self._directions[target].to(self.clip.mean.device)
 
 
