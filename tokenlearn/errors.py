@@ -1,20 +1,23 @@
-"""The one exception that the command line reports without a traceback, and what often goes with it."""
+"""UserError, the one exception that the command line reports without a traceback, and helpers around it."""
 
 
 class UserError(ValueError):
-    """Input that a user can correct; the message is one line that names the offending value and the fix."""
+    """Input that the user can correct.
+
+    The message is one line: what was found, what was expected, and the way out.
+    """
 
 
 def check_at_least(section: str, least: int, **numbers: float | None) -> None:
-    """Refuse settings below a bound, or that are no numbers; None is no setting.
+    """Refuse settings below a bound and settings that are NaN; None means that a setting is not given.
 
     Args:
-        section: part of the config that the settings are in, such as ``data``.
+        section: section of the config that the settings are in, such as ``data``.
         least: the bound.
         numbers: settings by name.
 
     Raises:
-        UserError: naming the first that is out of range.
+        UserError: naming the first setting that is out of range.
     """
     for name, number in numbers.items():
         if number is not None and not number >= least:
@@ -22,5 +25,5 @@ def check_at_least(section: str, least: int, **numbers: float | None) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """What an error of a library says, in one line of at most 200 characters; its kind if it says nothing."""
+    """A library's error message in one line of at most 200 characters, or the name of its class if it is empty."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -27,7 +27,7 @@ def resolve(path: str | os.PathLike[str]) -> str:
         path: a path, or a name of another kind such as a hub id.
 
     Returns:
-        ``path`` if it exists; else the bundled file or folder of this name, if there is one; else ``path``, so that the
+        ``path`` if it exists; else the bundled file or folder of this name, if there is one; else ``path``, so the
         caller can try it as a hub id or report it.
     """
     local = Path(path).expanduser()

@@ -1,0 +1,120 @@
+"""The commands of the trainer, ``tokenlearn fit | validate | test | predict``, as a LightningCLI."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+# Imported so that configs may name their classes without a path.
+import tokenlearn.data.generated
+import tokenlearn.data.image_datamodule
+import tokenlearn.data.prompts
+import tokenlearn.diffusion.solvers
+import tokenlearn.generation
+import tokenlearn.guidance
+import tokenlearn.models
+import tokenlearn.objectives
+import tokenlearn.training  # noqa: F401
+from tokenlearn.callbacks import EmbeddingExport, ImageGrid, PredictionWriter, ReportWriter, ResultWriter
+from tokenlearn.evaluation import Evaluation, evaluation_of
+from tokenlearn.files import atomic_write
+from tokenlearn.quiet import quiet
+
+
+class TokenlearnCLI(LightningCLI):
+    """Lightning's command line with a run folder, an evaluation, and this package's callbacks as sections.
+
+    Args:
+        name: name of the run, which its folder is in.
+        args: command line.
+    """
+
+    def __init__(self, name: str, args: list[str]) -> None:
+        self.name = name
+        super().__init__(
+            L.LightningModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"prog": "tokenlearn", "exit_on_error": False},
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``--output_dir``, ``--evaluation`` and the callbacks."""
+        parser.add_argument(
+            "--output_dir",
+            type=str | None,
+            default=None,
+            help="Folder of this run; by default outputs/<config name>/<start time>.",
+        )
+        parser.add_subclass_arguments(Evaluation, "evaluation", required=False)
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(ImageGrid, "image_grid")
+        parser.add_lightning_class_args(EmbeddingExport, "embedding_export")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.add_lightning_class_args(ResultWriter, "results")
+        parser.add_lightning_class_args(ReportWriter, "report")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/guided_accuracy",
+                "checkpoint.mode": "max",
+                "checkpoint.save_last": True,
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.filename": "best-step{step:06d}",
+            }
+        )
+
+    def instantiate_classes(self) -> None:
+        """Check that the run folder can be written to, then make the task, the data and the trainer."""
+        config = self.config[self.subcommand]
+        self.run_folder = Path(config.output_dir or Path("outputs", self.name, time.strftime("%Y-%m-%d_%H-%M-%S")))
+        with atomic_write(self.run_folder / ".writable") as temporary:  # before models are loaded, not after training
+            temporary.touch()
+        (self.run_folder / ".writable").unlink(missing_ok=True)
+        if self.subcommand == "predict" and config.return_predictions is None:
+            config.return_predictions = False  # callbacks write them, and memory stays flat
+        with quiet():
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:  # noqa: ANN401 - arguments of the trainer
+        """Make the trainer, which writes everything to the run folder.
+
+        The folder is given here and not in the config, so that a saved config.yaml is not tied to its run.
+        """
+        folder = str(self.run_folder)
+        if self._get(self.config_init, "trainer").logger in (None, True):
+            kwargs["logger"] = TensorBoardLogger(folder, name="", version="")
+        trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = f"{folder}/checkpoints"
+        return trainer
+
+    def before_test(self) -> None:
+        """Run the evaluation of a task that learns tokens."""
+        self.model = evaluation_of(self.model, self._get(self.config_init, "evaluation"))
+
+    def after_fit(self) -> None:
+        """Evaluate the best tokens, or validate them if the evaluation takes long, and say where everything is."""
+        if self.trainer.interrupted:
+            return
+        ...
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with quiet():
+            super()._run_subcommand(subcommand)
+        _say_where(self.run_folder)
+
+
+@rank_zero_only
+def _say_where(run_folder: Path) -> None:
+    print(run_folder)
