@@ -87,10 +87,10 @@ def test_objective_equals_the_equation_written_out(images, attributes, editing):
     torch.testing.assert_close(found.editing, edit)
     torch.testing.assert_close(found.reconstruction, reconstruction)
     torch.testing.assert_close(found.preservation, 2 * preservation)
-    torch.testing.assert_close(found.total, expected)
+    torch.testing.assert_close(found.loss, expected)
     inputs = [images.edited, images.features if editing == "class_mean" else images.logits]
     for ours, theirs in zip(
-        torch.autograd.grad(found.total, inputs), torch.autograd.grad(expected, inputs), strict=True
+        torch.autograd.grad(found.loss, inputs), torch.autograd.grad(expected, inputs), strict=True
     ):
         assert theirs.abs().max() > 0
         torch.testing.assert_close(ours, theirs)
@@ -109,7 +109,7 @@ def test_images_that_show_the_class_already(images, attributes, skip_present, re
         reconstruction = reconstruction * torch.tensor([1, 0, 0, 1, 0])
     torch.testing.assert_close(found.editing, edit)
     torch.testing.assert_close(found.reconstruction, reconstruction)
-    torch.testing.assert_close(found.total, (edit + 0.1 * reconstruction).mean())
+    torch.testing.assert_close(found.loss, (edit + 0.1 * reconstruction).mean())
     assert found.preservation is None
 
 

@@ -93,13 +93,13 @@ class CasoTerms(NamedTuple):
     """The objective and its terms.
 
     Attributes:
-        total: () mean over the batch of the weighted terms.
+        loss: () mean over the batch of the weighted terms.
         editing: (B,) ``L_edit``.
         reconstruction: (B,) ``L_rec``, without its weight.
         preservation: (B,) ``L_pres``, without its weight; None if its weight is 0.
     """
 
-    total: Tensor
+    loss: Tensor
     editing: Tensor
     reconstruction: Tensor
     preservation: Tensor | None

@@ -1,7 +1,6 @@
 """LightningModules, one per published method: thin wiring of the other packages."""
 
 from tokenlearn.methods.base import TokenTask
-from tokenlearn.methods.caso import Caso
 from tokenlearn.methods.class_tokens import ClassTokens
 from tokenlearn.methods.doodl import Doodl
 from tokenlearn.methods.doodl_test import DoodlCase, DoodlTest
@@ -12,7 +11,6 @@ from tokenlearn.methods.sega_test import SegaTest
 from tokenlearn.methods.textual_inversion import TextualInversion
 
 __all__ = [
-    "Caso",
     "ClassTokens",
     "Doodl",
     "DoodlCase",
