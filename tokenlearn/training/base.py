@@ -26,13 +26,21 @@ def adamw(params: Any) -> AdamW:  # noqa: ANN401 - torch's type of parameters is
     return AdamW(params, lr=2e-2, weight_decay=0.0)
 
 
-def check_gradient(gradient: Gradient, solver: str | ReversibleSolver | None, rule: GuidanceRule) -> None:
+def check_gradient(
+    gradient: Gradient,
+    solver: str | ReversibleSolver | None,
+    rule: GuidanceRule,
+    setting: str = "model.gradient",
+    solver_setting: str = "model.solver",
+) -> None:
     """Refuse a gradient that does not go with the solver or the guidance, before any image is generated.
 
     Args:
         gradient: how the gradient goes back through the sampler.
         solver: solver, a scheduler's name, or None for the scheduler of the pipeline.
         rule: guidance rule.
+        setting: name of the gradient's setting in messages.
+        solver_setting: name of the solver's setting in messages.
 
     Raises:
         UserError: naming the gradient and what it does not go with.
@@ -40,20 +48,20 @@ def check_gradient(gradient: Gradient, solver: str | ReversibleSolver | None, ru
     kind = type(gradient).__name__
     if isinstance(solver, ReversibleSolver) and not isinstance(gradient, Reversible | Stored):
         raise UserError(
-            f"model.gradient {kind} does not go with solver {type(solver).__name__}; set it to Reversible, or to "
+            f"{setting} {kind} does not go with solver {type(solver).__name__}; set it to Reversible, or to "
             "Stored where memory allows"
         )
     if not isinstance(gradient, Reversible):
         return
     if not isinstance(solver, ReversibleSolver):
         raise UserError(
-            f"model.gradient {kind} needs a reversible solver, got {solver or 'the scheduler of the pipeline'}; set "
-            "model.solver to EDICT, Leapfrog or OBELM, or model.gradient to Checkpointed"
+            f"{setting} {kind} needs a reversible solver, got {solver or 'the scheduler of the pipeline'}; set "
+            f"{solver_setting} to EDICT, Leapfrog or OBELM, or {setting} to Checkpointed"
         )
     if isinstance(rule, SemanticGuidance | SafeGuidance):
         raise UserError(
-            f"model.gradient {kind} evaluates each step again on the way back, where {type(rule).__name__} has lost "
-            "its momentum; set model.gradient to Stored, or to LastK or Checkpointed with model.solver null"
+            f"{setting} {kind} evaluates each step again on the way back, where {type(rule).__name__} has lost "
+            f"its momentum; set {setting} to Stored, or to LastK or Checkpointed with {solver_setting} null"
         )
 
 
