@@ -1,0 +1,134 @@
+"""Whole trainings of class tokens: the same however they are cut, and none that goes on with numbers that are not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.training.runs import fit
+from tokenlearn.data import PromptDataModule
+from tokenlearn.diffusion import LastK
+from tokenlearn.errors import UserError
+from tokenlearn.main import main
+from tokenlearn.objectives import ClassifierLoss
+from tokenlearn.pipeline import Pipeline, Sampling
+from tokenlearn.training import ClassTokens
+
+
+@pytest.fixture
+def run(backbone, tiny_models, tmp_path):
+    """Train for a number of steps; returns the vectors."""
+
+    def train(max_steps, name="run", lr_scheduler=None, data=None, **trainer):
+        task = ClassTokens(
+            backbone,
+            {"wizard": "man with a hat", "pirate": None},
+            ClassifierLoss(str(tiny_models / "guide")),
+            sampling=Sampling(steps=4, guidance=7.0),
+            gradient=LastK(2),
+            lr_scheduler=lr_scheduler,
+        )
+        settings = {"batch_size": 2, "batches_per_epoch": 2, "validation_images": 2, "eval_batch_size": 4}
+        prompts = PromptDataModule(["a photo of a {}", "a portrait of a {}"], **(settings | (data or {})))
+        fit(task, prompts, max_steps=max_steps, folder=tmp_path / name, **trainer)
+        return task.bank.vectors[0].detach().clone()
+
+    return train
+
+
+def test_accumulation_equals_one_large_batch(run):
+    large = run(2, data={"batch_size": 4}, gradient_clip_val=0.01)
+    small = run(2, data={"batches_per_epoch": 4}, gradient_clip_val=0.01, accumulate_grad_batches=2)
+    torch.testing.assert_close(small, large, rtol=0, atol=1e-5)
+
+
+def test_killed_and_resumed_equals_uninterrupted(run, tmp_path):
+    def cosine(optimizer):
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=7)
+
+    whole = run(7, "whole", cosine, {"batches_per_epoch": 4})
+    for stop in (3, 4):  # in the middle and at the end of an epoch
+        part = run(stop, f"part{stop}", cosine, {"batches_per_epoch": 4})
+        assert not torch.equal(part, whole)
+        last = str(tmp_path / f"part{stop}" / "last.ckpt")
+        assert torch.equal(run(7, f"rest{stop}", cosine, {"batches_per_epoch": 4}, ckpt_path=last), whole)
+
+
+def test_bf16_keeps_tokens_in_fp32(run):
+    assert run(1, precision="bf16-mixed").dtype == torch.float32
+
+
+def not_finite_at(step, monkeypatch):
+    """Let the images of one training step overflow."""
+    steps = []
+    generate = Pipeline.generate
+
+    def overflow(self, *args, gradient=None, **options):
+        images = generate(self, *args, gradient=gradient, **options)
+        steps.extend([1] if gradient is not None else [])
+        return images * float("nan") if gradient is not None and len(steps) == step + 1 else images
+
+    monkeypatch.setattr(Pipeline, "generate", overflow)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(run, monkeypatch):
+    not_finite_at(2, monkeypatch)
+    with pytest.raises(UserError, match="not finite at step 2"):
+        run(4)
+
+
+def last_tokens(config):
+    run = Path(yaml.safe_load(Path(config).read_text())["output_dir"])
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    return checkpoint["state_dict"]["bank.vectors.0"]
+
+
+def test_two_processes_equal_one(tiny_config, run, tmp_path):
+    changes = {
+        "model.init_args.judge": None,
+        "trainer.max_steps": 2,
+        "trainer.devices": 2,
+        "trainer.strategy": "ddp",
+        "output_dir": str(tmp_path / "two"),
+    }
+    config = tiny_config(changes, "two")
+    command = [sys.executable, "-m", "tokenlearn", "fit", "--config", config]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    torch.testing.assert_close(last_tokens(config), run(2, data={"batch_size": 4}), rtol=0, atol=1e-5)
+
+
+def test_the_command_line_keeps_the_last_good_files(tiny_config, tmp_path, monkeypatch, capsys):
+    not_finite_at(2, monkeypatch)
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", tiny_config()])
+    assert stopped.value.code == 2
+    assert "not finite at step 2" in capsys.readouterr().err.strip().splitlines()[-1]
+    (vectors,) = load_file(tmp_path / "run" / "embeddings" / "wizard.safetensors").values()
+    assert vectors.isfinite().all()
+
+
+def test_fit_leaves_everything_that_it_names(tiny_config, tmp_path, capsys):
+    main(["fit", "--config", tiny_config()])
+    run = tmp_path / "run"
+    out = capsys.readouterr().out
+    assert out.strip().splitlines()[-1] == str(run)
+    summary = json.loads((run / "summary.json").read_text())
+    assert {"judged_accuracy_before", "judged_accuracy_after", "embeddings", "minutes"} <= summary.keys()
+    assert summary["embeddings"] == [str(run / "embeddings" / f"{name}.safetensors") for name in ("wizard", "pirate")]
+    for path in summary["embeddings"]:
+        assert path in out
+        (vectors,) = load_file(path).values()
+        assert vectors.shape == (1, 16)
+    for name in ("config.yaml", "table.csv", "table.png", "before_after.png"):
+        assert (run / name).is_file()
+    assert list(run.glob("events.out.tfevents*"))
+    assert list((run / "images").glob("*.png"))
+    for checkpoint in (run / "checkpoints").glob("*.ckpt"):
+        assert checkpoint.stat().st_size < 2**20
+    assert not list(run.rglob(".*-*"))
