@@ -1,9 +1,9 @@
-"""Side effects of runs: pictures, embedding files, tables."""
+"""Side effects of runs: images, embedding files, tables."""
 
-from tokenlearn.callbacks.edit_writer import EditWriter
 from tokenlearn.callbacks.embedding_export import EmbeddingExport
 from tokenlearn.callbacks.image_grid import ImageGrid
 from tokenlearn.callbacks.prediction_writer import PredictionWriter
 from tokenlearn.callbacks.report_writer import ReportWriter
+from tokenlearn.callbacks.result_writer import ResultWriter
 
-__all__ = ["EditWriter", "EmbeddingExport", "ImageGrid", "PredictionWriter", "ReportWriter"]
+__all__ = ["EmbeddingExport", "ImageGrid", "PredictionWriter", "ReportWriter", "ResultWriter"]

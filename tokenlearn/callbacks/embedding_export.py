@@ -10,9 +10,10 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
+from tokenlearn.data.interfaces import TaskWrapper
 from tokenlearn.errors import UserError
-from tokenlearn.methods.base import TokenTask
-from tokenlearn.tokens import EmbeddingFormat, embedding_file_name, save_embedding
+from tokenlearn.token_task import TokenTask
+from tokenlearn.tokens import EmbeddingFormat, LearnedTokens
 
 
 class EmbeddingExport(L.Callback):
@@ -43,13 +44,13 @@ class EmbeddingExport(L.Callback):
         self._fitted = False
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export what a fit without any validation ended with; tests and validations after this are of its tokens."""
+        """Export the last tokens of a fit without validations; later tests and validations are of the best tokens."""
         self._fitted = True
         if not trainer.val_dataloaders:
             self._export_after_fit(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export if the metric improved on the best so far; or after a fit, the tokens that were kept."""
+        """Export if the metric improved on the best so far; after a fit, export the best tokens."""
         if trainer.state.fn != TrainerFn.FITTING:
             self._export_after_fit(trainer, pl_module)
             return
@@ -69,23 +70,18 @@ class EmbeddingExport(L.Callback):
     def export(self, trainer: L.Trainer, task: TokenTask, metadata: dict[str, str]) -> None:
         """Write the files of all tokens of the task's bank."""
         assert task.bank is not None
-        folder = Path(trainer.default_root_dir) / "embeddings"
-        about = task.token_metadata()
-        self.paths = [
-            save_embedding(
-                folder / embedding_file_name(token), token, task.bank.get(token), about[token] | metadata, self.format
-            )
-            for token in task.bank.placeholders
-        ]
+        about = {token: entries | metadata for token, entries in task.token_metadata().items()}
+        self.paths = LearnedTokens(task.bank, about).save(Path(trainer.default_root_dir) / "embeddings", self.format)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After a fit, write the files of the tokens that were kept, with what the judge said of them."""
+        """After a fit, write the files of the best tokens, with the judge's figures in their metadata."""
         self._export_after_fit(trainer, pl_module)
 
     def _export_after_fit(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the files of the tokens that were kept; a resumed fit that never improved has them from here alone."""
-        if self._fitted and isinstance(pl_module, TokenTask):
-            self.export(trainer, pl_module, {})
+        """Write the files of the best tokens; a resumed fit that never improved writes them here alone."""
+        task = pl_module.wrapped_task() if isinstance(pl_module, TaskWrapper) else pl_module
+        if self._fitted and isinstance(task, TokenTask):
+            self.export(trainer, task, {})
 
     def state_dict(self) -> dict[str, Any]:
         """The best value, so that a resumed run does not export worse tokens."""

@@ -11,17 +11,21 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from tokenlearn.callbacks.pictures import save_picture, sheet, to_image
+from tokenlearn.callbacks.images import save_image, sheet, to_image
+
+VALIDATION = "validation"
+FINAL_SHEET = f"{VALIDATION}/final.png"
+"""Sheet of a validation apart from training, below the run folder."""
 
 
 class ImageGrid(L.Callback):
-    """Write validation images to ``pictures/`` of the run folder and to TensorBoard, a row per class.
+    """Write validation images to ``validation/`` of the run folder and to TensorBoard, a row per class.
 
-    Validation steps return them as ``{"images": (B, 3, H, W) in [0, 1], "rows": B row names}``. Only the first
-    process's images are shown.
+    A validation during a fit writes ``step-<step>.png``, any other ``final.png``. Validation steps return images as
+    ``{"images": (B, 3, H, W) in [0, 1], "rows": B row names}``. Only images of the first process are shown.
 
     Args:
-        columns: pictures per row at most.
+        columns: images per row at most.
         every_n_validations: how often.
     """
 
@@ -39,13 +43,13 @@ class ImageGrid(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the first images of each row."""
+        """Collect the first images of each row."""
         if not trainer.is_global_zero or not isinstance(outputs, dict):
             return
         for image, row in zip(outputs["images"], outputs["rows"], strict=True):
-            kept = self._rows.setdefault(row, [])
-            if len(kept) < self.columns:
-                kept.append(image)
+            images = self._rows.setdefault(row, [])
+            if len(images) < self.columns:
+                images.append(image)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the sheet."""
@@ -56,11 +60,11 @@ class ImageGrid(L.Callback):
         self._validations += fitting
         if fitting and (self._validations - 1) % self.every_n_validations:
             return
-        picture = sheet([(name, [to_image(image) for image in images]) for name, images in rows.items()])
-        # A validation apart from training is of tokens that were kept, whatever step the training ended at.
-        stem = f"step-{trainer.global_step:06d}" if fitting else "validation"
-        save_picture(picture, Path(trainer.default_root_dir) / "pictures" / f"{stem}.png")
+        image = sheet([(name, [to_image(image) for image in images]) for name, images in rows.items()])
+        # A validation apart from training is of the best tokens, whatever step the training ended at.
+        name = f"{VALIDATION}/step-{trainer.global_step:06d}.png" if fitting else FINAL_SHEET
+        save_image(image, Path(trainer.default_root_dir) / name)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                pixels = np.asarray(picture)
-                logger.experiment.add_image("validation", pixels, trainer.global_step, dataformats="HWC")
+                pixels = np.asarray(image)
+                logger.experiment.add_image(VALIDATION, pixels, trainer.global_step, dataformats="HWC")

@@ -1,4 +1,4 @@
-"""Predicted images as files."""
+"""Generated images as files."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 
-from tokenlearn.callbacks.pictures import save_picture, sheet, to_image
-from tokenlearn.data.pictures import generated_name
+from tokenlearn.callbacks.images import save_image, sheet, to_image
+from tokenlearn.data.images_to_edit import generated_name
+from tokenlearn.generation.results import GeneratedBatch
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Write each predicted image as PNG to ``images/`` of the run folder as soon as it is there, then a contact sheet.
+    """Write each generated image as PNG to ``images/`` of the run folder as soon as it is there, then a contact sheet.
 
-    Prediction steps return ``{"images", "prompts", "seeds", "indices"}``, with the index of each prompt.
+    Prediction steps return a :class:`tokenlearn.generation.results.GeneratedBatch`; other predictions are ignored.
 
     Args:
-        columns: pictures per row of the contact sheet at most.
+        columns: images per row of the contact sheet at most.
     """
 
     def __init__(self, columns: int = 8) -> None:
@@ -30,7 +31,7 @@ class PredictionWriter(BasePredictionWriter):
         self._run_folder = Path()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Agree on the run folder: each process names it by its own start time, and the first one's counts."""
+        """Agree on the run folder: each process names it by its start time, and the name of the first one counts."""
         # Once and before any batch, because processes may have different numbers of batches.
         self._run_folder = Path(trainer.strategy.broadcast(trainer.default_root_dir))
 
@@ -45,12 +46,10 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write a batch of images."""
-        if not isinstance(prediction, dict):  # of a task whose predictions another callback writes
+        if not isinstance(prediction, GeneratedBatch):
             return
-        folder = self._run_folder / "images"
-        columns = (prediction[name] for name in ("images", "prompts", "seeds", "indices"))
-        for image, prompt, seed, index in zip(*columns, strict=True):
-            save_picture(to_image(image), folder / f"{generated_name(index, prompt, seed)}.png")
+        for image, prompt, seed, index in zip(*prediction, strict=True):
+            save_image(to_image(image), self._run_folder / "images" / f"{generated_name(index, prompt, seed)}.png")
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the contact sheet, a row per prompt."""
@@ -61,11 +60,11 @@ class PredictionWriter(BasePredictionWriter):
         for path in sorted((self._run_folder / "images").glob("[!.]*.png"), key=_prompt_and_seed):
             rows.setdefault(path.stem.rsplit("-seed", 1)[0], []).append(path)
         if rows:
-            pictures = [
+            images = [
                 (name.split("-", 1)[1].replace("-", " "), [Image.open(path) for path in paths[: self.columns]])
                 for name, paths in rows.items()
             ]
-            save_picture(sheet(pictures), self._run_folder / "contact_sheet.png")
+            save_image(sheet(images), self._run_folder / "contact_sheet.png")
 
 
 def _prompt_and_seed(path: Path) -> tuple[str, int]:

@@ -14,7 +14,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 from tokenlearn.callbacks.embedding_export import EmbeddingExport
-from tokenlearn.callbacks.pictures import save_picture, sheet, to_image
+from tokenlearn.callbacks.image_grid import FINAL_SHEET
+from tokenlearn.callbacks.images import save_image, sheet, to_image
 from tokenlearn.files import atomic_write
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
     from tokenlearn.evaluation.table import Column, Figure, Row, Table
 
-_VALIDATION_IMAGES = "pictures/validation.png"
 _ROWS_PER_PANEL = 18
 _LABEL_WIDTH = 12  # characters
 
@@ -54,7 +54,7 @@ class ReportWriter(L.Callback):
         _plot(table, folder / "table.png")
         for name, rows in table.images.items():
             if rows:
-                save_picture(
+                save_image(
                     sheet([(caption, [to_image(image) for image in images]) for caption, images in rows]),
                     folder / f"{name}.png",
                 )
@@ -77,7 +77,7 @@ class ReportWriter(L.Callback):
             if name.startswith("val/")
         }
         folder = Path(trainer.default_root_dir)
-        sheets = [("validation images", _VALIDATION_IMAGES)] if (folder / _VALIDATION_IMAGES).is_file() else []
+        sheets = [("validation images", FINAL_SHEET)] if (folder / FINAL_SHEET).is_file() else []
         printed = {name: f"{value:.3g}" for name, value in figures.items()}
         write_summary(folder, figures | self._results_of_fit(trainer, printed, "validation", sheets))
 

@@ -368,7 +368,7 @@ class SemanticGuidance(GuidanceRule):
             direction = semantic_direction(unconditional, terms, concept.signs)
             guidance = concept_guidance(direction, self._scales[index], settings.threshold, self.threshold_over)
             if settings.momentum_scale > 0:
-                momentum = self._momenta.get(index, torch.zeros_like(guidance))
+                momentum = self._momenta[index] if index in self._momenta else torch.zeros_like(guidance)
                 guidance = with_momentum(guidance, momentum, settings.momentum_scale)
                 self._momenta[index] = update_momentum(momentum, guidance, settings.momentum_beta)
             if settings.is_applied(step):

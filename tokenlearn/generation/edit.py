@@ -1,0 +1,157 @@
+"""Edit images with learned tokens (CASO, https://arxiv.org/abs/2505.14254)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from tokenlearn.data.images_to_edit import EditableImage
+from tokenlearn.editing import Editing, ImageEditor, source_of
+from tokenlearn.errors import UserError, check_at_least
+from tokenlearn.generation.base import ImageBatches, bank_for, batches_to_edit, images_to_edit, unfinished
+from tokenlearn.generation.results import EditResult, EditTask, ResultPlan, file_stem
+from tokenlearn.models import DiffusionBackbone
+from tokenlearn.pipeline import Sampling
+from tokenlearn.token_task import TokenTask
+from tokenlearn.tokens import Embeddings
+
+
+class Edit(TokenTask, EditTask):
+    """Edits images with tokens, from embedding files or a checkpoint (``--ckpt_path``).
+
+    An image is inverted to a noise level once, by the unconditional model, and denoised for each edit with
+    ``e_0 + sum_a s_a (e_a - e_0)`` over the tokens of the edit. Positive scales add what a token stands for, negative
+    scales remove it. The images are settings of this task, so its configs have no data section.
+
+    Args:
+        backbone: frozen diffusion model.
+        images: folder of images of any size, in any depth, or one image; null for generated images.
+        prompts: images to generate and edit: each prompt with each seed. They are ignored beside ``images``.
+        seeds: seeds of generated images.
+        edits: edits of each image: token to signed scale, of one token or several.
+        interpolations: token to the scales of a strip of edits by this token alone.
+        embeddings: embedding files, see :func:`tokenlearn.tokens.load_bank`. The tokens of a checkpoint replace them.
+        template: prompt with ``{}`` where a token goes, as in training.
+        editing: settings of inversion and denoising.
+        sampling: settings of the sampler for generated images.
+        batch_size: images to denoise at once.
+
+    Attributes:
+        images, plan: see :class:`EditTask`.
+        edits, interpolations, template, editing, batch_size: as given.
+
+    Raises:
+        UserError: if there are no images or edits, an edit is there twice, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        backbone: DiffusionBackbone,
+        *,
+        images: str | None = None,
+        prompts: list[str] = [],  # noqa: B006 - read only; a list is what YAML shows
+        seeds: list[int] = [0],  # noqa: B006 - read only
+        edits: list[dict[str, float]] = [],  # noqa: B006 - read only
+        interpolations: dict[str, list[float]] = {},  # noqa: B006 - read only
+        embeddings: Embeddings = [],  # noqa: B006 - read only
+        template: str = "{}",
+        editing: Editing = Editing(),  # noqa: B008 - frozen
+        sampling: Sampling = Sampling(solver="DDIM"),  # noqa: B008 - frozen
+        batch_size: int = 8,
+    ) -> None:
+        super().__init__(backbone, sampling)
+        self.load_embeddings(embeddings)
+        self.images = images_to_edit(images, prompts, seeds, backbone=backbone, sampling=sampling)
+        _check_edits(edits, interpolations)
+        if template.count("{}") != 1:
+            raise UserError(f"model.template '{template}' must have exactly one '{{}}', where the token goes")
+        check_at_least("model", 1, batch_size=batch_size)
+        self.edits, self.interpolations, self.template, self.batch_size = edits, interpolations, template, batch_size
+        self.editing, self.editor = editing, ImageEditor(backbone, editing, setting="model.editing")
+        self.plan = ResultPlan(
+            {edit_name(edit): "\n".join(f"{token} {scale:+g}" for token, scale in edit.items()) for edit in edits},
+            {token: [f"{scale:+g}" if scale else "0" for scale in scales] for token, scales in interpolations.items()},
+            writes_before=images is None,
+        )
+
+    def predict_dataloader(self) -> ImageBatches:
+        """This rank's images."""
+        return batches_to_edit(self.images, self.plan, self.trainer)
+
+    def on_predict_start(self) -> None:
+        """Check that every token of an edit is known.
+
+        Raises:
+            UserError: if one is not.
+        """
+        known = self.learned_placeholders
+        for token, _ in _scales(self.edits, self.interpolations):
+            if token not in known:
+                raise UserError(
+                    f"no token '{token}' to edit with, only {', '.join(known) or 'none at all'}; give its file in "
+                    "model.embeddings, or --ckpt_path"
+                )
+
+    def predict_step(self, batch: list[EditableImage | str]) -> list[EditResult]:
+        """Edit the images of a batch that are not done."""
+        return self.edit_images(unfinished(batch))
+
+    def edit_images(self, images: Sequence[EditableImage]) -> list[EditResult]:
+        """All edits of images, each of which is inverted once."""
+        return [self._edit(image) for image in images]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the tokens of the checkpoint."""
+        super().on_load_checkpoint(checkpoint)
+        self.use_bank(bank_for(checkpoint).to(self.device))
+
+    def _edit(self, image: EditableImage) -> EditResult:
+        if image.image is None:
+            latents = self.generate_latents([image.prompt], [image.seed])
+            before = self.backbone.decode_latents(latents).clamp(0, 1)
+        else:
+            latents, before = self.backbone.encode_images(image.image), image.image
+        source = source_of(self.pipeline, self.editing)
+        edited = self.editor.edit(
+            self.editor.invert(latents, source),
+            [*self.edits, *({token: scale} for token, scales in self.interpolations.items() for scale in scales)],
+            pipeline=self.pipeline,
+            source=source,
+            template=self.template,
+            batch_size=self.batch_size,
+        )
+        edits, *strips = torch.split(edited, [len(self.edits), *map(len, self.interpolations.values())])
+        return EditResult(image, before[0], edits, dict(zip(self.interpolations, strips, strict=True)))
+
+
+def edit_name(edit: Mapping[str, float]) -> str:
+    """Name of an edit in files: ``{"<smile>": 3, "<hat>": -2}`` gives ``smile+3_hat-2``."""
+    return "_".join(f"{file_stem(token)}{scale:+g}" for token, scale in edit.items())
+
+
+def _check_edits(edits: Sequence[Mapping[str, float]], interpolations: Mapping[str, Sequence[float]]) -> None:
+    """Refuse no edit at all, edits of one name, and scales that are missing or not finite."""
+    if not any(edits) and not interpolations:
+        raise UserError("model.edits and model.interpolations are empty; give an edit, such as {<smile>: 3}")
+    for token, scales in interpolations.items():
+        if not scales:
+            raise UserError(f"model.interpolations has no scale for '{token}'; give scales, such as [-4, 0, 4]")
+    for token, scale in _scales(edits, interpolations):
+        if not math.isfinite(scale):
+            raise UserError(f"the scale of '{token}' must be a finite number, got {scale}")
+    names = [edit_name(edit) for edit in edits]
+    if (twice := next((name for name in names if names.count(name) > 1 or not name), None)) is not None:
+        raise UserError(f"model.edits has '{twice}' twice or an edit without a token; remove it")
+
+
+def _scales(
+    edits: Sequence[Mapping[str, float]], interpolations: Mapping[str, Sequence[float]]
+) -> Iterator[tuple[str, float]]:
+    """Every token with each of its scales."""
+    for edit in edits:
+        yield from edit.items()
+    for token, scales in interpolations.items():
+        yield from ((token, scale) for scale in scales)

@@ -1,0 +1,46 @@
+"""Generate images of prompts with learned tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenlearn.data.batches import PromptBatch
+from tokenlearn.generation.base import bank_for
+from tokenlearn.generation.results import GeneratedBatch
+from tokenlearn.models import DiffusionBackbone
+from tokenlearn.pipeline import Sampling
+from tokenlearn.token_task import TokenTask
+from tokenlearn.tokens import Embeddings
+
+
+class Generate(TokenTask):
+    """Generates images of prompts that use tokens, from embedding files or a checkpoint (``--ckpt_path``).
+
+    Args:
+        backbone: frozen diffusion model.
+        embeddings: embedding files, see :func:`tokenlearn.tokens.load_bank`. The tokens of a checkpoint replace them.
+        sampling: settings of the sampler.
+
+    Raises:
+        UserError: if a file cannot be read, has vectors of another width or for another model, or names a token twice.
+    """
+
+    def __init__(
+        self,
+        backbone: DiffusionBackbone,
+        *,
+        embeddings: Embeddings = [],  # noqa: B006 - read only; a list is what YAML shows
+        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    ) -> None:
+        super().__init__(backbone, sampling)
+        self.load_embeddings(embeddings)
+
+    def predict_step(self, batch: PromptBatch) -> GeneratedBatch:
+        """Images of a batch of prompts and seeds."""
+        images = self.pipeline.generate(batch.templates, batch.seeds).clamp(0, 1)
+        return GeneratedBatch(images, batch.templates, batch.seeds, batch.class_indices)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the tokens of the checkpoint."""
+        super().on_load_checkpoint(checkpoint)
+        self.use_bank(bank_for(checkpoint).to(self.device))
