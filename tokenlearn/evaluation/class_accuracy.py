@@ -63,7 +63,7 @@ class ClassTokenEvaluation(Evaluation[ClassTokens]):
             for name in PROMPT_KINDS
         ]
         pivot = Pivot(records, self.task.class_names, columns)
-        means = {name: pivot.figure(name) for name in PROMPT_KINDS if name in measured}
+        means: dict[str, Figure] = {name: pivot.figure(name) for name in PROMPT_KINDS if name in measured}
         self.task.judged_accuracies = {
             self.task.placeholders[row.name]: value
             for row in pivot.rows(["token"])
