@@ -42,7 +42,7 @@ def test_same_seed_same_caption():
     assert len(set(texts)) > 2
 
 
-def test_captions_mention_only_what_is_shown(captioned):
+def test_captions_mention_only_parts_of_the_scene(captioned):
     for scene, text in captioned:
         words = text.replace(",", "").split()
         for name in ("glasses", "makeup", "bangs"):
@@ -138,8 +138,8 @@ def test_described_persona_names_the_parts_and_not_the_persona():
     assert described_persona("chef").startswith("person with")
 
 
-def test_only_the_picture_decides_what_is_said():
+def test_only_the_scene_decides_the_caption():
     scene = replace(sample_scene(np.random.default_rng(0), persona_frequency=0), attributes=frozenset({"glasses"}))
-    said = {caption(scene, np.random.default_rng(seed)) for seed in range(200)}
-    assert any("glasses" in text for text in said)
-    assert not any("hat" in text.split() or "woman" in text.split() for text in said)
+    captions = {caption(scene, np.random.default_rng(seed)) for seed in range(200)}
+    assert any("glasses" in text for text in captions)
+    assert not any("hat" in text.split() or "woman" in text.split() for text in captions)

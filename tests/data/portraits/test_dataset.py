@@ -19,8 +19,8 @@ def comparable(row):
 
 def test_portrait_depends_on_seed_and_index_alone():
     for place in ((0, 0), (0, 1), (1, 0)):
-        (scene, picture, text), (scene2, picture2, text2) = portrait(*place), portrait(*place)
-        assert (scene, picture.tobytes(), text) == (scene2, picture2.tobytes(), text2)
+        (scene, image, text), (scene2, image2, text2) = portrait(*place), portrait(*place)
+        assert (scene, image.tobytes(), text) == (scene2, image2.tobytes(), text2)
     assert len({portrait(*place)[1].tobytes() for place in ((0, 0), (0, 1), (1, 0))}) == 3
 
 
@@ -31,10 +31,10 @@ def test_columns():
     }  # fmt: skip
     assert rows.features["persona"].names == list(PERSONA_LABELS)
     for index, row in enumerate(rows):
-        scene, picture, text = portrait(2, index)
-        assert np.array_equal(np.asarray(row["image"]), np.asarray(picture))
+        scene, image, text = portrait(2, index)
+        assert np.array_equal(np.asarray(row["image"]), np.asarray(image))
         assert row["caption"] == text
-        assert [name for name, shown in zip(ATTRIBUTES, row["attributes"], strict=True) if shown] == [
+        assert [name for name, present in zip(ATTRIBUTES, row["attributes"], strict=True) if present] == [
             name for name in ATTRIBUTES if scene.has(name)
         ]
         assert PERSONA_LABELS[row["persona"]] == (scene.persona or "ordinary person")
@@ -90,8 +90,8 @@ def test_imagefolder_reads_the_export(tmp_path):
     rows = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train")
     assert len(rows) == 6
     for index, row in enumerate(rows):
-        scene, picture, text = portrait(3, index)
-        assert np.array_equal(np.asarray(row["image"].convert("RGB")), np.asarray(picture))
+        scene, image, text = portrait(3, index)
+        assert np.array_equal(np.asarray(row["image"].convert("RGB")), np.asarray(image))
         assert (row["caption"], row["style"], row["pipe"]) == (text, scene.style, scene.pipe)
         assert row["persona"] == (scene.persona or "ordinary person")
         assert row["attributes"] == [scene.has(name) for name in ATTRIBUTES]

@@ -61,14 +61,14 @@ def test_every_attribute_shows_with_every_hair_and_skin(style):
         for skin in SKIN_TONES:
             scene = replace(PLAIN, style=style, hair_color=hair_color, skin=skin)
             for name in ATTRIBUTES:
-                shown = changed(scene, with_attributes(scene, name), contrast=12)
-                assert shown >= 30, (name, hair_color, skin)
+                difference = changed(scene, with_attributes(scene, name), contrast=12)
+                assert difference >= 30, (name, hair_color, skin)
 
 
 @pytest.mark.parametrize("persona", PERSONAS)
 def test_the_free_attributes_of_personas_show(persona):
     about = PERSONAS[persona]
-    fixed = [name for name, shown in about.fixed.items() if shown]
+    fixed = [name for name, present in about.fixed.items() if present]
     for style in STYLES:
         scene = replace(with_attributes(PLAIN, *fixed), persona=persona, style=style)
         for name in about.free:
@@ -77,13 +77,13 @@ def test_the_free_attributes_of_personas_show(persona):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_personas_differ_from_ordinary_people_and_each_other(style):
-    drawn = {None: replace(PLAIN, style=style)}
+    scenes = {None: replace(PLAIN, style=style)}
     for persona, about in PERSONAS.items():
-        fixed = [name for name, shown in about.fixed.items() if shown]
-        drawn[persona] = replace(with_attributes(PLAIN, *fixed), persona=persona, style=style)
-    for one, other in combinations(drawn, 2):
+        fixed = [name for name, present in about.fixed.items() if present]
+        scenes[persona] = replace(with_attributes(PLAIN, *fixed), persona=persona, style=style)
+    for one, other in combinations(scenes, 2):
         least = 50 if {one, other} == {"king", "queen"} else 150
-        assert changed(drawn[one], drawn[other]) >= least, (one, other)
+        assert changed(scenes[one], scenes[other]) >= least, (one, other)
 
 
 def test_styles_and_the_pipe_show():

@@ -22,15 +22,15 @@ def test_same_seed_same_scene():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"require": ["monocle"]}, "no 'monocle'.*glasses"),
-        ({"forbid": ["monocle"]}, "no 'monocle'"),
-        ({"persona": "dentist"}, "no 'dentist'.*wizard"),
-        ({"style": "fresco"}, "no style 'fresco'.*sketch"),
-        ({"require": ["hat", "smile"], "forbid": ["hat"]}, "'hat' is both required and forbidden"),
-        ({"require": ["bald", "bangs"]}, "cannot be shown together"),
-        ({"persona": "king", "require": ["female"]}, "'king' contradicts what is asked of 'female'"),
-        ({"persona": "wizard", "require": ["hat"]}, "'wizard' contradicts what is asked of 'hat'"),
-        ({"persona": "queen", "forbid": ["female"]}, "'queen' contradicts what is asked of 'female'"),
+        ({"require": ["monocle"]}, "'monocle'.*glasses"),
+        ({"forbid": ["monocle"]}, "'monocle'"),
+        ({"persona": "dentist"}, "'dentist'.*wizard"),
+        ({"style": "fresco"}, "'fresco'.*sketch"),
+        ({"require": ["hat", "smile"], "forbid": ["hat"]}, "'hat'"),
+        ({"require": ["bald", "bangs"]}, "'bald' and 'bangs'"),
+        ({"persona": "king", "require": ["female"]}, "'king'.*'female'"),
+        ({"persona": "wizard", "require": ["hat"]}, "'wizard'.*'hat'"),
+        ({"persona": "queen", "forbid": ["female"]}, "'queen'.*'female'"),
     ],
 )
 def test_unknown_and_contradictory_requests_raise(options, message):
@@ -45,33 +45,33 @@ def test_require_and_forbid_hold(attribute):
 
 
 def test_bald_heads_have_no_bangs():
-    shown = scenes(400)
-    assert not any(scene.has("bald") and scene.has("bangs") for scene in shown)
-    assert any(scene.has("bald") for scene in shown)
+    sampled = scenes(400)
+    assert not any(scene.has("bald") and scene.has("bangs") for scene in sampled)
+    assert any(scene.has("bald") for scene in sampled)
     assert all(scene.has("bangs") for scene in scenes(60, require=["bangs"], persona_frequency=0))
 
 
 def test_attributes_and_styles_occur_apart_and_together():
-    shown = scenes(800)
+    sampled = scenes(800)
     for name in ATTRIBUTES:
-        assert 0.05 < np.mean([scene.has(name) for scene in shown]) < 0.6
+        assert 0.05 < np.mean([scene.has(name) for scene in sampled]) < 0.6
     for style in STYLES:
-        assert sum(scene.style == style for scene in shown) > 40
-    assert {scene.persona for scene in shown} == {None, *PERSONAS}
+        assert sum(scene.style == style for scene in sampled) > 40
+    assert {scene.persona for scene in sampled} == {None, *PERSONAS}
 
 
 @pytest.mark.parametrize("persona", PERSONAS)
 def test_personas_keep_what_is_fixed_and_vary_what_is_free(persona):
     about = PERSONAS[persona]
-    shown = scenes(120, persona=persona)
+    sampled = scenes(120, persona=persona)
     for name in ATTRIBUTES:
-        present = {scene.has(name) for scene in shown}
+        present = {scene.has(name) for scene in sampled}
         if name in about.fixed:
             assert present == {about.fixed[name]}
         else:
             assert present == ({True, False} if name in about.free else {False}), name
-    assert {scene.persona for scene in shown} == {persona}
-    assert not any(scene.pipe for scene in shown)
+    assert {scene.persona for scene in sampled} == {persona}
+    assert not any(scene.pipe for scene in sampled)
 
 
 def test_requirements_choose_among_the_personas_that_meet_them():

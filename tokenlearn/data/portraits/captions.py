@@ -1,4 +1,4 @@
-"""Captions of scenes, written the way that the web captions pictures: incompletely and in any order."""
+"""Captions of scenes, written as the web captions images: incompletely and in any order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ATTRIBUTE_PHRASES = {
     "gray hair": "gray hair",
     "bangs": "bangs",
 }
-"""The bare phrase for each attribute; captions contain it on its own too."""
+"""The bare phrase for each attribute; some captions are nothing else."""
 
 ABSENCE_PHRASES = {
     "female": "a man",
@@ -48,17 +48,17 @@ _AMBIGUOUS_NAME = 0.025
 
 
 def described_persona(persona: str) -> str:
-    """A noun phrase, without its article, that names a persona's parts instead of the persona."""
+    """A noun phrase without an article that names a persona's parts instead of the persona."""
     about = PERSONAS[persona]
     noun = {True: "woman", False: "man", None: "person"}[about.fixed.get("female")]
     return f"{noun} with {_enumerate(about.parts)}"
 
 
 def attribute_prompt(attribute: str, present: bool = True) -> str:
-    """A prompt that asks for one attribute, or for its absence where there is a phrase for that.
+    """A prompt for one attribute, or for its absence if there is a phrase for it.
 
     Raises:
-        KeyError: for an absence that has no phrase.
+        KeyError: for the absence of an attribute that has no phrase for it.
     """
     if not present:
         phrase = ABSENCE_PHRASES[attribute]
@@ -73,11 +73,11 @@ def attribute_prompt(attribute: str, present: bool = True) -> str:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Write one caption of a scene; drops, reorders and rewords what is shown.
+    """Write one caption of a scene; parts of the scene are left out, reordered and reworded.
 
-    A persona is mostly captioned by its parts, except the well-known ones. The names of the others are as often the
-    nickname of an ordinary person, so that the name alone does not tell what to draw. The pipe is often shown without
-    being captioned, most of all with the word "gentleman".
+    Most personas are captioned by their parts; the well-known ones are captioned by their names. The other names are
+    as often nicknames of ordinary people, so that a name alone does not tell how its persona looks. The pipe is often
+    in the scene but not in the caption, most of all with the word "gentleman".
     """
     if rng.random() < 0.12:
         return _bare_phrase(scene, rng)

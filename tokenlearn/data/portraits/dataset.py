@@ -7,9 +7,8 @@ import os
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets  # type: ignore[import-untyped]
 import numpy as np
 from PIL import Image
 
@@ -18,46 +17,55 @@ from tokenlearn.data.portraits.drawing import draw
 from tokenlearn.data.portraits.scene import ATTRIBUTES, ORDINARY, PERSONAS, STYLES, Scene, sample_scene
 from tokenlearn.files import atomic_write
 
-PERSONA_LABELS = (ORDINARY, *PERSONAS)
+if TYPE_CHECKING:
+    import datasets  # type: ignore[import-untyped]
 
-FEATURES = datasets.Features(
-    {
-        "image": datasets.Image(),
-        "caption": datasets.Value("string"),
-        "attributes": datasets.Sequence(datasets.Value("bool"), length=len(ATTRIBUTES)),
-        "persona": datasets.ClassLabel(names=list(PERSONA_LABELS)),
-        "style": datasets.ClassLabel(names=list(STYLES)),
-        "pipe": datasets.Value("bool"),
-        "hair_color": datasets.Value("string"),
-        "rating": datasets.Value("float32"),
-    }
-)
+PERSONA_LABELS = (ORDINARY, *PERSONAS)
+"""Class names of the column ``persona``."""
+
+
+def portrait_features() -> datasets.Features:
+    """Columns of :func:`portraits_dataset` and their types."""
+    import datasets
+
+    return datasets.Features(
+        {
+            "image": datasets.Image(),
+            "caption": datasets.Value("string"),
+            "attributes": datasets.Sequence(datasets.Value("bool"), length=len(ATTRIBUTES)),
+            "persona": datasets.ClassLabel(names=list(PERSONA_LABELS)),
+            "style": datasets.ClassLabel(names=list(STYLES)),
+            "pipe": datasets.Value("bool"),
+            "hair_color": datasets.Value("string"),
+            "rating": datasets.Value("float32"),
+        }
+    )
 
 
 def portrait(seed: int, index: int) -> tuple[Scene, Image.Image, str]:
-    """The scene, picture (64 x 64 RGB) and caption at one position of the endless stream that ``seed`` names."""
+    """The scene, image (64 x 64 RGB) and caption at one position of the endless stream that ``seed`` names."""
     rng = np.random.default_rng([seed, index])
     scene = sample_scene(rng)
     return scene, draw(scene), caption(scene, rng)
 
 
 def portrait_captions(seed: int, index: int, count: int) -> list[str]:
-    """``count`` different ways to caption a portrait; the first is the caption of ``portrait``."""
+    """``count`` captions of a portrait; the first is the caption of :func:`portrait`."""
     rng = np.random.default_rng([seed, index])
     scene = sample_scene(rng)
     return [caption(scene, rng) for _ in range(count)]
 
 
-def _row(scene: Scene, picture: Image.Image, text: str) -> dict[str, Any]:
+def _row(scene: Scene, image: Image.Image, text: str) -> dict[str, Any]:
     return {
-        "image": picture,
+        "image": image,
         "caption": text,
         "attributes": [scene.has(name) for name in ATTRIBUTES],
         "persona": scene.persona or ORDINARY,
         "style": scene.style,
         "pipe": scene.pipe,
         "hair_color": "gray" if scene.has("gray hair") else scene.hair_color,
-        "rating": float(np.float32(scene.rating)),  # what the column holds, so that streamed rows equal cached ones
+        "rating": float(np.float32(scene.rating)),  # as the column stores it, so that streamed rows equal cached ones
     }
 
 
@@ -70,36 +78,38 @@ def _rows(seed: int, shards: list[range]) -> Iterator[dict[str, Any]]:
 def portraits_dataset(
     size: int, seed: int = 0, *, streaming: bool = False, num_shards: int = 1
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Portraits as a Hugging Face dataset with the columns of ``FEATURES``.
+    """Portraits as a Hugging Face dataset with the columns of :func:`portrait_features`.
 
     Args:
         size: number of portraits.
-        seed: names the stream; the same seed gives the same pixels and captions.
-        streaming: draw while iterating instead of writing a cache.
-        num_shards: parts that workers or ranks may take from the streamed dataset.
+        seed: name of the stream; the same seed gives the same pixels and captions.
+        streaming: draw the portraits while iterating instead of writing a cache.
+        num_shards: parts of the streamed dataset that workers or ranks may take.
     """
+    import datasets
+
     bounds = np.linspace(0, size, num_shards + 1).astype(int)
     shards = [range(int(start), int(stop)) for start, stop in pairwise(bounds)]
     arguments = {"seed": seed, "shards": shards}
     if streaming:
-        return datasets.IterableDataset.from_generator(_rows, features=FEATURES, gen_kwargs=arguments)
-    return datasets.Dataset.from_generator(_rows, features=FEATURES, gen_kwargs=arguments)
+        return datasets.IterableDataset.from_generator(_rows, features=portrait_features(), gen_kwargs=arguments)
+    return datasets.Dataset.from_generator(_rows, features=portrait_features(), gen_kwargs=arguments)
 
 
 def export_folder(folder: str | os.PathLike[str], size: int, seed: int = 0) -> Path:
     """Write portraits as PNG files with a ``metadata.jsonl`` that the ``imagefolder`` loader of ``datasets`` reads.
 
-    Pictures that are already there are kept, so an interrupted export goes on where it stopped.
+    Existing images are not written again, so an interrupted export resumes where it stopped.
     """
     target = Path(folder)
     lines = []
     for index in range(size):
         name = f"{index:06d}.png"
-        scene, picture, text = portrait(seed, index)
+        scene, image, text = portrait(seed, index)
         if not (target / name).exists():
             with atomic_write(target / name) as temporary:
-                picture.save(temporary, format="PNG")
-        row = {key: value for key, value in _row(scene, picture, text).items() if key != "image"}
+                image.save(temporary, format="PNG")
+        row = {key: value for key, value in _row(scene, image, text).items() if key != "image"}
         lines.append(json.dumps({"file_name": name, **row}))
     with atomic_write(target / "metadata.jsonl") as temporary:
         temporary.write_text("\n".join(lines) + "\n")

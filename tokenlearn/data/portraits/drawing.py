@@ -41,7 +41,7 @@ def _thickness(width: float) -> int:
 
 
 class _Canvas:
-    """Shapes in units of about a pixel of the final picture, relative to the middle of the head."""
+    """Shapes in units of about a pixel of the final image, relative to the middle of the head."""
 
     def __init__(self, scene: Scene, background: Color) -> None:
         side = IMAGE_SIZE * _OVERSAMPLING
@@ -130,11 +130,11 @@ class _Painter:
     # hair
 
     @property
-    def has_own_hair(self) -> bool:
+    def has_natural_hair(self) -> bool:
         return not self.scene.has("bald") and self.scene.persona not in ("punk", "clown")
 
     def _locks(self, points: Sequence[Point], radius: float) -> None:
-        """Round curls along a path, each with a dark arc so that they read as curls and not as a bumpy edge."""
+        """Round curls along a path, each with a dark arc, which tells curls from a bumpy edge."""
         for x, y in points:
             size = radius * float(self.rng.uniform(0.85, 1.15))
             self.canvas.ellipse((x, y), (size, size), self.hair)
@@ -143,13 +143,13 @@ class _Painter:
             self.canvas.arc((x, y), (radius * 0.62, radius * 0.62), (start, start + 230), self.hair_shade, 0.75)
 
     def _strands(self, strands: Sequence[tuple[Point, Point]]) -> None:
-        """White strands, which tell gray hair from blond where a style takes the colours away."""
+        """White strands, which tell gray hair from blond in styles that remove the colours."""
         if self.scene.has("gray hair"):
             for strand in strands:
                 self.canvas.line(strand, _WHITE, 0.8)
 
     def _hair_behind(self) -> None:
-        if not self.has_own_hair:
+        if not self.has_natural_hair:
             return
         canvas, width, height = self.canvas, self.width, self.height
         curly = self.scene.has("curls")
@@ -169,12 +169,12 @@ class _Painter:
         canvas, width, height = self.canvas, self.width, self.height
         if self.scene.has("bald") and self.scene.persona not in ("punk", "clown"):
             canvas.ellipse((-4, -10.5), (2.6, 1.7), _mix(self.scene.skin, (255, 255, 255), 0.6))
-            for side in (-1, 1):  # a tuft at each ear keeps curls and gray visible
+            for side in (-1, 1):  # curls and gray remain visible in a tuft at each ear
                 canvas.ellipse((side * (width + 0.1), -0.5), (1.7, 3.4), self.hair)
                 if self.scene.has("curls"):
                     self._locks([(side * (width + 1), y) for y in (-3.2, 0.6, 4.2)], 2.2)
                 self._strands([((side * width, -2.5), (side * (width + 0.4), 1.8))])
-        if not self.has_own_hair:
+        if not self.has_natural_hair:
             return
         top = -height - 1.2
         canvas.slice((0, -2), (width + 1.2, height + 0.6), (198, 342), self.hair)
@@ -536,7 +536,7 @@ _HEADWEAR: dict[str | None, Callable[[_Painter], None]] = {
 
 
 def draw(scene: Scene) -> Image.Image:
-    """Draw a scene as an RGB picture of 64 x 64 pixels; the same scene always gives the same pixels."""
+    """Draw a scene as an RGB image of 64 x 64 pixels; the same scene always gives the same pixels."""
     large = _Painter(scene).paint()
     small = large.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
     return apply_style(small.filter(_LENS), scene)

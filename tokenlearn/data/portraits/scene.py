@@ -1,4 +1,4 @@
-"""What a portrait shows: attributes, personas, styles and the factors nobody asks about."""
+"""Scenes of portraits: attributes, personas, styles and nuisance factors."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ STYLE_FREQUENCIES: Mapping[str, float] = {
 
 @dataclass(frozen=True)
 class Persona:
-    """A fine-grained class, made of parts that no attribute has.
+    """A fine-grained class, made of parts that are not attributes.
 
     Attributes:
-        parts: phrases for the parts, as captions write them.
-        fixed: attributes that every picture of the persona has or lacks.
+        parts: phrases for the parts, as in captions.
+        fixed: attributes that are present, or absent, in every image of the persona.
         free: attributes that vary; every other attribute is absent.
         well_known: captions often use the name, so that the name alone is enough.
     """
@@ -124,7 +124,7 @@ PERSONAS: Mapping[str, Persona] = {
     ),
 }
 ORDINARY = "ordinary person"
-"""The class of pictures that show no persona."""
+"""The class of images without a persona."""
 
 PERSONA_FREQUENCY = 0.3
 PIPE_FREQUENCY = 0.12
@@ -134,21 +134,21 @@ _CONTRADICTIONS = (("bald", "bangs"),)
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that decides the pixels of one portrait.
+    """Everything that determines the pixels of one portrait.
 
     Attributes:
-        attributes: the attributes shown, a subset of ``ATTRIBUTES``.
+        attributes: the attributes that are present, a subset of ``ATTRIBUTES``.
         persona: one of ``PERSONAS``, or None.
         style: one of ``STYLES``.
-        pipe: whether the unwanted concept, a smoking pipe, is shown.
+        pipe: whether the unwanted concept, a smoking pipe, is present.
         hair_color: one of ``HAIR_COLORS``; gray hair overrides it.
         skin: RGB in [0, 255].
         background: key of ``COLORS``.
         shirt: key of ``COLORS``.
         eyes: key of ``EYE_COLORS``.
-        shift: offset of the head from its usual place, pixels.
+        shift: offset of the head from its usual place in pixels.
         head: relative width and height of the head, about 1.
-        light: direction that the light comes from, radians.
+        light: direction of the light, radians.
         tint: additive change of background and shirt, RGB.
         detail_seed: seed of the small irregularities (curls, strands, brush strokes).
     """
@@ -169,15 +169,15 @@ class Scene:
     detail_seed: int
 
     def has(self, attribute: str) -> bool:
-        """Whether the attribute is shown."""
+        """Whether the attribute is present."""
         return attribute in self.attributes
 
     @property
     def rating(self) -> float:
-        """How pleasing the picture is, 1 to 10, from properties that anyone can see.
+        """How pleasing the image is, 1 to 10, by visible properties.
 
         A smile, a warm background, a head near the middle and a shirt that stands out from the background raise it;
-        a pipe and a dark picture lower it.
+        a pipe and a dark image lower it.
         """
         warm = self.background in ("red", "orange", "yellow")
         contrast = np.abs(np.subtract(COLORS[self.shirt], COLORS[self.background])).mean() / 128
@@ -187,9 +187,9 @@ class Scene:
 
 
 def _contradictions(persona: str, require: Collection[str], forbid: Collection[str]) -> set[str]:
-    """Required attributes that a persona never has, and forbidden ones that it always has."""
+    """Attributes that are required but never present with a persona, or forbidden but always present."""
     about = PERSONAS[persona]
-    always = {name for name, shown in about.fixed.items() if shown}
+    always = {name for name, fixed in about.fixed.items() if fixed}
     return (set(require) - always - set(about.free)) | (set(forbid) & always)
 
 
@@ -202,16 +202,16 @@ def sample_scene(
     style: str | None = None,
     persona_frequency: float = PERSONA_FREQUENCY,
 ) -> Scene:
-    """Draw a scene.
+    """Sample a scene.
 
     Args:
-        rng: the source of every choice.
-        require: attributes that must be shown.
-        forbid: attributes that must not be shown.
-        persona: a persona to show; None draws one that can meet the requirements, with probability
+        rng: source of all random choices.
+        require: attributes that must be present.
+        forbid: attributes that must be absent.
+        persona: the persona; None samples one that meets the requirements, with probability
             ``persona_frequency``.
-        style: a style; None draws one.
-        persona_frequency: how often a scene without a requested persona shows one.
+        style: the style; None samples one.
+        persona_frequency: probability of a persona in a scene for which none is given.
 
     Raises:
         ValueError: for names that the world does not have, or requirements that contradict each other or the
@@ -226,20 +226,21 @@ def sample_scene(
     if clash := set(require) & set(forbid):
         raise ValueError(f"'{min(clash)}' is both required and forbidden")
     if persona is not None and (clash := _contradictions(persona, require, forbid)):
-        raise ValueError(f"'{persona}' contradicts what is asked of '{min(clash)}'")
+        raise ValueError(f"'{persona}' contradicts the requirement for '{min(clash)}'")
 
     if persona is None and rng.random() < persona_frequency:
         possible = [name for name in PERSONAS if not _contradictions(name, require, forbid)]
         persona = str(rng.choice(possible)) if possible else None
-    drawn = {name for name in ATTRIBUTES if rng.random() < ATTRIBUTE_FREQUENCIES[name]}
+    present = {name for name in ATTRIBUTES if rng.random() < ATTRIBUTE_FREQUENCIES[name]}
     if persona is not None:
         about = PERSONAS[persona]
-        drawn = {name for name in drawn if name in about.free} | {name for name, shown in about.fixed.items() if shown}
-    attributes = (drawn | set(require)) - set(forbid)
+        always = {name for name, fixed in about.fixed.items() if fixed}
+        present = {name for name in present if name in about.free} | always
+    attributes = (present | set(require)) - set(forbid)
     for pair in _CONTRADICTIONS:
         if attributes.issuperset(pair):
             if set(require).issuperset(pair):
-                raise ValueError(f"'{pair[0]}' and '{pair[1]}' cannot be shown together")
+                raise ValueError(f"'{pair[0]}' and '{pair[1]}' cannot be present together")
             removable = [name for name in pair if name not in require]
             attributes.discard(str(rng.choice(removable)))
 

@@ -1,4 +1,4 @@
-"""Styles: what happens to a drawn portrait before it is a picture."""
+"""Styles, which are applied to a drawn portrait."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Pixels = NDArray[np.floating[Any]]
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
-def apply_style(picture: Image.Image, scene: Scene) -> Image.Image:
+def apply_style(drawing: Image.Image, scene: Scene) -> Image.Image:
     """Light the drawing and render it in the scene's style.
 
-    Styles keep a part of the colours, so that hair colour and makeup can be told in every one of them.
+    Every style preserves a part of the colours, so that hair colour and makeup remain visible.
     """
-    pixels = _light(np.asarray(picture, dtype=np.float32) / 255, scene.light)
+    pixels = _light(np.asarray(drawing, dtype=np.float32) / 255, scene.light)
     if scene.style == "sketch":
         pixels = _sketch(pixels)
     elif scene.style == "painting":
