@@ -26,6 +26,22 @@ def name_of(config):
     return config.relative_to(CONFIGS).with_suffix("").as_posix()
 
 
+def with_lists(changes, given):
+    """Changes in which "*" is replaced by the changed elements of the given list."""
+    if isinstance(given, list) and "*" in changes:
+        return [merged(element, changes["*"]) for element in given]
+    if isinstance(changes, dict) and isinstance(given, dict):
+        return {name: with_lists(change, given.get(name)) for name, change in changes.items()}
+    return changes
+
+
+def merged(given, changes):
+    """Nested settings with changes."""
+    if isinstance(given, dict) and isinstance(changes, dict):
+        return given | {name: merged(given.get(name), change) for name, change in changes.items()}
+    return changes
+
+
 @pytest.fixture(autouse=True)
 def _in_the_root(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
@@ -65,14 +81,15 @@ def test_every_complete_config_has_a_reduction():
 @pytest.mark.parametrize("config", COMPLETE, ids=name_of)
 def test_complete_configs_run(config, run):
     reduction = REDUCTIONS[name_of(config)]
-    folder = run(reduction["command"], [config], reduction["settings"])
+    settings = with_lists(reduction["settings"], yaml.safe_load(config.read_text()))
+    folder = run(reduction["command"], [config], settings)
     for pattern, number in reduction["files"].items():
         assert len(list(folder.glob(pattern))) == number, pattern
     if "summary" in reduction:
         assert set(reduction["summary"]) <= json.loads((folder / "summary.json").read_text()).keys()
     if "then" in reduction:
         (best,) = folder.glob("checkpoints/best-*.ckpt")
-        run(reduction["then"], [config], reduction["settings"], "--ckpt_path", str(best))
+        run(reduction["then"], [config], settings, "--ckpt_path", str(best))
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=name_of)
