@@ -78,7 +78,7 @@ class Floor(BareParts):
     """
 
     def __init__(self, task: Caso, fabric: Fabric, batch: ImageBatch) -> None:
-        super().__init__(task, fabric)
+        super().__init__(task.backbone, task.classifier, fabric)
         backbone, self.scale, self.images = task.backbone, task.training_guidance_scale, batch.images
         batch_size = len(batch.names)
         self.timesteps = torch.full((batch_size,), task.timesteps[0], device=backbone.device)

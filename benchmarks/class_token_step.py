@@ -1,39 +1,37 @@
-"""What a training step of class tokens costs: ``uv run python benchmarks/class_token_step.py``.
+"""Cost of a training step of class tokens: ``uv run python benchmarks/class_token_step.py``.
 
-Three things are measured in one run, in turns so that other work on the machine hits all alike:
+Three steps are measured in one run, in turns, so that other work on the machine affects all of them:
 
 ``ours``
-    A step of :class:`tokenlearn.methods.ClassTokens` on new prompts and seeds: encode prompts, draw noise, sample,
+    A step of :class:`tokenlearn.training.ClassTokens` on new prompts and seeds: encode prompts, make noise, sample,
     decode, classify, loss, backward and AdamW step. It runs under Lightning Fabric, which calls the same
     ``training_step`` under the same precision as the Trainer, without the Trainer's loop, loggers and callbacks.
     Constants (the empty prompt) are cached, as in training.
 ``floor``
     Its unavoidable parts alone, on tensors of the same shapes: the network's evaluations without gradient, the last K
-    with gradient, VAE decoder and classifier, and the backward pass through all of them. No prompts, text encoder,
-    noise, preprocessing or optimizer. Precision is that of our step, casts of autocast included.
+    with gradient, VAE decoder and classifier, and the backward pass through all of them. There are no prompts, text
+    encoder, noise, preprocessing or optimizer. The precision is the same as in our step, with the casts of autocast.
 ``whole table``
-    Our step, but with the optimizer of the published code (https://github.com/idansc/discriminative_class_tokens): the
-    text encoder's whole input embedding, with a row more per token, is the parameter; the gradient of the other rows
-    is zeroed, and AdamW with weight decay keeps its state for all rows.
+    Our step with the optimizer of the published code (https://github.com/idansc/discriminative_class_tokens): the text
+    encoder's whole input embedding, with one more row per token, is the parameter. The gradient of the other rows is
+    zeroed, and AdamW with weight decay has a state for all rows.
 
-A ratio is the median over rounds of the ratio within one round. Of its batch sizes, a key without suffix takes the
-worst for us: the largest for the two over the floor, the smallest for the whole table's. Keys with a suffix
+A ratio is the median over rounds of the ratio within one round. A key without suffix is the least favourable of the
+batch sizes: the largest ratio over the floor, the smallest ratio of the whole table. Keys with a suffix
 (``step_over_floor_batch8``) give each batch size.
 
-Peak memory is what a step has allocated at once beyond what is there before it (weights, optimizer state), from the
-allocations that torch's profiler records on the CPU, and from the allocator's own peak on CUDA. Both count tensors
-exactly and repeatably, where a process's resident size depends on the heap's history. Scratch buffers that libraries
-allocate past torch's allocator are not counted. It is measured apart from time.
+Peak memory is the most that a step has allocated at once beyond the weights and the state of the optimizer: on the CPU
+from the allocations that torch's profiler records, on CUDA from the peak of the allocator. Both count tensors exactly
+and repeatably, where the resident size of a process depends on the history of the heap. Scratch buffers that libraries
+allocate without torch are not counted. Memory and time are measured apart.
 
-The bundled model's table is small, so the cost of the whole-table optimizer is also measured for a table of CLIP's
-size, alone: a dense gradient, zeroing it and the AdamW step, without a model.
+The table of the bundled model is small, so the whole-table optimizer is also measured for a table of CLIP's size: a
+dense gradient, zeroing it and the AdamW step, without a model.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable
 from statistics import median
 from typing import Any, Literal, Protocol, cast
 
@@ -48,10 +46,13 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.common import BareParts, RowCounter, TaskStep, take_turns
 from benchmarks.memory import peak_bytes
 from tokenlearn.data.prompts import prompt_stream
+from tokenlearn.diffusion import LastK
 from tokenlearn.errors import UserError
-from tokenlearn.methods import ClassTokens
 from tokenlearn.metrics import timed
 from tokenlearn.models import StableDiffusion
+from tokenlearn.objectives import ClassifierLoss
+from tokenlearn.pipeline import Sampling
+from tokenlearn.training import ClassTokens
 
 CLIP_TABLE = (49408, 768)
 TEMPLATES = ("a portrait of a {}", "a photo of a {}", "a picture of a {}")
@@ -59,7 +60,7 @@ _MIB = 2**20
 
 
 class Step(Protocol):
-    """One training step, again and again."""
+    """A training step that can be repeated."""
 
     optimizer: Optimizer | None
 
@@ -79,7 +80,7 @@ class Floor(BareParts):
     """The unavoidable parts of a step, on constant tensors of the same shapes.
 
     Args:
-        task: where network, decoder and classifier are, and the settings.
+        task: class tokens by a classifier, with classifier-free guidance.
         fabric: precision.
         batch_size: B.
     """
@@ -87,17 +88,19 @@ class Floor(BareParts):
     optimizer: Optimizer | None = None
 
     def __init__(self, task: ClassTokens, fabric: Fabric, batch_size: int) -> None:
-        super().__init__(task, fabric)
-        backbone, self.scale = task.backbone, task.guidance.guidance_scale
-        scheduler = copy.copy(task.scheduler)
-        scheduler.set_timesteps(task.num_inference_steps, device=backbone.device)
+        super().__init__(task.backbone, cast(ClassifierLoss, task.objective).classifier, fabric)
+        backbone, self.scale = task.backbone, cast(float, task.sampling.guidance)
+        scheduler = backbone.make_scheduler()
+        scheduler.set_timesteps(task.sampling.steps, device=backbone.device)
         self.timesteps = list(scheduler.timesteps)
-        self.first = max(len(self.timesteps) - task.gradient_steps, 0)
-        self.checkpointing = task.checkpointing and len(self.timesteps) - self.first > 1
+        differentiated = task.gradient.num_steps(len(self.timesteps))
+        self.first = len(self.timesteps) - differentiated
+        self.checkpointing = task.gradient.checkpointing and differentiated > 1
 
         # DDIM as latents <- a latents + b noise prediction: equations 12 and 13 of https://arxiv.org/abs/2010.02502.
         indices = [int(timestep) for timestep in self.timesteps]
-        alphas, sigmas = backbone.alphas.tolist(), backbone.sigmas.tolist()
+        levels = torch.arange(backbone.process.num_timesteps, device=backbone.device)
+        alphas, sigmas = backbone.process.alpha(levels).tolist(), backbone.process.sigma(levels).tolist()
         self.updates = [
             (alphas[after] / alphas[before], sigmas[after] - alphas[after] * sigmas[before] / alphas[before])
             for before, after in zip(indices, [*indices[1:], 0], strict=True)
@@ -105,7 +108,7 @@ class Floor(BareParts):
 
         with torch.no_grad():
             self.noise = backbone.initial_latents(range(batch_size))
-            self.empty = task.unconditional().prompt_embeds.expand(batch_size, -1, -1).clone()
+            self.empty = task.pipeline.unconditional().prompt_embeds.expand(batch_size, -1, -1).clone()
             prompts = [TEMPLATES[0].format(name) for name in task.class_names]
             prompts = [prompts[index % len(prompts)] for index in range(batch_size)]
             self.prompt_embeds = backbone.encode_prompts(prompts).prompt_embeds
@@ -121,15 +124,15 @@ class Floor(BareParts):
             for index, (timestep, (a, b)) in enumerate(zip(self.timesteps, self.updates, strict=True)):
                 if index < self.first:
                     with torch.no_grad():
-                        empty, wanted = self.unet(torch.cat([latents] * 2), timestep, self.constants).chunk(2)
+                        empty, prompt = self.unet(torch.cat([latents] * 2), timestep, self.constants).chunk(2)
                 elif index == self.first:
                     with torch.no_grad():
                         empty = self.unet(latents, timestep, self.empty)
-                    wanted = self._unet_with_gradient(latents, timestep, self.prompt_embeds)
+                    prompt = self._unet_with_gradient(latents, timestep, self.prompt_embeds)
                 else:
                     embeds = torch.cat([self.empty, self.prompt_embeds])
-                    empty, wanted = self._unet_with_gradient(torch.cat([latents] * 2), timestep, embeds).chunk(2)
-                latents = a * latents + b * (empty + self.scale * (wanted - empty))
+                    empty, prompt = self._unet_with_gradient(torch.cat([latents] * 2), timestep, embeds).chunk(2)
+                latents = a * latents + b * (empty + self.scale * (prompt - empty))
             loss = self.loss(latents, self.targets)
         torch.autograd.backward(loss)
 
@@ -143,16 +146,25 @@ def whole_table_step(task: ClassTokens, fabric: Fabric) -> PromptStep:
     """A step of the task with the whole input embedding as the parameter.
 
     Args:
-        task: the task; its text encoder is changed.
+        task: the task, whose text encoder is changed.
         fabric: precision and device.
     """
-    encoder = cast(Any, task.backbone.text_encoders[0])
+    backbone: Any = task.backbone
+    encoder: Any = backbone.text_encoders[0]
     assert task.bank is not None
     vectors = task.bank.vectors[0].detach()
     words = encoder.get_input_embeddings().weight.detach()
     rows = torch.cat([words, vectors.to(words)])
     table = nn.Embedding(len(rows), rows.shape[1], _weight=rows)
-    encoder.set_input_embeddings(table)  # the tokenizer counts placeholders on from the last word
+    encoder.set_input_embeddings(table)
+
+    def run_text_encoder(ids: Tensor, tokens: object, encoder_index: int = 0, **options: Any) -> Any:  # noqa: ANN401
+        """Read placeholders from the table: the tokenizer numbers them from the last word on."""
+        ids = ids.to(backbone.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool((ids >= len(words)).any())):
+            return encoder(ids, **options)
+
+    backbone.run_text_encoder = run_text_encoder
     optimizer = AdamW(table.parameters(), lr=2e-2, weight_decay=1e-2)
     return PromptStep(task, optimizer, fabric, lambda: _zero_other_rows(table.weight, len(words)))
 
@@ -164,13 +176,13 @@ def _zero_other_rows(table: Tensor, num_words: int) -> None:
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of all tensors that an optimizer keeps."""
+    """Bytes of all tensors in the state of an optimizer."""
     tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     return sum(tensor.nbytes for tensor in tensors)
 
 
 def clip_table_optimizer(num_tokens: int, repetitions: int, device: torch.device) -> tuple[float, int]:
-    """Median seconds and state bytes of the whole-table optimizer alone, for a table of CLIP's size."""
+    """Median seconds and state bytes of the whole-table optimizer without a model, for a table of CLIP's size."""
     num_words, width = CLIP_TABLE
     table = nn.Parameter(torch.randn(num_words + num_tokens, width, device=device))
     optimizer = AdamW([table], lr=2e-2, weight_decay=1e-2)
@@ -202,34 +214,30 @@ def main(
 ) -> None:
     """Measure, print a table, and as the last line the ratios as JSON.
 
-    The defaults are the settings of ``configs/portraits/class_token.yaml``.
-
     Args:
-        pipeline: folder or hub id of the diffusion model.
+        pipeline: folder or hub id of a Stable Diffusion.
         classifier: folder or timm name of the classifier.
-        classes: classes of the classifier; one token for each.
+        classes: classes of the classifier, one token each.
         steps: sampling steps.
         gradient_steps: differentiated steps, K.
         guidance_scale: classifier-free guidance, not 1.
         checkpointing: recompute each differentiated step in the backward pass.
         batch_sizes: images per step.
         repetitions: rounds.
-        precision: as the Trainer's.
-        accelerator: as the Trainer's.
+        precision: precision, as in the Trainer's settings.
+        accelerator: accelerator, as in the Trainer's settings.
     """
     if guidance_scale == 1:
-        raise UserError("guidance_scale 1 evaluates no unconditional branch; the floor is for guided steps")
+        raise UserError("guidance_scale 1 needs no unconditional prediction, but the floor has one; set another scale")
     fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
 
     def task() -> ClassTokens:
         return ClassTokens(
             StableDiffusion(pipeline),
-            classifier,
-            dict.fromkeys(classes),
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            gradient_steps=gradient_steps,
-            checkpointing=checkpointing,
+            list(classes),
+            ClassifierLoss(classifier),
+            sampling=Sampling(steps=steps, guidance=guidance_scale),
+            gradient=LastK(gradient_steps, checkpointing),
         )
 
     our_task, table_task = task(), task()
@@ -258,24 +266,24 @@ def main(
         rounds = take_turns([step for _, step, _ in measured], repetitions, device)
         for index, ((name, step, _), rows, peak) in enumerate(zip(measured, counters, peaks, strict=True)):
             step_seconds = f"{median(turn[index] for turn in rounds):.4f}"
-            kept = "" if step.optimizer is None else f"{state_bytes(step.optimizer) / 1024:.1f}"
+            state = "" if step.optimizer is None else f"{state_bytes(step.optimizer) / 1024:.1f}"
             counts = (rows.without_gradient, rows.with_gradient)
-            print(line.format(batch_size, name, step_seconds, f"{peak / _MIB:.2f}", *counts, kept))
+            print(line.format(batch_size, name, step_seconds, f"{peak / _MIB:.2f}", *counts, state))
         results[f"step_over_floor_batch{batch_size}"] = median(turn[0] / turn[1] for turn in rounds)
         results[f"memory_over_floor_batch{batch_size}"] = peaks[0] / peaks[1]
         results[f"whole_table_over_ours_batch{batch_size}"] = median(turn[2] / turn[0] for turn in rounds)
-    seconds, state = clip_table_optimizer(len(classes), repetitions, device)
+    seconds, state_size = clip_table_optimizer(len(classes), repetitions, device)
     size = "x".join(map(str, CLIP_TABLE))
-    print(f"whole-table optimizer alone on a table of {size}: {seconds:.4f} s, state {state / _MIB:.1f} MiB")
+    print(f"whole-table optimizer alone on a table of {size}: {seconds:.4f} s, state {state_size / _MIB:.1f} MiB")
     results["clip_table_optimizer_seconds"] = seconds
 
-    def of_all(key: str) -> list[float]:
+    def per_batch_size(key: str) -> list[float]:
         return [results[f"{key}_batch{batch_size}"] for batch_size in batch_sizes]
 
     summary = {
-        "step_over_floor": max(of_all("step_over_floor")),
-        "memory_over_floor": max(of_all("memory_over_floor")),
-        "whole_table_over_ours": min(of_all("whole_table_over_ours")),
+        "step_over_floor": max(per_batch_size("step_over_floor")),
+        "memory_over_floor": max(per_batch_size("memory_over_floor")),
+        "whole_table_over_ours": min(per_batch_size("whole_table_over_ours")),
     }
     print(json.dumps({key: round(value, 4) for key, value in (summary | results).items()}))
 

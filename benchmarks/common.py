@@ -1,14 +1,16 @@
-"""What the benchmarks share: steps as Lightning takes them, their bare parts, clocks, and configs of the trainings."""
+"""Shared parts of the benchmarks: steps as Lightning takes them, their frozen parts, clocks, configs of trainings."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import torch
+import yaml  # type: ignore[import-untyped]
 from jsonargparse import Namespace
 from lightning.fabric import Fabric
 from lightning.pytorch.cli import LightningArgumentParser
@@ -18,29 +20,36 @@ from torch.optim import Optimizer
 
 # Imported so that configs may name their classes without a path.
 import tokenlearn.data.image_datamodule
-import tokenlearn.data.prompts  # noqa: F401
-from tokenlearn.methods import Caso, ClassTokens, TokenTask
+import tokenlearn.data.prompts
+import tokenlearn.diffusion.solvers
+import tokenlearn.guidance
+import tokenlearn.objectives
+import tokenlearn.training  # noqa: F401
 from tokenlearn.metrics import timed
-from tokenlearn.models import StableDiffusion
+from tokenlearn.models import DiffusionBackbone, StableDiffusion, TimmClassifier
+from tokenlearn.token_task import TokenTask
+from tokenlearn.training import TokenTraining
+
+_SECTIONS = ("seed_everything", "model", "data", "trainer")
 
 
 class TaskStep:
-    """A step of the task as Lightning takes it, on the next of its batches.
+    """A training step as Lightning takes it, on the next batch.
 
     It runs under Lightning Fabric, which calls the same ``training_step`` under the same precision as the Trainer,
     without the Trainer's loop, loggers and callbacks.
 
     Args:
         task: the task.
-        optimizer: over whatever is learned.
+        optimizer: optimizer of the learned parameters.
         fabric: precision and device.
-        after_backward: what to do to gradients before the optimizer step.
-        batches: the next batch is the first of a new iteration.
+        after_backward: called between the backward pass and the optimizer step, for instance to clip gradients.
+        batches: the first batch of a new iteration is the next batch.
     """
 
     def __init__(
         self,
-        task: ClassTokens | Caso,
+        task: TokenTraining,
         optimizer: Optimizer,
         fabric: Fabric,
         after_backward: Callable[[], None] | None = None,
@@ -68,18 +77,19 @@ class BareParts:
     """The frozen parts of a step, without anything around them.
 
     Args:
-        task: where network, decoder and classifier are.
+        backbone: a Stable Diffusion, whose network and decoder are used.
+        classifier: classifier of the images.
         fabric: precision.
     """
 
-    def __init__(self, task: ClassTokens | Caso, fabric: Fabric) -> None:
-        backbone = cast(StableDiffusion, task.backbone)
+    def __init__(self, backbone: DiffusionBackbone, classifier: TimmClassifier, fabric: Fabric) -> None:
+        backbone = cast(StableDiffusion, backbone)
         self.fabric, self.network, self.vae = fabric, backbone.unet, backbone.vae
-        self.classifier = task.classifier.model
+        self.classifier = classifier.model
         self.scaling_factor = float(backbone.vae.config.scaling_factor)
         with torch.no_grad():
             images = backbone.decode_latents(backbone.initial_latents([0]))
-            self.input_size = task.classifier.preprocess(images).shape[-2:]
+            self.input_size = classifier.preprocess(images).shape[-2:]
 
     def unet(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
         """Evaluate the network."""
@@ -95,7 +105,7 @@ class BareParts:
 
 
 class RowCounter:
-    """Counts the rows that the network is evaluated for, without and with gradient.
+    """Number of rows that the network is evaluated for, without and with gradient.
 
     Args:
         network: called with latents, timesteps and prompt embeds.
@@ -106,7 +116,7 @@ class RowCounter:
         self.without_gradient = self.with_gradient = 0
 
     def count(self, step: Callable[[], None]) -> None:
-        """Take one step and count; rows recomputed by checkpointing count again."""
+        """Take one step and count; rows that checkpointing recomputes count again."""
         self.without_gradient = self.with_gradient = 0
 
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -124,7 +134,7 @@ class RowCounter:
 
 
 def take_turns(steps: Sequence[Callable[[], None]], repetitions: int, device: torch.device) -> list[tuple[float, ...]]:
-    """Seconds of each step in each round; the order turns around every round."""
+    """Seconds of each step in each round; every round reverses the order."""
     rounds = []
     for repetition in range(repetitions):
         order = range(len(steps)) if repetition % 2 == 0 else reversed(range(len(steps)))
@@ -137,9 +147,10 @@ def parse_config(path: str) -> Namespace:
     """Settings of a config for ``tokenlearn fit``, in sections ``model``, ``data`` and ``trainer``, with all defaults.
 
     Args:
-        path: config file; it may have no other sections, and ``data`` may be missing.
+        path: config file. Its other sections, such as callbacks, are left out; ``data`` may be missing.
     """
-    settings = _parser().parse_path(path)
+    sections = yaml.safe_load(Path(path).read_text())
+    settings = _parser().parse_object({name: sections[name] for name in _SECTIONS if name in sections})
     assert isinstance(settings, Namespace)
     return settings
 
@@ -148,16 +159,16 @@ def instantiate(settings: Namespace, changes: Mapping[str, Any]) -> Namespace:
     """Make the task and the data module of a config.
 
     Args:
-        settings: from :func:`parse_config`; they are not changed.
-        changes: key, such as ``model.init_args.seed``, to value.
+        settings: settings from :func:`parse_config`, which stay as they are.
+        changes: key, such as ``model.init_args.seed``, to value or object.
 
     Returns:
-        ``model`` and ``data``; ``trainer`` are still settings.
+        Task and data module as ``model`` and ``data``, and the settings of the trainer as ``trainer``.
     """
     changed = settings.clone()
     for key, value in changes.items():
         changed[key] = value
-    # Its new name came with jsonargparse 4.49, above our bound.
+    # Deprecated since jsonargparse 4.49, but the new name would be above our lower bound.
     made: Namespace = _parser().instantiate_classes(changed)
     return made
 
@@ -165,14 +176,14 @@ def instantiate(settings: Namespace, changes: Mapping[str, Any]) -> Namespace:
 def fit_quietly(
     settings: Namespace, changes: Mapping[str, Any], seed: int, callback: L.Callback, max_steps: int, check_every: int
 ) -> None:
-    """Train as ``tokenlearn fit`` does, without its files and bars, with the whole validation before the first step.
+    """Train as ``tokenlearn fit`` does, without its files and bars, and with a full validation before the first step.
 
     Args:
-        settings: of its config.
-        changes: key to value that is another in this training.
-        seed: of everything that is random, but for a seed that the task has of its own.
-        callback: looks at the training.
-        max_steps: where it stops in any case.
+        settings: settings of the config.
+        changes: key to value of settings that differ from the config.
+        seed: seed of everything that is random, except for a seed among the task's settings.
+        callback: callback that observes the training.
+        max_steps: number of steps.
         check_every: steps between validations.
     """
     L.seed_everything(seed, verbose=False)
@@ -188,7 +199,7 @@ def fit_quietly(
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    # One line for each of many trainings says nothing.
+    # A line per training would hide the results.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         # Lightning's own code, which users cannot change.
