@@ -25,8 +25,8 @@ class Module(L.LightningModule):
         return self.weight
 
     def validation_step(self, batch):
-        self.log("val/guided_accuracy", 0.25)
-        self.log("val/loss", 3.0)
+        self.log("val/guided_accuracy", 0.25, batch_size=1)
+        self.log("val/loss", 3.0, batch_size=1)
 
     def test_step(self, batch):
         pass
@@ -75,7 +75,7 @@ def table():
         ],
         summary={"mean_accuracy_name": Figure(0.25, "share"), "mean_accuracy_token": Figure(0.6875, "share")},
         fit_summary={"judged_accuracy_after": Figure(0.6875, "share")},
-        images={"before_after": [("wizard", torch.rand(2, 3, 8, 8))], "empty": []},
+        images={"before_after": [("wizard", list(torch.rand(2, 3, 8, 8)))], "empty": []},
         records=[Record("token", "wizard", "", "success", 7, 1.0)],
     )
 

@@ -26,14 +26,12 @@ class Evaluation(L.LightningModule, TaskWrapper, Generic[Task], ABC):
 
     Attributes:
         task_class: class of the tasks that the protocol measures.
-        evaluate_after_fit: whether the evaluation is quick enough to follow every fit.
         records: measurements so far.
         image_rows: example images so far.
         table: the table, None before the end of the evaluation.
     """
 
     task_class: ClassVar[type[TokenTask]] = TokenTask
-    evaluate_after_fit: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,6 +64,11 @@ class Evaluation(L.LightningModule, TaskWrapper, Generic[Task], ABC):
     def wrapped_task(self) -> Task:
         """See :class:`tokenlearn.data.interfaces.TaskWrapper`."""
         return self.task
+
+    @property
+    def evaluate_after_fit(self) -> bool:
+        """Whether the evaluation can follow every fit of the task, because it is quick and has all that it needs."""
+        return False
 
     @abstractmethod
     def make_table(self, records: list[Record]) -> Table:

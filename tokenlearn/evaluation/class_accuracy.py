@@ -22,7 +22,11 @@ class ClassTokenEvaluation(Evaluation[ClassTokens]):
     """
 
     task_class = ClassTokens
-    evaluate_after_fit = True
+
+    @property
+    def evaluate_after_fit(self) -> bool:
+        """See :class:`Evaluation`: where the task has a judge."""
+        return self.task.judge is not None
 
     def on_test_start(self) -> None:
         """Check that there is a judge.

@@ -104,13 +104,13 @@ class DoodlEvaluation(Evaluation[Generate]):
         self.judges = nn.ModuleList(case.judge for case in cases)
         self.images = [case.case_images(backbone) for case in cases]
         self.row_judges = self._row_judges()
+        self._pipelines: dict[int, Pipeline] = {}
         for case in range(len(cases)):
             self._check_case(case)
         self.realism = realism
         self.realism_judge = None if realism is None else TimmClassifier(realism.judge)
         self.realism_distances: KernelDistances | None = None
         self.rows_of_images = {row: ImageRows() for row in self.row_judges}
-        self._pipelines: dict[int, Pipeline] = {}
         self._evaluations = 0
         self._hook: RemovableHandle | None = None
 

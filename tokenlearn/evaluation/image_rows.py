@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -22,6 +21,6 @@ class ImageRows:
         row = self._images.setdefault(caption, [])
         row += list(images[: self.length - len(row)].float().cpu())
 
-    def rows(self) -> list[tuple[str, Tensor]]:
-        """Captions with their images (n, 3, H, W), in the order of their first image."""
-        return [(caption, torch.stack(images)) for caption, images in self._images.items() if images]
+    def rows(self) -> list[tuple[str, list[Tensor]]]:
+        """Captions with their images (3, H, W), in the order of their first image."""
+        return [(caption, images) for caption, images in self._images.items() if images]

@@ -129,7 +129,7 @@ class Table:
         summary: figures for ``summary.json``.
         fit_summary: further figures after a fit.
         curves: name to (untouched, success) points at rising strength, shares in [0, 1].
-        images: file stem to rows of images, each a caption and (n, 3, H, W) in [0, 1].
+        images: file stem to rows of images, each a caption and images (3, H, W) in [0, 1].
         records: the measurements that the table is made of.
     """
 
@@ -140,7 +140,7 @@ class Table:
     summary: dict[str, Figure]
     fit_summary: dict[str, Figure] = field(default_factory=dict)
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
-    images: dict[str, list[tuple[str, Tensor]]] = field(default_factory=dict)
+    images: dict[str, list[tuple[str, list[Tensor]]]] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
 
     def __str__(self) -> str:
