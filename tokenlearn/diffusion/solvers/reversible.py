@@ -174,7 +174,7 @@ class GridSolver(Solver):
                 f"gradient {type(gradient).__name__} does not fit solver {type(self.method).__name__}; set the "
                 "gradient to Reversible, or to Stored where memory allows"
             )
-        if isinstance(gradient, Reversible) and model.has_memory:
+        if isinstance(gradient, Reversible) and torch.is_grad_enabled() and model.has_memory:
             raise UserError(
                 "gradient Reversible evaluates steps again in another order, which guidance with momentum does not "
                 "allow; set momentum_scale to 0, or the gradient to Stored"
