@@ -45,7 +45,7 @@ class Sampling:
 
     steps: int = 50
     guidance: GuidanceRule | float = 7.5
-    solver: str | ReversibleSolver | None = None
+    solver: ReversibleSolver | str | None = None
     negative_prompt: str = ""
     size: tuple[int, int] | None = None
 
