@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenlearn.data import GeneratedDataModule as GeneratedDataModule
+    from tokenlearn.data import HeldOut as HeldOut
     from tokenlearn.data import ImageDataModule as ImageDataModule
     from tokenlearn.data import PromptDataModule as PromptDataModule
     from tokenlearn.diffusion import EDICT as EDICT
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from tokenlearn.diffusion import Leapfrog as Leapfrog
     from tokenlearn.diffusion import Reversible as Reversible
     from tokenlearn.diffusion import Stored as Stored
+    from tokenlearn.diffusion.latent_optimisation import LatentOptimisation as LatentOptimisation
+    from tokenlearn.editing import Editing as Editing
     from tokenlearn.errors import UserError as UserError
     from tokenlearn.generation import Doodl as Doodl
     from tokenlearn.generation import Edit as Edit
@@ -31,9 +34,10 @@ if TYPE_CHECKING:
     from tokenlearn.guidance import ComposableGuidance as ComposableGuidance
     from tokenlearn.guidance import SafeGuidance as SafeGuidance
     from tokenlearn.guidance import SemanticEdit as SemanticEdit
-    from tokenlearn.latent_optimiser import optimise_latents as optimise_latents
+    from tokenlearn.image_functions import optimise_latents as optimise_latents
     from tokenlearn.learning import evaluate as evaluate
     from tokenlearn.learning import learn as learn
+    from tokenlearn.losses import CasoObjective as CasoObjective
     from tokenlearn.losses import Crops as Crops
     from tokenlearn.models import DeepFloydIF as DeepFloydIF
     from tokenlearn.models import StableDiffusion as StableDiffusion
@@ -50,23 +54,28 @@ if TYPE_CHECKING:
     from tokenlearn.tokens.settings import TokenSettings as TokenSettings
     from tokenlearn.training import Caso as Caso
     from tokenlearn.training import ClassTokens as ClassTokens
+    from tokenlearn.training import Initialisation as Initialisation
     from tokenlearn.training import TextualInversion as TextualInversion
+    from tokenlearn.training import TrainingEdit as TrainingEdit
+    from tokenlearn.training import WordSearch as WordSearch
 
 _NAMES = {
-    "data": "GeneratedDataModule ImageDataModule PromptDataModule",
+    "data": "GeneratedDataModule HeldOut ImageDataModule PromptDataModule",
     "diffusion": "EDICT OBELM Checkpointed Detached LastK Leapfrog Reversible Stored",
+    "diffusion.latent_optimisation": "LatentOptimisation",
+    "editing": "Editing",
     "errors": "UserError",
     "generation": "Doodl Edit Generate Sega",
     "guidance": "SEGA ClassifierFreeGuidance ClassifierGuidance ComposableGuidance SafeGuidance SemanticEdit",
-    "latent_optimiser": "optimise_latents",
+    "image_functions": "optimise_latents",
     "learning": "evaluate learn",
-    "losses": "Crops",
+    "losses": "CasoObjective Crops",
     "models": "DeepFloydIF StableDiffusion StableDiffusionXL",
     "objectives": "AestheticLoss ClassifierLoss CLIPImageLoss CLIPTextLoss SymmetryLoss",
     "pipeline": "Pipeline Sampling",
     "tokens": "LearnedTokens load_embedding",
     "tokens.settings": "TokenSettings",
-    "training": "Caso ClassTokens TextualInversion",
+    "training": "Caso ClassTokens Initialisation TextualInversion TrainingEdit WordSearch",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
