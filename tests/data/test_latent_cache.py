@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tokenlearn.data import LatentCache, LatentCaching
-from tokenlearn.data.latent_cache import in_full_batches, weights_hash
+from tokenlearn.data.latent_cache import in_full_batches, json_hash, weights_hash
 from tokenlearn.errors import UserError
 
 ITEMS = range(11)
@@ -120,3 +120,15 @@ def test_weights_hash_sees_every_weight_and_the_configuration():
     second = weights_hash(module)
     module.config = {"scaling_factor": 0.5}
     assert len({first, second, weights_hash(module)}) == 3
+
+
+def test_keys_tell_modules_apart_by_weights_and_settings():
+    def key(weight=1.0, bias=0.0):
+        module = nn.Sequential(nn.Linear(3, 2))
+        nn.init.constant_(module[0].weight, 0.5)
+        nn.init.constant_(module[0].bias, bias)
+        module[0].settings = {"weight": weight}
+        return json_hash({"guidance": ["Rule", {"objective": module, "scale": 2}]})
+
+    assert key() == key()
+    assert len({key(), key(weight=2.0), key(bias=1.0)}) == 3

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -27,6 +27,7 @@ T = TypeVar("T")
 CacheDtype = Literal["float32", "float16"]
 
 _OPEN_SHARDS = 16
+_SETTINGS = (str, int, float, list, tuple, dict)  # types of a module's settings
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class LatentCache:
         self.barrier("latents of all processes")
         if self.rank == 0:
             with atomic_write(self.folder / "key.json") as temporary:
-                temporary.write_text(json.dumps({"key": self.key, "items": count}, indent=2, default=str))
+                temporary.write_text(json.dumps({"key": self.key, "items": count}, indent=2, default=_as_json))
         self.barrier("key of the latents")
 
     def __getitem__(self, index: int) -> Tensor | None:
@@ -209,10 +210,23 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def json_hash(value: Any) -> str:  # noqa: ANN401 - any value that JSON can write
-    """Short hash of a value, whatever the order of keys in it."""
-    text = json.dumps(value, sort_keys=True, default=str)
+def json_hash(value: Any) -> str:  # noqa: ANN401 - any value
+    """Short hash of a value, whatever the order of keys in it; modules count by their weights and settings."""
+    text = json.dumps(value, sort_keys=True, default=_as_json)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def _as_json(value: Any) -> Any:  # noqa: ANN401 - as above
+    """A value of another type than JSON's, such as a guidance rule's objective."""
+    if not isinstance(value, nn.Module):
+        return str(value)
+    settings = {
+        f"{name}.{key}": str(setting)
+        for name, module in value.named_modules()
+        for key, setting in vars(module).items()
+        if not key.startswith("_") and (isinstance(setting, _SETTINGS) or is_dataclass(setting))
+    }
+    return [type(value).__name__, settings, weights_hash(value)]
 
 
 def _blocks(items: Iterable[T], size: int) -> Iterator[list[T]]:
