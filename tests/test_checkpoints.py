@@ -11,7 +11,7 @@ from torchmetrics.functional.regression import spearman_corrcoef
 
 from data_prep.portrait_arrays import PORTRAIT_LABELS
 from data_prep.train_clip import absence_prompt
-from tokenlearn.data.images import unit_range
+from tokenlearn.data.pixels import unit_range
 from tokenlearn.data.portraits import ATTRIBUTES, PERSONA_LABELS, attribute_prompt, portrait
 from tokenlearn.models import StableDiffusion, TimmClassifier
 from tokenlearn.models.aesthetic import AestheticHead
