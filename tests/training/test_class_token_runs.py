@@ -128,7 +128,7 @@ def test_fit_leaves_everything_that_it_names(tiny_config, tmp_path, capsys):
     for name in ("config.yaml", "table.csv", "table.png", "before_after.png"):
         assert (run / name).is_file()
     assert list(run.glob("events.out.tfevents*"))
-    assert list((run / "images").glob("*.png"))
+    assert list((run / "validation").glob("*.png"))
     for checkpoint in (run / "checkpoints").glob("*.ckpt"):
         assert checkpoint.stat().st_size < 2**20
     assert not list(run.rglob(".*-*"))

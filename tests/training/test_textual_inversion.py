@@ -349,10 +349,10 @@ def test_fit_leaves_embedding_files(config, tmp_path):
             "smile",
             ("no smile", "smile")[row],
         )
-    assert {path.name for path in (run / "images").iterdir()} == {
+    assert {path.name for path in (run / "validation").iterdir()} == {
         "step-000002.png",
         "step-000004.png",
-        "validation.png",
+        "final.png",
     }
 
 

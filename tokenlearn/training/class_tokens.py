@@ -62,7 +62,7 @@ class ClassTokens(TokenTraining, ClassConsumer):
         placeholders: class name to token.
         objective, judge, search, solver, gradient: as given.
         started_from: class name to the word or words from which its token started.
-        judged_accuracies: token to judged accuracy, for its embedding file; evaluations fill it in.
+        judged_accuracies: token to mean score by the judge, for its embedding file; evaluations fill it in.
 
     Raises:
         UserError: if there is no class, two classes have the same token, the objective or the judge lacks a class, the
@@ -218,7 +218,7 @@ class ClassTokens(TokenTraining, ClassConsumer):
             self.log_accuracy(f"val/judged_{self.judge.score_name}", self.judged_scores)
 
     def token_metadata(self) -> dict[str, dict[str, str]]:
-        """Method, class, objective, settings and, once evaluated, judged accuracy of each token."""
+        """Method, class, objective, settings and, once evaluated, judged score of each token."""
         metadata = super().token_metadata()
         terms = list(self.objective) if isinstance(self.objective, ObjectiveSum) else [self.objective]
         classifiers = [term.classifier.pretrained for term in terms if isinstance(term, ClassifierLoss)]
@@ -234,7 +234,7 @@ class ClassTokens(TokenTraining, ClassConsumer):
             if token in self.judged_accuracies and self.judge is not None:
                 metadata[token] |= {
                     "judge": ", ".join(self.judge.models()),
-                    "judged_accuracy": f"{self.judged_accuracies[token]:.4f}",
+                    f"judged_{self.judge.score_name}": f"{self.judged_accuracies[token]:.4f}",
                 }
         return metadata
 
