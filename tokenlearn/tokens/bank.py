@@ -103,8 +103,8 @@ class TokenBank(nn.Module):
                 )
             if not new.isfinite().all():
                 raise UserError(f"the embedding for '{placeholder}' holds values that are not finite")
-        for own, new in zip(self.vectors, vectors, strict=True):
-            own[rows] = new.to(own)
+        for parameter, new in zip(self.vectors, vectors, strict=True):
+            parameter[rows] = new.to(parameter)
 
     def unit_names(self, placeholder: str) -> list[str]:
         """Vocabulary units of a placeholder: ``<wizard>``, ``<wizard>_1``, ..., as diffusers names them."""

@@ -41,9 +41,9 @@ def input_embedding(text_encoder: nn.Module) -> nn.Embedding:
 
 
 def accept_learned_embeddings(text_encoder: nn.Module) -> None:
-    """Let a text encoder read placeholder positions from :func:`learned_embeddings`; words are its own matter.
+    """Let a text encoder read placeholder positions from :func:`learned_embeddings`; words stay as they are.
 
-    Whatever the encoder's embedding does with words, such as Gemma's scaling, it keeps doing.
+    The encoder's embedding treats words as before, with Gemma's scaling for example.
     """
     weight = input_embedding(text_encoder).weight
     for module in text_encoder.modules():

@@ -233,10 +233,10 @@ class DiffusionBackbone(FrozenModule, ABC):
         if steps is not None and not 1 <= steps <= most:
             raise UserError(f"sampling.steps must be from 1 to {most}, got {steps}")
         config = self._scheduler.config
-        own = type(self._scheduler)
+        pipeline_class = type(self._scheduler)
         if name is None:
-            return own.from_config(config)
-        classes = {cls.__name__.casefold(): cls for cls in (own, *self._scheduler.compatibles)}
+            return pipeline_class.from_config(config)
+        classes = {cls.__name__.casefold(): cls for cls in (pipeline_class, *self._scheduler.compatibles)}
         for suffix in ("", "Scheduler", "DiscreteScheduler"):
             if found := classes.get((name + suffix).casefold()):
                 # Stable Diffusion's PNDM has no Runge-Kutta start; the configuration of another class lacks the key.

@@ -157,6 +157,6 @@ def _lowering(tokenizer: Any) -> Any:  # noqa: ANN401 - reaches into the tokeniz
     if not tokenizer.is_fast:
         raise UserError(f"the {type(tokenizer).__name__} of this transformers is too old; install transformers 5")
     backend = tokenizer.backend_tokenizer
-    own = [] if backend.normalizer is None else [backend.normalizer]
-    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+    existing = [] if backend.normalizer is None else [backend.normalizer]
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *existing])
     return tokenizer
