@@ -118,7 +118,7 @@ def test_families_without_an_adapter(tiny_models, tmp_path):
     copy = shutil.copytree(tiny_models / "pipeline", tmp_path / "copy")
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "OtherPipeline"}))
-    with pytest.raises(UserError, match="OtherPipeline.*StableDiffusionPipeline"):
+    with pytest.raises(UserError, match=r"OtherPipeline.*StableDiffusionPipeline"):
         Pipeline.from_pretrained(str(copy))
     (copy / "model_index.json").write_text("[")
     with pytest.raises(UserError, match=r"model_index\.json"):
@@ -130,7 +130,7 @@ def test_families_without_an_adapter(tiny_models, tmp_path):
 def test_impossible_settings():
     with pytest.raises(UserError, match=r"sampling\.steps.* 1, got 0"):
         Sampling(steps=0)
-    with pytest.raises(UserError, match="warmup_steps 10 .* 5 steps"):
+    with pytest.raises(UserError, match=r"warmup_steps 10 .* 5 steps"):
         Sampling(steps=5, guidance=SEGA(["glasses"]))
     with pytest.raises(UserError, match="not finite"):
         to_images(torch.full((1, 3, 2, 2), float("nan")))

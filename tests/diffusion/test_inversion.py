@@ -100,7 +100,7 @@ def test_inverted_latents_are_constants_unless_asked(latents):
 
 
 def test_impossible_timesteps_are_refused(latents):
-    with pytest.raises(UserError, match="timestep 400 .* 20; .* 351 or 401"):
+    with pytest.raises(UserError, match=r"timestep 400 .* 20; .* 351 or 401"):
         invert(UNPROMPTED, latents, solver=inverse(20), to_timestep=400)
     with pytest.raises(UserError, match=r"timestep 430 .* 401 or 451"):
         sample(UNPROMPTED, latents, solver=ddim(20), from_timestep=430)

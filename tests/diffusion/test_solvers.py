@@ -122,11 +122,11 @@ def test_what_cannot_be_done(backbone, prompt, tmp_path):
         invert(model, latents, solver=ddim)
     with pytest.raises(ValueError, match=r"\(B, C, h, w\).*\(2, 2, 4, 8, 8\)"):
         run(backbone, torch.zeros(2, 2, 4, 8, 8), prompt, "DDIM")
-    with pytest.raises(UserError, match="timestep 400 .* 401"):
+    with pytest.raises(UserError, match=r"timestep 400 .* 401"):
         run(backbone, latents, prompt, "DDIM", to_timestep=400)
-    with pytest.raises(UserError, match="timestep 801 .* 601"):
+    with pytest.raises(UserError, match=r"timestep 801 .* 601"):
         run(backbone, latents, prompt, "DDIM", to_timestep=801)
-    with pytest.raises(UserError, match="Reversible .*DDIMScheduler.* Checkpointed"):
+    with pytest.raises(UserError, match=r"Reversible .*DDIMScheduler.* Checkpointed"):
         sample(model, latents, solver=ddim, gradient=Reversible())
     for gradient in (LastK(2), Checkpointed()):
         with pytest.raises(UserError, match=f"{type(gradient).__name__} .*EDICT.* Reversible"):
@@ -151,5 +151,5 @@ def test_reversible_solvers_need_leading_timesteps(tmp_path):
     folder = tiny_pipeline(tmp_path)
     settings = folder / "scheduler" / "scheduler_config.json"
     settings.write_text(settings.read_text().replace('"leading"', '"linspace"'))
-    with pytest.raises(UserError, match="EDICT .*'leading', not 'linspace'"):
+    with pytest.raises(UserError, match=r"EDICT .*'leading', not 'linspace'"):
         StableDiffusion(str(folder)).make_solver(EDICT(), STEPS)

@@ -65,5 +65,5 @@ def test_concepts_are_prompts_with_their_scales():
     rule = ComposableGuidance([7.5, 3.0, 0.0], ["a hat", "a beard"])
     assert rule.concept_prompts == ("a hat", "a beard")
     assert rule.conditionings("empty", "prompt", "hat", "beard") == ["empty", "prompt", "hat"]
-    with pytest.raises(UserError, match="2 scales .* 2 concepts"):
+    with pytest.raises(UserError, match=r"2 scales .* 2 concepts"):
         ComposableGuidance([7.5, 3.0], ["a hat", "a beard"])

@@ -134,7 +134,7 @@ def test_threads_share_a_backbone(backbone, bank):
 
 
 def test_a_bank_of_another_width_is_refused(backbone):
-    with pytest.raises(UserError, match="width 24.* 16"):
+    with pytest.raises(UserError, match=r"width 24.* 16"):
         backbone.encode_prompts(["a king"], TokenBank({"<wizard>": 1}, [24]))
     with pytest.raises(UserError, match=r"2 text encoder\(s\).* 1"):
         backbone.encode_prompts(["a king"], TokenBank({"<wizard>": 1}, [16, 16]))
@@ -328,5 +328,5 @@ def test_a_scheduler_that_states_no_noise_process_is_refused(folder, tmp_path):
     index = json.loads((copy / "model_index.json").read_text())
     index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
     (copy / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler .*'beta_start'"):
+    with pytest.raises(UserError, match=r"FlowMatchEulerDiscreteScheduler .*'beta_start'"):
         StableDiffusion(str(copy))

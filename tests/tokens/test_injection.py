@@ -217,7 +217,7 @@ def test_placeholder_that_a_special_token_splits(tokenizer):
     if not tokenizer.is_fast:
         pytest.skip("CLIP's tokenizer before transformers 5 takes the longest added token, special or not")
     tokenizer.add_tokens(["<vik"], special_tokens=True)
-    with pytest.raises(UserError, match="'<viking>' .* 3"):
+    with pytest.raises(UserError, match=r"'<viking>' .* 3"):
         PlaceholderVocabulary(random_bank({"<wizard>": 2, "<viking>": 1}), [tokenizer])
 
 
