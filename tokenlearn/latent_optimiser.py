@@ -273,8 +273,7 @@ def _gradient(losses: Tensor, latents: Tensor) -> Tensor:
     """Gradient of each image's loss by its latents."""
     if not losses.requires_grad:
         raise UserError(
-            "the objective has no gradient in the latents: it does not depend on the images, or the guidance is "
-            "without gradient, as ClassifierGuidance is; change the objective or sampling.guidance"
+            "the loss has no gradient in the latents; give an objective that depends on the images differentiably"
         )
     (gradient,) = torch.autograd.grad(losses, latents, torch.ones_like(losses))
     return gradient
