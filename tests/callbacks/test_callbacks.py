@@ -11,8 +11,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tokenlearn.callbacks import EmbeddingExport, ImageGrid, PredictionWriter
 from tokenlearn.data import PromptList
+from tokenlearn.data.interfaces import TaskWrapper
 from tokenlearn.errors import UserError
-from tokenlearn.methods.base import TokenTask
+from tokenlearn.generation.results import GeneratedBatch
+from tokenlearn.token_task import TokenTask
 from tokenlearn.tokens import TokenBank
 
 
@@ -46,7 +48,7 @@ class CountingTask(TokenTask):
 
     def predict_step(self, batch):
         images = torch.stack([torch.full((3, 8, 8), seed / 10) for seed in batch.seeds])
-        return {"images": images, "prompts": batch.templates, "seeds": batch.seeds, "indices": batch.class_indices}
+        return GeneratedBatch(images, batch.templates, batch.seeds, batch.class_indices)
 
 
 def trainer(folder, *callbacks, epochs=1, **options):
@@ -125,29 +127,57 @@ def test_embedding_export_resumes_with_its_best_and_still_leaves_files(tmp_path)
     assert resumed.paths == [tmp_path / "second" / "embeddings" / "wizard.safetensors"]
 
 
+class Evaluation(L.LightningModule, TaskWrapper):
+    """An evaluation that tells its task what it found."""
+
+    def __init__(self, task):
+        super().__init__()
+        self.task = [task]  # not a submodule
+
+    def wrapped_task(self):
+        return self.task[0]
+
+    def test_step(self, batch):
+        self.wrapped_task().judged = {"judged_accuracy": "0.7500"}
+
+
+def test_embedding_export_after_an_evaluation_of_the_fit(tmp_path):
+    export = EmbeddingExport()
+    run, task = fit(tmp_path, [0.6], export)
+    run.test(Evaluation(task), range(1), verbose=False)
+    number, metadata = exported(tmp_path)
+    assert number == 1
+    assert metadata["judged_accuracy"] == "0.7500"
+
+
 def test_embedding_export_names_a_metric_that_is_not_logged(tmp_path):
-    with pytest.raises(UserError, match="'val/acuracy' is not logged; logged: val/guided_accuracy"):
+    with pytest.raises(UserError, match=r"'val/acuracy'.* val/guided_accuracy"):
         fit(tmp_path, [0.5], EmbeddingExport(monitor="val/acuracy"))
 
 
 def test_image_grid_writes_a_sheet_per_validation(tmp_path):
     logger = L.pytorch.loggers.TensorBoardLogger(tmp_path, name="", version="")
     fit(tmp_path, [0.1, 0.2, 0.3], ImageGrid(columns=1, every_n_validations=2), logger=logger)
-    pictures = sorted((tmp_path / "pictures").iterdir())
-    assert [path.name for path in pictures] == ["step-000001.png", "step-000003.png"]
-    for path, step in zip(pictures, (1, 3), strict=True):
-        with Image.open(path) as picture:
-            assert picture.height == 2 * (96 + 4) + 4  # a row per class
-            assert picture.getpixel((picture.width - 50, 50)) == (round(255 * step / 10),) * 3
-            margin = picture.width - (96 + 4)
-            assert picture.getpixel((margin - 1, 50)) == (255, 255, 255)
+    sheets = sorted((tmp_path / "validation").iterdir())
+    assert [path.name for path in sheets] == ["step-000001.png", "step-000003.png"]
+    for path, step in zip(sheets, (1, 3), strict=True):
+        with Image.open(path) as image:
+            assert image.height == 2 * (96 + 4) + 4  # a row per class
+            assert image.getpixel((image.width - 50, 50)) == (round(255 * step / 10),) * 3
+            margin = image.width - (96 + 4)
+            assert image.getpixel((margin - 1, 50)) == (255, 255, 255)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Images("validation")] == [1, 3]
 
 
+def test_image_grid_of_a_validation_apart_from_a_fit(tmp_path):
+    trainer(tmp_path, ImageGrid()).validate(CountingTask([0.1]), range(1), verbose=False)
+    assert [path.name for path in (tmp_path / "validation").iterdir()] == ["final.png"]
+
+
 def test_image_grid_ignores_sanity_checks(tmp_path):
     trainer(tmp_path, ImageGrid(), num_sanity_val_steps=1, max_steps=0).fit(CountingTask([0.1]), range(1), range(1))
-    assert not (tmp_path / "pictures").exists()
+    assert not (tmp_path / "validation").exists()
 
 
 def test_prediction_writer(tmp_path):
@@ -159,8 +189,8 @@ def test_prediction_writer(tmp_path):
     names = {path.name for path in (tmp_path / "images").glob("[!.]*")}
     stems = ("000-a-wizard-wizard-smiling", "001-")
     assert names == {f"{stem}-seed{seed}.png" for stem in stems for seed in (10, 2, 1)}
-    with Image.open(tmp_path / "images" / "001--seed2.png") as picture:
-        assert picture.getpixel((0, 0)) == (51, 51, 51)
+    with Image.open(tmp_path / "images" / "001--seed2.png") as image:
+        assert image.getpixel((0, 0)) == (51, 51, 51)
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
         assert sheet.height == 2 * (96 + 4) + 4
         places = [sheet.width - 150, sheet.width - 50]

@@ -5,9 +5,9 @@ import torch
 import yaml
 from PIL import Image
 
-from tests.test_main import error_of
+from tests.command_line import error_of
+from tokenlearn.editing import ImageEditor
 from tokenlearn.main import main
-from tokenlearn.methods import Edit
 from tokenlearn.tokens import save_embedding
 
 SIZES = {"a.png": (20, 30), "deeper/b.jpg": (50, 20), "deeper/c.png": (16, 16)}
@@ -16,7 +16,7 @@ EDITS = ["smile+3", "smile-2_hat+1"]
 
 @pytest.fixture
 def folder(tmp_path):
-    target = tmp_path / "pictures"
+    target = tmp_path / "faces"
     for name, size in SIZES.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", size, (10, 100, 200)).save(target / name)
@@ -41,8 +41,8 @@ def config(tiny_models, tmp_path):
                 "embeddings": [str(file) for file in files],
                 "edits": [{"<smile>": 3}, {"<smile>": -2, "<hat>": 1}],
                 "interpolations": {"<smile>": [-1, 0, 1], "<hat>": [2, 4]},
-                "num_inference_steps": 5,
-                "timestep": 401,
+                "sampling": {"steps": 5},
+                "editing": {"steps": 5, "timestep": 401},
             },
         },
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "logger": False},
@@ -55,23 +55,23 @@ def config(tiny_models, tmp_path):
 
 @pytest.fixture
 def edited(monkeypatch):
-    """Names of the pictures that were edited, not left out."""
-    names = []
-    real = Edit.invert
+    """Sizes of the latents of images that were edited, not left out."""
+    sizes = []
+    real = ImageEditor.invert
 
-    def counted(self, latents):
-        names.append(tuple(latents.shape[2:]))
-        return real(self, latents)
+    def counted(self, latents, source):
+        sizes.append(tuple(latents.shape[2:]))
+        return real(self, latents, source)
 
-    monkeypatch.setattr(Edit, "invert", counted)
-    return names
+    monkeypatch.setattr(ImageEditor, "invert", counted)
+    return sizes
 
 
 def files(run):
     return sorted(path.relative_to(run).as_posix() for path in run.rglob("*.png"))
 
 
-def test_a_folder_of_pictures(config, folder, edited, tmp_path, recwarn):
+def test_a_folder_of_images(config, folder, edited, tmp_path, recwarn):
     run = tmp_path / "run"
     command = ["predict", "--config", str(config), "--model.images", str(folder)]
     main(command)
@@ -94,7 +94,7 @@ def test_a_folder_of_pictures(config, folder, edited, tmp_path, recwarn):
     assert len(set(columns)) == 3
     assert not [warning for warning in recwarn if "batch indices" in str(warning.message)]
 
-    # An interrupted run goes on with what is missing, and leaves the rest as it is.
+    # An interrupted run makes what is missing, and leaves the rest as it is.
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.png")}
     lost = run / "images" / EDITS[1] / "deeper" / "b.png"
     lost.unlink()
@@ -106,13 +106,13 @@ def test_a_folder_of_pictures(config, folder, edited, tmp_path, recwarn):
     assert changed == {lost, run / "before_after.png"}
 
     edited.clear()
-    main([*command, "--edit_writer.overwrite=true"])
+    main([*command, "--results.overwrite=true"])
     assert len(edited) == 3
     assert all(path.stat().st_mtime_ns != when for path, when in before.items())
     assert not list(run.rglob(".*-*"))
 
 
-def test_generated_pictures_and_their_edits(config, tmp_path):
+def test_generated_images_and_their_edits(config, tmp_path):
     run = tmp_path / "run"
     main(
         [
@@ -122,7 +122,7 @@ def test_generated_pictures_and_their_edits(config, tmp_path):
             "--model.prompts=[a king]",
             "--model.seeds=[1, 2]",
             "--model.interpolations={}",
-            "--edit_writer.rows=1",
+            "--results.rows=1",
         ]
     )
     names = [f"000-a-king-seed{seed}.png" for seed in (1, 2)]
@@ -135,12 +135,11 @@ def test_generated_pictures_and_their_edits(config, tmp_path):
 
 def test_errors_give_one_line(config, folder, tmp_path, capsys):
     command = ["predict", "--config", str(config), "--model.images", str(folder)]
-    assert "no token '<beard>'" in error_of([*command, "--model.edits=[{<beard>: 1}]"], capsys)
-    assert "model.timestep 400" in error_of([*command, "--model.timestep=400"], capsys)
+    assert "'<beard>'" in error_of([*command, "--model.edits=[{<beard>: 1}]"], capsys)
+    assert "model.editing.timestep 400" in error_of([*command, "--model.editing.timestep=400"], capsys)
     (tmp_path / "empty").mkdir()
-    assert "has no pictures" in error_of([*command[:-1], str(tmp_path / "empty")], capsys)
-    assert "set either model.images" in error_of(command[:3], capsys)
-    (folder / "deeper" / "broken.png").write_text("not a picture")
+    assert str(tmp_path / "empty") in error_of([*command[:-1], str(tmp_path / "empty")], capsys)
+    assert "model.images" in error_of(command[:3], capsys)
+    (folder / "deeper" / "broken.png").write_text("not an image")
     error = error_of(command, capsys)
     assert "deeper/broken.png" in error
-    assert "remove or replace it" in error
