@@ -4,15 +4,19 @@ import json
 import re
 import shlex
 from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import tokenlearn as tl
+from tests.diffusion.networks import PROCESS, conditioning, gaussian, guided
+from tokenlearn.diffusion import GridSolver, invert, sample
 from tokenlearn.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -38,8 +42,11 @@ REDUCTIONS = {
 }
 """What the tests replace in code and settings before they run them, to be quick. Everything else runs as it stands."""
 
-TEST_IMAGES = {"test_images": 1, "eval_batch_size": 2}
-"""Changed defaults of the prompts that ``tl.evaluate`` makes."""
+DEFAULTS = {
+    tl.Sampling: {"steps": 12},
+    tl.PromptDataModule: {"batch_size": 1, "test_images": 1, "eval_batch_size": 2},
+}
+"""Defaults that are smaller in the tests, to be quick."""
 
 
 class Block(NamedTuple):
@@ -116,15 +123,13 @@ def folder(tmp_path, monkeypatch, data_cache):
 
 
 @pytest.fixture
-def short_evaluations(monkeypatch):
-    defaults = dict(zip(*_defaults_of_prompts(), strict=True)) | TEST_IMAGES
-    monkeypatch.setattr(tl.PromptDataModule.__init__, "__defaults__", tuple(defaults.values()))
-
-
-def _defaults_of_prompts():
-    initialise = tl.PromptDataModule.__init__
-    names = initialise.__code__.co_varnames[: initialise.__code__.co_argcount]
-    return names[-len(initialise.__defaults__) :], initialise.__defaults__
+def smaller_defaults(monkeypatch):
+    for cls, smaller in DEFAULTS.items():
+        names = cls.__init__.__code__.co_varnames[1 : cls.__init__.__code__.co_argcount]
+        defaults = cls.__init__.__defaults__
+        changed = dict(zip(names[-len(defaults) :], defaults, strict=True)) | smaller
+        assert len(changed) == len(defaults)
+        monkeypatch.setattr(cls.__init__, "__defaults__", tuple(changed.values()))
 
 
 def scripts():
@@ -139,7 +144,7 @@ SCRIPTS = scripts()
 
 
 @pytest.mark.parametrize("page", SCRIPTS, ids=lambda page: page.name)
-@pytest.mark.usefixtures("short_evaluations")
+@pytest.mark.usefixtures("smaller_defaults")
 def test_python_runs(page, folder):
     if page.name == "embedding_files.md":  # its last script is for diffusers alone, which looks nowhere else
         (folder / "checkpoints").symlink_to(ROOT / "checkpoints")
@@ -163,7 +168,7 @@ def test_each_method_takes_ten_lines_and_one_import(page):
     assert [line for line in lines if "import" in line] == ["import tokenlearn as tl"]
 
 
-@pytest.mark.usefixtures("short_evaluations")
+@pytest.mark.usefixtures("smaller_defaults")
 def test_notebook_runs():
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     assert not any(cell.get("outputs") for cell in cells)
@@ -205,7 +210,8 @@ def test_settings_parse(block, folder, capsys):
     parsed([command, *options], capsys)
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
+# The config of doodl_test is long, and tests/test_configs.py runs it.
+@pytest.mark.parametrize("words", [words for words in commands() if "portraits/doodl_test" not in words], ids=" ".join)
 def test_commands_parse(words, capsys):
     parsed(words, capsys)
 
@@ -219,6 +225,42 @@ def test_extensions_run(block, folder):
     main([command, *options, "--output_dir", "run", "--trainer.enable_progress_bar=false"])
     results = {"predict": "images/**/*.png", "fit": "embeddings/*.safetensors"}
     assert list(folder.glob(f"run/{results[command]}"))
+
+
+def example(name):
+    """The namespace of an example file of the page on extending."""
+    (block,) = (block for block in BLOCKS if module_of(block) == name)
+    namespace = {}
+    run_script([block], namespace)
+    return namespace
+
+
+def test_projected_guidance_is_classifier_free_guidance_at_eta_1():
+    unconditional, conditional = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    rule = example("apg.py")["ProjectedGuidance"](5.0, eta=1.0)
+    expected = unconditional + 5 * (conditional - unconditional)
+    torch.testing.assert_close(rule([unconditional, conditional], 0), expected)
+
+
+def test_bdia_steps_as_published_and_comes_back():
+    gamma = 0.9
+    solver = GridSolver(example("bdia.py")["BDIA"](gamma), PROCESS, 10, dtype=torch.float64)
+    model = guided(gaussian, [conditioning(0.3)])
+    first = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    levels = solver.grid().levels
+
+    def ddim(latents, at, to):
+        noise = model(latents, torch.tensor(at.timestep), 0)
+        return to.alpha / at.alpha * (latents - at.sigma * noise) + to.sigma * noise
+
+    with torch.no_grad():
+        path = [first, ddim(first, *levels[:2])]
+        for before, at, after in zip(levels, levels[1:], levels[2:], strict=False):
+            forward, back = ddim(path[-1], at, after), ddim(path[-1], at, before)
+            path.append(gamma * path[-2] - gamma * back + forward)
+        sampled = sample(model, first, solver=solver)
+        torch.testing.assert_close(sampled, path[-1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sample(model, invert(model, sampled, solver=solver), solver=solver), sampled)
 
 
 def test_every_extension_has_settings():
@@ -254,3 +296,5 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors_of(linked), target
     for path in re.findall(r"(?:configs|tests|benchmarks|tokenlearn|data_prep)/[\w/]+\.(?:yaml|py|png)", text):
         assert (ROOT / path).exists(), path
+    for module in re.findall(r"python -m (data_prep\.\w+)", text):
+        assert find_spec(module), module
