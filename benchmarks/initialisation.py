@@ -1,15 +1,15 @@
-"""Where tokens of attributes should start: ``uv run python benchmarks/initialisation.py``.
+"""Training steps of attributes from each start of their tokens: ``uv run python benchmarks/initialisation.py``.
 
-For each attribute, initialiser and seed, a training as ``tokenlearn fit`` runs it, with the settings of a config but
-for that one attribute. Every few steps, from before the first one on, every held-out picture that needs the edit is
-edited in one step by each token, and the training stops where the guide takes the wanted share of them for the class
-(``val/guided_accuracy``): the optimizer steps until then count. The count is a multiple of the steps between checks,
-and 0 for tokens that are there before any training. Where the training ends before, its full length counts. The
-default attributes are two whose one-step edits pass 90 % under the bundled config: those of others, such as smiles,
-stay near 80 % from whichever start, as preservation holds them back.
+For each attribute, initialiser and seed, one training runs as in ``tokenlearn fit``, with the settings of a config but
+with one attribute alone. Every few steps, and before the first step, each token edits every held-out image that needs
+the edit in one step. The training stops when the guide classifies a given share of the edits as the class
+(``val/guided_accuracy``), and its optimizer steps are counted. The count is a multiple of the steps between checks,
+and 0 for tokens that reach the share before any training. A training that never reaches the share counts in full. The
+default attributes are two whose one-step edits pass 90 % under the bundled config. Others, such as smiles, stay near
+80 % from every start, because the preservation loss holds them back.
 
-``default_over_word`` is the median over attributes and seeds of the config's initialiser over that of ``words``, null
-if only the latter is 0.
+``default_over_word`` is the median count over attributes and seeds of the config's initialiser, over the median count
+of ``words``; null if only the latter is 0.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class StopAtAccuracy(L.Callback):
     """Stops the training at the first validation whose ``val/guided_accuracy`` is high enough.
 
     Args:
-        accuracy: from 0 to 1.
+        accuracy: lowest accuracy that is enough, from 0 to 1.
 
     Attributes:
-        steps: optimizer steps until then; None if it was never reached.
+        steps: optimizer steps until then; None if no validation reached the accuracy.
     """
 
     def __init__(self, accuracy: float) -> None:
@@ -54,29 +54,29 @@ class StopAtAccuracy(L.Callback):
 def steps_to_accuracy(
     settings: Namespace, changes: Mapping[str, Any], seed: int, accuracy: float, max_steps: int, check_every: int
 ) -> int | None:
-    """Optimizer steps that a training takes.
+    """Optimizer steps that a training takes to reach an accuracy.
 
     Args:
-        settings: of its config.
-        changes: key to value that is another in this training.
-        seed: of everything that is random.
-        accuracy: where it stops.
-        max_steps: where it stops in any case.
+        settings: settings of the config.
+        changes: key to value of settings that differ from the config.
+        seed: seed of everything that is random.
+        accuracy: accuracy at which the training stops.
+        max_steps: most steps of the training.
         check_every: steps between validations.
 
     Returns:
-        A multiple of ``check_every``; None if the accuracy was at no validation high enough.
+        A multiple of ``check_every``; None if no validation reached the accuracy.
     """
     stop = StopAtAccuracy(accuracy)
     fit_quietly(settings, {**changes, "model.init_args.seed": seed}, seed, stop, max_steps, check_every)
     return stop.steps
 
 
-def ratio(steps: float, of_word: float) -> float | None:
-    """Steps over those from the word, null where the latter are 0 and the former are not."""
-    if of_word:
-        return round(steps / of_word, 4)
-    return 1.0 if steps == of_word else None
+def ratio(steps: float, word_steps: float) -> float | None:
+    """Steps over the steps from the word; None if only the latter are 0."""
+    if word_steps:
+        return round(steps / word_steps, 4)
+    return 1.0 if steps == word_steps else None
 
 
 def main(
@@ -92,13 +92,13 @@ def main(
     """Train, print a table, and as the last line the medians and their ratio as JSON.
 
     Args:
-        fit_config: config of a training with :class:`tokenlearn.methods.Caso`; its initialiser is the default.
+        fit_config: config of a training with :class:`tokenlearn.training.Caso`; its initialiser is the default.
         attributes: attributes to learn, each alone.
-        seeds: of what is drawn in training, and of the order of pictures.
-        accuracy: wanted share of the edits, from 0 to 1.
+        seeds: seeds of the random choices in training, and of the order of images.
+        accuracy: share of the edits at which a training stops, from 0 to 1.
         max_steps: optimizer steps of the longest training.
         check_every: optimizer steps between checks.
-        images: held-out pictures of a check.
+        images: held-out images of a check.
         batch_size: images per step.
 
     Raises:
@@ -112,7 +112,7 @@ def main(
             raise UserError(f"{name} must be at least 1, got {number}")
 
     settings = parse_config(fit_config)
-    known, default = settings["model.init_args.attributes"], settings["model.init_args.initialiser"]
+    known, default = settings["model.init_args.attributes"], settings["model.init_args.initialisation.kind"]
     initialisers: tuple[ClassInitialiser, ...] = get_args(ClassInitialiser)
     runs = [(attribute, initialiser) for attribute in attributes for initialiser in initialisers]
     steps: dict[tuple[str, ClassInitialiser], list[int | None]] = {run: [] for run in runs}
@@ -120,7 +120,7 @@ def main(
         for attribute, initialiser in runs:
             changes = {
                 "model.init_args.attributes": {attribute: known.get(attribute)},
-                "model.init_args.initialiser": initialiser,
+                "model.init_args.initialisation.kind": initialiser,
                 "model.init_args.judge": None,
                 "data.init_args.batch_size": batch_size,
                 "data.init_args.held_out.validation": images,
@@ -130,13 +130,13 @@ def main(
                 steps[attribute, initialiser].append(reached)
                 bar.update()
 
-    print(f"{fit_config}, optimizer steps until {accuracy:.0%} of the edits are what the guide takes for the class")
+    print(f"{fit_config}, optimizer steps until the guide sees the class in {accuracy:.0%} of the edits")
     line = "{:<16} {:<12}" + " {:>8}" * (len(seeds) + 1)
     print(line.format("attribute", "starts from", *(f"seed {seed}" for seed in seeds), "median"))
     counted = {run: [max_steps if count is None else count for count in counts] for run, counts in steps.items()}
     for (attribute, initialiser), counts in steps.items():
-        shown = [f"{max_steps}*" if count is None else str(count) for count in counts]
-        print(line.format(attribute, initialiser, *shown, f"{median(counted[attribute, initialiser]):g}"))
+        cells = [f"{max_steps}*" if count is None else str(count) for count in counts]
+        print(line.format(attribute, initialiser, *cells, f"{median(counted[attribute, initialiser]):g}"))
     print(f"* not reached in {max_steps} steps, which are counted; checked every {check_every}, default '{default}'")
 
     medians: dict[str, float] = {}

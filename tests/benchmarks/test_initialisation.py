@@ -12,34 +12,33 @@ from benchmarks import initialisation
 from benchmarks.common import parse_config
 from tests.tiny import tiny_classifier
 from tokenlearn.errors import UserError
-from tokenlearn.methods import Caso
 from tokenlearn.tokens import ClassInitialiser
+from tokenlearn.training import Caso
 
 INITIALISERS = get_args(ClassInitialiser)
 
 
 @pytest.fixture
 def config(tiny_models, tmp_path, monkeypatch):
-    """Write a config of labelled pictures, with changes of the model."""
+    """Write a config of labelled images, with changes of the model."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rng = np.random.default_rng(0)
     smiles = [index % 2 == 0 for index in range(16)]
     # Bright ones smile, so that class means are more than rounding.
     pixels = [rng.integers(150 * smile, 150 * smile + 100, (16, 16, 3), dtype=np.uint8) for smile in smiles]
     datasets.Dataset.from_dict(
-        {"image": [Image.fromarray(picture) for picture in pixels], "smile": smiles},
+        {"image": [Image.fromarray(image) for image in pixels], "smile": smiles},
         features=datasets.Features({"image": datasets.Image(), "smile": datasets.Value("bool")}),
     ).save_to_disk(tmp_path / "faces")
 
-    def write(**changes):
+    def write(initialisation=None, **changes):
         guide = tiny_classifier(tmp_path / "guide", ["smile", "hat"], multi_label=True)
         options = {
             "backbone": {"class_path": "StableDiffusion", "init_args": {"pretrained": str(tiny_models / "pipeline")}},
             "classifier": str(guide),
             "judge": "to be left out",
             "attributes": {"smile": None, "hat": None},
-            "initialiser_words": 3,
-            "collapse_batches": 1,
+            "initialisation": {"words": 3, "collapse_batches": 1} | (initialisation or {}),
         }
         data = {
             "source": str(tmp_path / "faces"),
@@ -77,7 +76,7 @@ def reached(monkeypatch):
         runs = []
 
         def log_accuracy(task):
-            step = steps[task.initialiser]
+            step = steps[task.initialisation.kind]
             there = step is not None and task.global_step >= step
             if task.trainer.sanity_checking:
                 runs.append((task, task.trainer))
@@ -91,7 +90,7 @@ def reached(monkeypatch):
 
 def test_counts_the_steps_until_the_accuracy(config, capsys, reached):
     runs = reached({"words": 4, "pull_back": 0, "vocabulary": 1, "ridge": None})
-    lines, results = measure(config(initialiser="vocabulary"), capsys, max_steps=7)
+    lines, results = measure(config({"kind": "vocabulary"}), capsys, max_steps=7)
     assert results == {
         "default_over_word": 0.5,
         "default": "vocabulary",
@@ -113,7 +112,7 @@ def test_counts_the_steps_until_the_accuracy(config, capsys, reached):
     }
     assert "* not reached in 7 steps, which are counted; checked every 2, default 'vocabulary'" in lines
     # Trainings end there, past the ends of epochs.
-    trained = [(task.initialiser, task.seed, trainer.global_step) for task, trainer in runs]
+    trained = [(task.initialisation.kind, task.seed, trainer.global_step) for task, trainer in runs]
     ends = {"words": 4, "pull_back": 0, "vocabulary": 2, "ridge": 7}
     assert trained == [(name, seed, ends[name]) for name in INITIALISERS for seed in (0, 1)]
     for task, trainer in runs:
@@ -127,31 +126,31 @@ def test_medians_are_over_attributes_and_seeds(config, capsys, monkeypatch):
 
     def pretend(settings, changes, seed, *limits):
         (attribute,) = changes["model.init_args.attributes"]
-        return 0 if changes["model.init_args.initialiser"] == "ridge" else found[attribute][seed]
+        return 0 if changes["model.init_args.initialisation.kind"] == "ridge" else found[attribute][seed]
 
     monkeypatch.setattr(initialisation, "steps_to_accuracy", pretend)
     options = {"attributes": ("smile", "hat"), "seeds": (0, 1, 2), "max_steps": 20}
-    lines, results = measure(config(initialiser="ridge"), capsys, **options)
+    lines, results = measure(config({"kind": "ridge"}), capsys, **options)
     assert (results["steps_words"], results["steps_ridge"]) == (7, 0)  # of 2, 4, 6, 8, 8, 20
     assert (results["default_over_word"], results["unreached_words"]) == (0, 1)
     assert next(line.split() for line in lines if line.startswith("hat")) == ["hat", "words", "8", "20*", "8", "8"]
 
 
-@pytest.mark.parametrize(("steps", "of_word", "expected"), [(3, 4, 0.75), (0, 0, 1.0), (3, 0, None)])
-def test_ratio(steps, of_word, expected):
-    assert initialisation.ratio(steps, of_word) == expected
+@pytest.mark.parametrize(("steps", "word_steps", "expected"), [(3, 4, 0.75), (0, 0, 1.0), (3, 0, None)])
+def test_ratio(steps, word_steps, expected):
+    assert initialisation.ratio(steps, word_steps) == expected
 
 
 def test_trains_for_real(config, capsys, monkeypatch):
     checks, stop = [], initialisation.StopAtAccuracy.on_validation_end
 
     def on_validation_end(callback, trainer, task):
-        checks.append((task.initialiser, trainer.global_step, task.bank.vectors[0].detach().clone()))
+        checks.append((task.initialisation.kind, trainer.global_step, task.bank.vectors[0].detach().clone()))
         stop(callback, trainer, task)
 
     monkeypatch.setattr(initialisation.StopAtAccuracy, "on_validation_end", on_validation_end)
     _, results = measure(config(), capsys, seeds=(0,), accuracy=1.0, max_steps=2, check_every=1)
-    assert results["default"] == parse_config(config())["model.init_args.initialiser"]
+    assert results["default"] == parse_config(config())["model.init_args.initialisation.kind"]
     assert {f"steps_{name}" for name in INITIALISERS} < set(results)
     first = {name: vectors for name, step, vectors in checks if step == 0}
     assert set(first) == set(INITIALISERS)

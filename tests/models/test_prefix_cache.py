@@ -103,3 +103,17 @@ def test_what_latents_need_a_gradient_of_is_computed_again(backbone):
             backbone(latents, timestep, prompt)
         found = torch.autograd.grad(backbone(latents, timestep, prompt).square().sum(), latents)[0]
     torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_evaluations_within_evaluations_at_the_same_latents_share_what_comes_first(backbone):
+    first = next(block for block in backbone.unet.down_blocks if hasattr(block, "attentions"))
+    before = Rows(first.resnets[0].conv2)
+    latents, prompts = backbone.initial_latents([1, 2]), backbone.encode_prompts(["a king", "a cat"])
+    with backbone.same_latents():
+        expected = backbone(latents, torch.tensor(601), prompts)
+        with backbone.same_latents():
+            assert torch.equal(backbone(latents, torch.tensor(601), prompts), expected)
+        assert torch.equal(backbone(latents, torch.tensor(601), prompts), expected)
+    backbone(latents, torch.tensor(601), prompts)
+    assert before.rows == [2, 0, 0, 2]
