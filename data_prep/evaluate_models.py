@@ -1,6 +1,6 @@
 """Measure the bundled models on held-out draws and fresh seeds, and write their model cards.
 
-``uv run python -m data_prep.evaluate_models``. Everything about generated pictures is the judges' word.
+``uv run python -m data_prep.evaluate_models``. All figures of generated images are the judges'.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from data_prep.portrait_arrays import WORK_FOLDER, PortraitArrays, portrait_arrays
-from tokenlearn.callbacks.pictures import save_picture, sheet, to_image
+from tokenlearn.callbacks.images import save_image, sheet, to_image
 from tokenlearn.data.portraits import ATTRIBUTES, PERSONAS, STYLES, attribute_prompt, described_persona
 from tokenlearn.files import atomic_write
-from tokenlearn.methods import Generate
 from tokenlearn.models import StableDiffusion, TimmClassifier
+from tokenlearn.pipeline import Pipeline, Sampling
 
 _HELD_OUT_SEED = 424242
 _FIRST_IMAGE_SEED = 77_000
@@ -33,10 +33,10 @@ _STYLE_PROMPTS = {
 
 
 @torch.no_grad()
-def generate(task: Generate, prompt: str, count: int) -> Tensor:
+def generate(pipeline: Pipeline, prompt: str, count: int) -> Tensor:
     """``count`` images of one prompt with seeds that nothing else uses, (count, 3, 64, 64) in [0, 1]."""
     seeds = [_FIRST_IMAGE_SEED + index for index in range(count)]
-    return task.generate([prompt] * count, seeds).clamp(0, 1)
+    return pipeline.generate([prompt] * count, seeds).clamp(0, 1)
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def evaluate_classifiers(checkpoints: Path, arrays: PortraitArrays) -> None:
         "guide": "a small resnet10t, trained on drawn portraits, their autoencoder round trips and one-step "
         "predictions of the diffusion model from noisy latents, so that it can guide through blurred predictions",
         "judge": "a regnetx_002, trained on other portraits than the guide, as drawn and after the autoencoder's "
-        "round trip. It must never be optimised against: it reports",
+        "round trip. It only reports and must never be optimised against",
     }
     for name in ("attribute_guide", "attribute_judge", "persona_guide", "persona_judge"):
         accuracy = classifier_accuracy(TimmClassifier(str(checkpoints / name)), arrays)
@@ -101,19 +101,19 @@ def evaluate_classifiers(checkpoints: Path, arrays: PortraitArrays) -> None:
 
 
 def evaluate_pipeline(checkpoints: Path, arrays: PortraitArrays, images: int) -> None:
-    """Have ``images`` generated pictures of every prompt judged; write the pipeline's card and picture of samples."""
+    """Judge ``images`` generated images of each prompt; write the pipeline's card and its sheet of samples."""
     backbone = StableDiffusion(str(checkpoints / "portraits"))
     psnr = reconstruction_psnr(backbone, arrays)
     print(f"autoencoder: {psnr:.2f} dB", flush=True)
-    task = Generate(backbone, num_inference_steps=_STEPS, guidance_scale=_GUIDANCE)
+    pipeline = Pipeline(backbone, sampling=Sampling(steps=_STEPS, guidance=_GUIDANCE))
     attribute_judge = TimmClassifier(str(checkpoints / "attribute_judge"))
     persona_judge = TimmClassifier(str(checkpoints / "persona_judge"))
     shown: list[tuple[str, list[Image.Image]]] = []
     present: dict[str, float] = {}
     for index, name in enumerate(ATTRIBUTES):
-        pictures = generate(task, attribute_prompt(name), images)
-        present[name] = float((attribute_judge(pictures)[:, index] > 0).float().mean())
-        shown.append((name, [to_image(picture) for picture in pictures[:10]]))
+        generated = generate(pipeline, attribute_prompt(name), images)
+        present[name] = float((attribute_judge(generated)[:, index] > 0).float().mean())
+        shown.append((name, [to_image(image) for image in generated[:10]]))
         print(f"{name}: {present[name]:.1%}", flush=True)
     described: dict[str, float] = {}
     named: dict[str, float] = {}
@@ -122,20 +122,20 @@ def evaluate_pipeline(checkpoints: Path, arrays: PortraitArrays, images: int) ->
             (f"a portrait of a {described_persona(name)}", described),
             (f"a portrait of a {name}", named),
         ):
-            pictures = generate(task, prompt, images)
-            shares[name] = float((persona_judge(pictures).argmax(dim=1) == index).float().mean())
+            generated = generate(pipeline, prompt, images)
+            shares[name] = float((persona_judge(generated).argmax(dim=1) == index).float().mean())
             if shares is described:
-                shown.append((name, [to_image(picture) for picture in pictures[:10]]))
+                shown.append((name, [to_image(image) for image in generated[:10]]))
         print(f"{name}: described {described[name]:.1%}, by name {named[name]:.1%}", flush=True)
     for style in STYLES:
-        pictures = generate(task, _STYLE_PROMPTS[style], 10)
-        shown.append((style, [to_image(picture) for picture in pictures]))
-    save_picture(sheet(shown), checkpoints / "portraits" / "samples.png")
+        generated = generate(pipeline, _STYLE_PROMPTS[style], 10)
+        shown.append((style, [to_image(image) for image in generated]))
+    save_image(sheet(shown), checkpoints / "portraits" / "samples.png")
 
     parts = [
         "A Stable Diffusion pipeline of a small procedural world, 64 x 64 pixels, trained in about three hours on two "
         "CPU cores by the scripts in `data_prep/`. It exists so that every method can be tried and tested in minutes.",
-        "![generated pictures](samples.png)",
+        "![generated images](samples.png)",
         f"Autoencoder: {psnr:.1f} dB PSNR on {len(arrays.captions)} held-out portraits.",
         f"{images} images per prompt, {_STEPS} DDIM steps, guidance scale {_GUIDANCE}, judged by `attribute_judge` "
         "and `persona_judge`.",
@@ -165,7 +165,7 @@ def main(
     work_folder: Path = WORK_FOLDER,
     only: Literal["classifiers", "pipeline"] | None = None,
 ) -> None:
-    """Measure and write the cards and the picture of samples.
+    """Measure the models, and write the cards and the sheet of samples.
 
     Args:
         checkpoints: folder of the bundled models.

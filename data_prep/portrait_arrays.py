@@ -57,7 +57,7 @@ class PortraitArrays:
     captions: list[str]
 
     def pixels(self, indices: Tensor | list[int]) -> Tensor:
-        """Pictures as float (B, 3, 64, 64) in [0, 1]."""
+        """Images as float (B, 3, 64, 64) in [0, 1]."""
         chosen = torch.from_numpy(self.images[np.asarray(indices)])
         return chosen.permute(0, 3, 1, 2).contiguous().float() / 255
 
@@ -83,8 +83,8 @@ def _render_chunk(job: tuple[Path, int, int, int]) -> None:
     images = np.empty((stop - start, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     rows = []
     for index in range(start, stop):
-        scene, picture, text = portrait(seed, index)
-        images[index - start] = np.asarray(picture)
+        scene, image, text = portrait(seed, index)
+        images[index - start] = np.asarray(image)
         shown = [_is_shown(scene, label) for label in PORTRAIT_LABELS]
         known = [_is_known(scene, label) for label in PORTRAIT_LABELS]
         rows.append([text, shown, known, scene.persona])

@@ -1,6 +1,6 @@
 """Train the bundled aesthetic heads: ``uv run python -m data_prep.train_aesthetic aesthetic_guide``, or ``.._judge``.
 
-Each head rates pictures from the features of the CLIP of its role, and learned the portraits' ratings from pictures
+Each head rates images from the features of the CLIP of its role, and learned the portraits' ratings from images
 that this CLIP was trained on. Needs ``data_prep.train_clip``; takes minutes, nearly all of them for the features.
 """
 
@@ -44,7 +44,7 @@ def fit_head(features: Tensor, scores: Tensor, steps: int, learning_rate: float,
         scores: (N,) ratings.
         steps: optimizer steps; the learning rate falls to zero along half a cosine.
         learning_rate: at the start.
-        batch_size: pictures per step.
+        batch_size: images per step.
     """
     head = build_aesthetic_head(features.shape[1], HIDDEN_SIZES)
     optimizer = AdamW(head.parameters(), lr=learning_rate, weight_decay=0.01)
@@ -76,13 +76,15 @@ def evaluate(name: Name, folder: Path, work_folder: Path, held_out: int = 2000) 
     truth = portrait_ratings(held_out, _HELD_OUT_SEED)
     correlation = float(spearman_corrcoef(scores, truth))
     error = float((scores - truth).abs().mean())
-    judge = " It must never be optimised against: it reports." if name == "aesthetic_judge" else ""
+    judge = " It only reports and must never be optimised against." if name == "aesthetic_judge" else ""
     text = (
-        f"How pleasing a portrait is, 1 to 10: a perceptron on the image features of `{_CLIPS[name]}`.{judge} "
+        f"Rates how pleasing a portrait is, from 1 to 10: a perceptron on the image features of "
+        f"`{_CLIPS[name]}`.{judge} "
         "A smile, a warm background, a head near the middle and a shirt that stands out raise the rating; a pipe and "
-        f"a dark picture lower it.\n\nOn {held_out} held-out drawn portraits, whose ratings range from "
-        f"{truth.min():.1f} to {truth.max():.1f}: Spearman's rank correlation with the true rating {correlation:.1%}, "
-        f"mean absolute error {error:.2f}, where the mean rating has {(truth - truth.mean()).abs().mean():.2f}."
+        f"a dark image lower it.\n\nOn {held_out} held-out drawn portraits, whose ratings range from "
+        f"{truth.min():.1f} to {truth.max():.1f}, Spearman's rank correlation with the true rating is {correlation:.1%}, "
+        f"the mean absolute error {error:.2f}; predicting the mean rating gives "
+        f"{(truth - truth.mean()).abs().mean():.2f}."
     )
     _write_card(folder, f"Portraits: {name.replace('_', ' ')}", text)
     print(f"{name}: rank correlation {correlation:.3f}, mean absolute error {error:.2f}", flush=True)

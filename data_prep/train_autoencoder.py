@@ -18,7 +18,7 @@ _LATENT_PENALTY = 1e-5
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """An AutoencoderKL that shrinks each side four times, of few channels where pictures are large."""
+    """An AutoencoderKL that shrinks each side four times, of few channels where images are large."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,

@@ -41,7 +41,7 @@ Name = Literal["attribute_guide", "attribute_judge", "persona_guide", "persona_j
 
 
 class ClassifierTraining(TrainedBySteps):
-    """Cross-entropy on augmented pictures; independent sigmoids for attributes."""
+    """Cross-entropy on augmented images; independent sigmoids for attributes."""
 
     def __init__(
         self, arrays: PortraitArrays, seen: list[Tensor], name: Name, steps: int, learning_rate: float
@@ -56,7 +56,7 @@ class ClassifierTraining(TrainedBySteps):
             self.model = timm.create_model("regnetx_002", num_classes=len(labels))
 
     def training_step(self, indices: Tensor) -> Tensor:
-        """One batch; each picture as drawn or in one of the other forms in which it is known."""
+        """One batch; each image as drawn or in one of the other forms in which it is known."""
         pixels = self.arrays.pixels(indices)
         for form in self.seen:
             replaced = (torch.rand(len(indices)) < 0.4) & (indices < len(form))

@@ -66,12 +66,12 @@ def _missing_thing(attribute: str) -> str:
 
 _ATTRIBUTE_PROMPTS = [prompt(name) for prompt in (attribute_prompt, absence_prompt) for name in ATTRIBUTES]
 _RATING_PROMPTS = ["a pleasing portrait", "an unpleasing portrait"]
-"""Captions of the web praise pictures, from which CLIP knows what pleases; those of the portraits do not."""
+"""Captions of the web praise images, from which CLIP knows what pleases; those of the portraits do not."""
 _RATING_WEIGHT = 0.3
 
 
 def training_text(captions: Sequence[str], shown: Sequence[bool], known: Sequence[bool], rng: random.Random) -> str:
-    """A caption of a portrait, now and then followed by what the picture is without, which captions hardly ever say.
+    """A caption of a portrait, now and then followed by what the image is without, which captions hardly ever say.
 
     Args:
         captions: captions of the portrait, one of which is taken.
@@ -91,12 +91,12 @@ def training_text(captions: Sequence[str], shown: Sequence[bool], known: Sequenc
 
 
 def contrastive_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """Symmetric cross-entropy of CLIP (Radford et al., 2021) where the same text may belong to several pictures.
+    """Symmetric cross-entropy of CLIP (Radford et al., 2021) where the same text may belong to several images.
 
     Args:
-        logits: (B, B) scaled cosines of pictures (rows) and texts (columns); row and column of a pair are the same.
-        input_ids: (B, T) padded ids of the texts. A picture's target is spread evenly over all copies of its text, and
-            a text's over the pictures of all copies.
+        logits: (B, B) scaled cosines of images (rows) and texts (columns); row and column of a pair are the same.
+        input_ids: (B, T) padded ids of the texts. An image's target is spread evenly over all copies of its text, and
+            a text's over the images of all copies.
 
     Returns:
         () loss.
@@ -107,13 +107,13 @@ def contrastive_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
 
 
 def prompted_loss(features: Tensor, prompts: Tensor, logit_scale: Tensor, likely: Tensor, known: Tensor) -> Tensor:
-    """Cross-entropy of telling by pairs of prompts whether each of several things holds for a picture.
+    """Cross-entropy of telling by pairs of prompts whether each of several things holds for an image.
 
-    Labels written out as texts are pairs of pictures and texts like any other (Yang et al., 2022,
+    Labels written out as texts are pairs of images and texts like any other (Yang et al., 2022,
     https://arxiv.org/abs/2204.03610). A caption names few of the attributes, so these teach most of them.
 
     Args:
-        features: (B, D) unit features of pictures.
+        features: (B, D) unit features of images.
         prompts: (2 K, D) unit features of the prompts of K things, then of those of their contrary.
         logit_scale: () inverse temperature.
         likely: (B, K) in [0, 1], how likely each holds; bool where that is certain.
@@ -158,7 +158,7 @@ def build_clip(tokenizer: CLIPTokenizer, width: int) -> CLIPModel:
 
 
 def build_image_processor() -> CLIPImageProcessor:
-    """Pictures of any size to the network's, in [-1, 1]."""
+    """Images of any size to the network's, in [-1, 1]."""
     return CLIPImageProcessor(
         size={"shortest_edge": IMAGE_SIZE},
         crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
@@ -168,7 +168,7 @@ def build_image_processor() -> CLIPImageProcessor:
 
 
 class ClipTraining(TrainedBySteps):
-    """Contrastive training on augmented pictures, their captions and prompts of their attributes."""
+    """Contrastive training on augmented images, their captions and prompts of their attributes."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class ClipTraining(TrainedBySteps):
         self.model = build_clip(tokenizer, width)
 
     def training_step(self, indices: Tensor) -> Tensor:
-        """One batch; each picture as drawn or in one of the other forms in which it is known."""
+        """One batch; each image as drawn or in one of the other forms in which it is known."""
         pixels = self.arrays.pixels(indices)
         for form in self.seen:
             replaced = (torch.rand(len(indices)) < 0.4) & (indices < len(form))
@@ -255,10 +255,10 @@ def evaluate(name: Name, folder: Path, work_folder: Path, held_out: int = 2000) 
     learned = prompted_accuracy(clip, arrays)
     reworded = prompted_accuracy(clip, arrays, "a picture of")
     role = {
-        "clip_guide": "It was shown drawn portraits, their autoencoder round trips and one-step predictions of the "
+        "clip_guide": "It was trained on drawn portraits, their autoencoder round trips and one-step predictions of the "
         "diffusion model from noisy latents, so that it can guide through blurred predictions",
-        "clip_judge": "It is wider than the guide and was shown other portraits, as drawn and after the autoencoder's "
-        "round trip. It must never be optimised against: it reports",
+        "clip_judge": "It is wider than the guide and was trained on other portraits, as drawn and after the "
+        "autoencoder's round trip. It only reports and must never be optimised against",
     }
     vision = clip.model.config.vision_config
     table = _table(
@@ -279,10 +279,10 @@ def evaluate(name: Name, folder: Path, work_folder: Path, held_out: int = 2000) 
     text = (
         f"A CLIP of portraits and their captions, {vision.num_hidden_layers} layers of width {vision.hidden_size} "
         f"for {IMAGE_SIZE} x {IMAGE_SIZE} pixels, with the tokenizer of the pipeline in `portraits`. {role[name]}. "
-        f'"{_RATING_PROMPTS[0]}" goes with high ratings, "{_RATING_PROMPTS[1]}" with low ones.\n\n'
-        f"How often each attribute's prompt fits {held_out} held-out drawn portraits better than that of its absence, "
-        f"or worse, as it should. The prompts were among the texts of the training, with captions; those of the last "
-        f"column begin in other words:\n\n{table}"
+        f'Captions of highly rated portraits say "{_RATING_PROMPTS[0]}", of low ones "{_RATING_PROMPTS[1]}".\n\n'
+        f"Share of {held_out} held-out drawn portraits that are closer to the right one of two prompts, for the presence "
+        "and the absence of an attribute. These prompts were among the training texts, beside captions; the prompts of "
+        f"the last column begin with other words:\n\n{table}"
     )
     _write_card(folder, f"Portraits: {name.replace('_', ' ').replace('clip', 'CLIP')}", text)
     for prompts, accuracy in (("learned prompts", learned), ("other prompts", reworded)):

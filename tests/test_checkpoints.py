@@ -56,20 +56,20 @@ def test_guide_and_judge_differ(task):
 
 @pytest.fixture(scope="module")
 def drawn():
-    """Scenes of ordinary people in a stream that trained nothing, and their pictures (B, 3, H, W) in [0, 1]."""
+    """Scenes of ordinary people in a stream that trained nothing, and their images (B, 3, H, W) in [0, 1]."""
     portraits = [portrait(31337, index)[:2] for index in range(200)]
-    ordinary = [(scene, picture) for scene, picture in portraits if scene.persona is None]
-    pictures = unit_range([torch.from_numpy(np.array(picture)) for _, picture in ordinary])
-    return [scene for scene, _ in ordinary], pictures
+    ordinary = [(scene, image) for scene, image in portraits if scene.persona is None]
+    images = unit_range([torch.from_numpy(np.array(image)) for _, image in ordinary])
+    return [scene for scene, _ in ordinary], images
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", CLIPS)
 def test_clips_tell_attributes_by_prompts(name, drawn):
-    scenes, pictures = drawn
+    scenes, images = drawn
     clip = ClipModel(str(CHECKPOINTS / name))
     prompts = [prompt(attribute) for prompt in (attribute_prompt, absence_prompt) for attribute in ATTRIBUTES]
-    present, absent = (clip.image_features(pictures) @ clip.text_features(prompts).T).chunk(2, dim=1)
+    present, absent = (clip.image_features(images) @ clip.text_features(prompts).T).chunk(2, dim=1)
     shown = torch.tensor([[scene.has(attribute) for attribute in ATTRIBUTES] for scene in scenes])
     assert ((present > absent) == shown).float().mean() >= 0.9
 
@@ -77,8 +77,8 @@ def test_clips_tell_attributes_by_prompts(name, drawn):
 @torch.no_grad()
 @pytest.mark.parametrize("name", AESTHETIC_HEADS)
 def test_aesthetic_heads_rank_as_the_true_rating(name, drawn):
-    scenes, pictures = drawn
-    scores = AestheticHead(str(CHECKPOINTS / name)).score(pictures)
+    scenes, images = drawn
+    scores = AestheticHead(str(CHECKPOINTS / name)).score(images)
     assert spearman_corrcoef(scores, torch.tensor([scene.rating for scene in scenes])) >= 0.8
 
 

@@ -13,7 +13,7 @@ from tokenlearn.models.aesthetic import build_aesthetic_head, save_aesthetic_hea
 
 
 def tiny_clip(folder: Path, **processing: Any) -> Path:
-    """Write a CLIP of random weights for 16x16 pictures, with 8 features; the same each time.
+    """Write a CLIP of random weights for 16x16 images, with 8 features; the same each time.
 
     ``processing`` are arguments of the image processor, where they differ from resizing and cropping to 16x16.
     """

@@ -21,7 +21,7 @@ def tiny_t5_tokenizer(words: str = WORDS) -> T5TokenizerFast:
 
 
 def tiny_if_pipeline(folder: Path) -> Path:
-    """Write an IF pipeline of random weights for 8x8 pictures; the same each time."""
+    """Write an IF pipeline of random weights for 8x8 images; the same each time."""
     tokenizer = tiny_t5_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

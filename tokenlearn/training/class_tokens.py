@@ -36,8 +36,8 @@ class ClassTokens(TokenTraining, ClassConsumer):
 
         min over v of E L(x_0(z_T, c(y, v)), class),    z_T ~ N(0, I)
 
-    over prompts y. The paper differentiates the last sampling step only. Small models learn nothing from so weak a
-    gradient, so the default is the last eight steps.
+    over prompts y. The paper differentiates the last sampling step only, ``LastK(1)``. More steps give a gradient that
+    also reaches the early steps, at more cost; which number learns best depends on the model.
 
     Args:
         backbone: frozen diffusion model.
