@@ -82,8 +82,8 @@ def evaluate(name: Name, folder: Path, work_folder: Path, held_out: int = 2000) 
         f"`{_CLIPS[name]}`.{judge} "
         "A smile, a warm background, a head near the middle and a shirt that stands out raise the rating; a pipe and "
         f"a dark image lower it.\n\nOn {held_out} held-out drawn portraits, whose ratings range from "
-        f"{truth.min():.1f} to {truth.max():.1f}, Spearman's rank correlation with the true rating is {correlation:.1%}, "
-        f"the mean absolute error {error:.2f}; predicting the mean rating gives "
+        f"{truth.min():.1f} to {truth.max():.1f}, Spearman's rank correlation with the true rating is "
+        f"{correlation:.1%}, the mean absolute error {error:.2f}; predicting the mean rating gives "
         f"{(truth - truth.mean()).abs().mean():.2f}."
     )
     _write_card(folder, f"Portraits: {name.replace('_', ' ')}", text)

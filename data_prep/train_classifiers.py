@@ -21,7 +21,6 @@ from torch.nn import functional
 from data_prep.portrait_arrays import PORTRAIT_LABELS, WORK_FOLDER, PortraitArrays, index_loader, portrait_arrays
 from data_prep.training import TrainedBySteps, train
 from tokenlearn.data.portraits import IMAGE_SIZE, PERSONA_LABELS
-from tokenlearn.diffusion.schedule import add_noise
 from tokenlearn.losses import class_cross_entropy
 from tokenlearn.models import StableDiffusion
 from tokenlearn.models.classifier import save_classifier
@@ -107,7 +106,7 @@ def one_step_predictions(backbone: StableDiffusion, arrays: PortraitArrays, size
         latents = backbone.encode_images(arrays.pixels(rows))
         timesteps = torch.randint(*_ONE_STEP_TIMESTEPS, (len(rows),), generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
-        noisy = add_noise(latents, noise, backbone.alphas[timesteps], backbone.sigmas[timesteps])
+        noisy = backbone.process.add_noise(latents, noise, timesteps)
         conditioning = backbone.encode_prompts([arrays.captions[row] for row in rows])
         parts.append(_as_bytes(backbone.decode_latents(backbone.predict_x0(noisy, timesteps, conditioning))))
     return torch.cat(parts)

@@ -255,8 +255,8 @@ def evaluate(name: Name, folder: Path, work_folder: Path, held_out: int = 2000) 
     learned = prompted_accuracy(clip, arrays)
     reworded = prompted_accuracy(clip, arrays, "a picture of")
     role = {
-        "clip_guide": "It was trained on drawn portraits, their autoencoder round trips and one-step predictions of the "
-        "diffusion model from noisy latents, so that it can guide through blurred predictions",
+        "clip_guide": "It was trained on drawn portraits, their autoencoder round trips and one-step predictions of "
+        "the diffusion model from noisy latents, so that it can guide through blurred predictions",
         "clip_judge": "It is wider than the guide and was trained on other portraits, as drawn and after the "
         "autoencoder's round trip. It only reports and must never be optimised against",
     }
@@ -280,9 +280,9 @@ def evaluate(name: Name, folder: Path, work_folder: Path, held_out: int = 2000) 
         f"A CLIP of portraits and their captions, {vision.num_hidden_layers} layers of width {vision.hidden_size} "
         f"for {IMAGE_SIZE} x {IMAGE_SIZE} pixels, with the tokenizer of the pipeline in `portraits`. {role[name]}. "
         f'Captions of highly rated portraits say "{_RATING_PROMPTS[0]}", of low ones "{_RATING_PROMPTS[1]}".\n\n'
-        f"Share of {held_out} held-out drawn portraits that are closer to the right one of two prompts, for the presence "
-        "and the absence of an attribute. These prompts were among the training texts, beside captions; the prompts of "
-        f"the last column begin with other words:\n\n{table}"
+        f"Share of {held_out} held-out drawn portraits that are closer to the right one of two prompts, for the "
+        "presence and the absence of an attribute. These prompts were among the training texts, beside captions; the "
+        f"prompts of the last column begin with other words:\n\n{table}"
     )
     _write_card(folder, f"Portraits: {name.replace('_', ' ').replace('clip', 'CLIP')}", text)
     for prompts, accuracy in (("learned prompts", learned), ("other prompts", reworded)):
