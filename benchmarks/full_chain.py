@@ -1,79 +1,108 @@
-"""What a gradient through a whole sampling chain costs: ``uv run python benchmarks/full_chain.py``.
+"""Cost of a gradient through all sampling steps: ``uv run python benchmarks/full_chain.py``.
 
 The gradient of a loss of the sampled latents by the initial latents and by the prompt's embeddings, under
-classifier-free guidance, is made in five ways, in turns so that other work on the machine hits all alike:
+classifier-free guidance, is made in five ways, in turns so that other work on the machine affects all alike:
 
 ``autograd``
-    DDIM with every activation stored.
+    DDIM with every activation stored (``Stored``).
 ``checkpointed``
-    DDIM with every step recomputed in the backward pass, as :func:`tokenlearn.diffusion.sample` does by default.
+    DDIM with every step recomputed in the backward pass (``Checkpointed``).
 ``EDICT``, ``leapfrog``, ``O-BELM``
-    Invertible chains by :func:`tokenlearn.diffusion.reversible.sample_reversible`, which store their end alone.
+    Reversible solvers, which store their last state alone (``Reversible``).
 
 EDICT evaluates the network twice a step; its published use for gradients, DOODL
-(https://github.com/salesforce/DOODL), evaluates it as often as ours does. The decoder and the loss of a real objective
-cost the same after any chain and are left out.
+(https://github.com/salesforce/DOODL), evaluates it as often. The decoder and the loss of a real objective are left out,
+because they cost the same in all ways.
 
-Rows are those that the network is evaluated for, without gradient and with; both count rows of every prompt, and
-those that the backward pass evaluates again. The error is the relative distance of the gradient from that of the same
-chain with every activation stored: what rounding does to the states that a backward sweep rebuilds. Peak memory is
-what a gradient has allocated at once beyond what is there before it, as
-:func:`benchmarks.class_token_step.peak_bytes` measures it, apart from time. A time ratio is the median over rounds of
-the ratio within one round; the key without suffix takes the worst number of steps, those with a suffix give each.
+Rows are the rows of all prompts that the network is evaluated for, without gradient and with; rows that the backward
+pass evaluates again count again. The error is the relative distance of the gradient from the gradient of the same
+solver with every activation stored: the effect of rounding on states that a backward sweep rebuilds. Peak memory is
+the most that a gradient has allocated at once, beyond the memory before it, see :mod:`benchmarks.memory`; it is
+measured apart from time. A time ratio is the median over rounds of the ratio within one round; the key without suffix
+takes the worst number of steps, keys with a suffix give each.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from statistics import median
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jsonargparse import auto_cli
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from benchmarks.memory import peak_bytes
 from benchmarks.common import RowCounter, take_turns
-from tokenlearn.diffusion import sample
-from tokenlearn.diffusion.reversible import sample_reversible
-from tokenlearn.diffusion.reversible_solvers import AsynchronousLeapfrog, Edict, OBelm, ReversibleSolver, leading_grid
+from benchmarks.memory import peak_bytes
+from tokenlearn.diffusion import (
+    EDICT,
+    OBELM,
+    Checkpointed,
+    Gradient,
+    Leapfrog,
+    Reversible,
+    ReversibleSolver,
+    Stored,
+    sample,
+)
 from tokenlearn.errors import UserError
-from tokenlearn.guidance import ClassifierFreeGuidance
+from tokenlearn.guidance import ClassifierFreeGuidance, GuidedModel
 from tokenlearn.models import StableDiffusion
 
-SOLVERS: dict[str, ReversibleSolver] = {"EDICT": Edict(), "leapfrog": AsynchronousLeapfrog(), "O-BELM": OBelm()}
 _MIB = 2**20
 
 
-class ChainGradient:
+class Way(NamedTuple):
+    """A solver and a gradient through it."""
+
+    solver: str | ReversibleSolver
+    gradient: Gradient
+
+
+WAYS: Mapping[str, Way] = {
+    "autograd": Way("DDIM", Stored()),
+    "checkpointed": Way("DDIM", Checkpointed()),
+    "EDICT": Way(EDICT(), Reversible()),
+    "leapfrog": Way(Leapfrog(), Reversible()),
+    "O-BELM": Way(OBELM(), Reversible()),
+}
+
+
+class SamplingGradient:
     """Gradient of sampled latents by the initial latents and the prompt's embeddings, again and again.
 
     Args:
-        backbone: where the network is.
+        backbone: the model.
         fabric: precision.
+        way: solver and gradient.
+        steps: sampling steps.
         batch_size: images.
         prompt: prompt of all images.
-        guidance_scale: classifier-free guidance.
-        chain: from initial latents, conditionings and guidance to sampled latents.
+        guidance_scale: classifier-free guidance scale.
     """
 
     def __init__(
         self,
         backbone: StableDiffusion,
         fabric: Fabric,
+        way: Way,
+        *,
+        steps: int,
         batch_size: int,
         prompt: str,
         guidance_scale: float,
-        chain: Callable[..., Tensor],
     ) -> None:
-        self.fabric, self.chain, self.guidance = fabric, chain, ClassifierFreeGuidance(guidance_scale)
+        self.fabric, self.gradient = fabric, way.gradient
+        self.solver = backbone.make_solver(way.solver, steps)
         self.latents = backbone.initial_latents(range(batch_size)).requires_grad_()
         self.directions = torch.randn(self.latents.shape, generator=torch.Generator().manual_seed(0)).to(self.latents)
         with torch.no_grad():
-            self.empty, self.wanted = (backbone.encode_prompts([text] * batch_size) for text in ("", prompt))
-        self.wanted.prompt_embeds.requires_grad_()
+            empty, prompted = (backbone.encode_prompts([text] * batch_size) for text in ("", prompt))
+        self.prompt_embeds = prompted.prompt_embeds.requires_grad_()
+        rule = ClassifierFreeGuidance(guidance_scale)
+        self.model = GuidedModel(backbone, rule, rule.conditionings(empty, prompted))
 
     def __call__(self) -> None:
         """Forward and backward."""
@@ -82,38 +111,8 @@ class ChainGradient:
     def gradients(self) -> tuple[Tensor, ...]:
         """By the initial latents (B, C, h, w) and the prompt's embeddings (B, L, D)."""
         with self.fabric.autocast():
-            conditionings = self.guidance.conditionings(self.empty, self.wanted)
-            latents = self.chain(self.latents, conditionings, self.guidance)
-        leaves = [self.latents, self.wanted.prompt_embeds]
-        return torch.autograd.grad((latents * self.directions).sum(), leaves)
-
-
-def chains(
-    backbone: StableDiffusion, steps: int, stores_activations: bool = False
-) -> dict[str, Callable[..., Tensor]]:
-    """The five chains by name, each as :class:`ChainGradient` takes it.
-
-    Args:
-        backbone: where the network is.
-        steps: sampling steps.
-        stores_activations: whether all chains store every activation, as ``autograd`` always does.
-    """
-    scheduler = backbone.make_scheduler("DDIM", steps)
-    config = scheduler.config
-    grid = leading_grid(backbone.alphas, backbone.sigmas, steps, config.steps_offset, config.set_alpha_to_one)
-
-    def ddim(checkpointing: bool) -> Callable[..., Tensor]:
-        return lambda latents, conditionings, guidance: sample(
-            backbone, scheduler, latents, conditionings, guidance, steps, checkpointing=checkpointing
-        )
-
-    def reversible(solver: ReversibleSolver) -> Callable[..., Tensor]:
-        return lambda latents, conditionings, guidance: sample_reversible(
-            backbone.predict_noise, grid, latents, conditionings, guidance, solver, not stores_activations
-        )
-
-    invertible = {name: reversible(solver) for name, solver in SOLVERS.items()}
-    return {"autograd": ddim(checkpointing=False), "checkpointed": ddim(not stores_activations)} | invertible
+            latents = sample(self.model, self.latents, solver=self.solver, gradient=self.gradient)
+        return torch.autograd.grad((latents * self.directions).sum(), [self.latents, self.prompt_embeds])
 
 
 def main(
@@ -136,9 +135,9 @@ def main(
         guidance_scale: classifier-free guidance; 1 evaluates the network for the prompt alone.
         batch_size: images per gradient.
         repetitions: rounds.
-        threads: of the CPU; null for torch's own choice.
-        precision: as the Trainer's.
-        accelerator: as the Trainer's.
+        threads: threads of the CPU; null for torch's choice.
+        precision: precision as of the Trainer.
+        accelerator: accelerator as of the Trainer.
 
     Raises:
         UserError: if there are fewer than two numbers of steps.
@@ -157,15 +156,23 @@ def main(
     print(f"{pipeline}, {batch_size} images, guidance {guidance_scale:g}, {precision}, {fabric.device}")
     print(line.format("steps", "", "seconds", "peak MiB", "rows, no grad", "rows, grad", "error"))
 
-    def gradients_of(named: dict[str, Callable[..., Tensor]]) -> dict[str, ChainGradient]:
+    def gradients_by(ways: Mapping[str, Way], count: int) -> dict[str, SamplingGradient]:
         return {
-            name: ChainGradient(backbone, fabric, batch_size, prompt, guidance_scale, chain)
-            for name, chain in named.items()
+            name: SamplingGradient(
+                backbone,
+                fabric,
+                way,
+                steps=count,
+                batch_size=batch_size,
+                prompt=prompt,
+                guidance_scale=guidance_scale,
+            )
+            for name, way in ways.items()
         }
 
     for count in steps:
-        gradients = gradients_of(chains(backbone, count))
-        stored = gradients_of(chains(backbone, count, stores_activations=True))
+        gradients = gradients_by(WAYS, count)
+        stored = gradients_by({name: Way(way.solver, Stored()) for name, way in WAYS.items()}, count)
         errors[count] = {name: relative_error(gradients[name], stored[name]) for name in gradients}
         counters = {name: RowCounter(backbone.unet) for name in gradients}
         for name, gradient in gradients.items():
@@ -191,7 +198,7 @@ def main(
     print(json.dumps({key: float(f"{value:.4g}") for key, value in results.items()}))
 
 
-def relative_error(gradient: ChainGradient, exact: ChainGradient) -> float:
+def relative_error(gradient: SamplingGradient, exact: SamplingGradient) -> float:
     """Distance of a gradient from another in units of the latter's norm; the worse of latents and prompt."""
     pairs = zip(gradient.gradients(), exact.gradients(), strict=True)
     return max(float((found - true).norm() / true.norm()) for found, true in pairs)

@@ -1,20 +1,21 @@
-"""What semantic guidance costs beside diffusers' pipeline: ``uv run python benchmarks/sega_speed.py``.
+"""Cost of semantic guidance beside diffusers' pipeline: ``uv run python benchmarks/sega_speed.py``.
 
-Two things are measured in one run, in turns so that other work on the machine hits both alike:
+Two implementations are measured in one run, in turns so that other work on the machine affects both alike:
 
 ``ours``
     :func:`tokenlearn.diffusion.sample` under :class:`tokenlearn.guidance.SemanticGuidance`, with everything around it:
-    prompts are tokenised and encoded, latents sampled, pictures decoded.
+    prompts are tokenised and encoded, latents sampled, images decoded.
 ``diffusers``
-    The same by ``SemanticStableDiffusionPipeline``: the same weights in memory, prompts, noise, scheduler, steps,
-    guidance and settings of the concepts. Quantiles are per channel and all concepts share their warm-up, where both
-    give the same pictures; how far apart they are is printed.
+    ``SemanticStableDiffusionPipeline`` with the same weights in memory, prompts, noise, scheduler, steps, guidance and
+    settings of the concepts. Quantiles are per channel and all concepts share their warm-up, where both
+    implementations give the same images; the largest difference is printed.
 
 Three cases: one concept and four with momentum, for which every concept has to be evaluated at every step, and four
-without, for which ours leaves the concepts out until their warm-up is over.
+without, for which ours leaves the concepts out during the warm-up.
 
-A ratio is ours over diffusers': of the times the median over rounds of the ratio within one round, of peak memory that
-of one run each. Peak memory is what is allocated at once beyond the weights, see ``class_token_step.py``.
+A ratio is ours over diffusers': of times the median over rounds of the ratio within one round, of peak memory the
+ratio of one run each. Peak memory is the most that is allocated at once beyond the weights, see
+:mod:`benchmarks.memory`.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from jsonargparse import auto_cli
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from benchmarks.memory import peak_bytes
 from benchmarks.common import take_turns
+from benchmarks.memory import peak_bytes
 from tokenlearn.diffusion import sample
 from tokenlearn.errors import UserError
-from tokenlearn.guidance import Concept, ConceptSettings, SemanticGuidance
+from tokenlearn.guidance import Concept, ConceptSettings, GuidedModel, SemanticGuidance
 from tokenlearn.models import StableDiffusion
 
 FEW, MANY = 1, 4
@@ -42,19 +43,19 @@ _MIB = 2**20
 
 
 class Ours:
-    """Pictures of a prompt under semantic guidance by concepts that share their settings.
+    """Images of a prompt under semantic guidance by concepts that share their settings.
 
     Args:
         backbone: the model.
-        prompt: of all pictures.
+        prompt: prompt of all images.
         concepts: prompts of one term each.
-        settings: of all concepts.
+        settings: settings of all concepts.
         noise: (B, C, h, w) initial latents.
         steps: sampling steps.
-        guidance_scale: of the prompt.
+        guidance_scale: scale of the prompt.
 
     Attributes:
-        images: (B, 3, H, W) in [0, 1], the last pictures.
+        images: (B, 3, H, W) in [0, 1], the last images.
     """
 
     images: Tensor
@@ -74,17 +75,16 @@ class Ours:
 
     @torch.no_grad()
     def __call__(self) -> None:
-        """Make the pictures."""
+        """Make the images."""
         encoded = self.backbone.encode_prompts(self.prompts)
         rows = [encoded[index : index + 1] for index in range(len(encoded))]
-        scheduler = self.backbone.make_scheduler()
-        conditionings = self.rule.conditionings(rows[0], rows[1], *rows[2:])
-        latents = sample(self.backbone, scheduler, self.noise, conditionings, self.rule, self.steps)
+        model = GuidedModel(self.backbone, self.rule, self.rule.conditionings(rows[0], rows[1], *rows[2:]))
+        latents = sample(model, self.noise, solver=self.backbone.make_solver(None, self.steps))
         self.images = self.backbone.decode_latents(latents).clamp(0, 1)
 
 
 class Theirs:
-    """The same pictures by diffusers' pipeline; arguments and attribute as of :class:`Ours`."""
+    """The same images by diffusers' pipeline; arguments and attribute as of :class:`Ours`."""
 
     images: Tensor
 
@@ -114,12 +114,12 @@ class Theirs:
         }
 
     def __call__(self) -> None:
-        """Make the pictures."""
+        """Make the images."""
         self.images = self.pipeline(**self.options).images
 
 
 def semantic_pipeline(backbone: StableDiffusion) -> Any:  # noqa: ANN401 - diffusers' pipelines have no usable types
-    """The semantic pipeline of diffusers around the parts of the backbone, which it shares."""
+    """The semantic pipeline of diffusers around the parts of the backbone."""
     pipeline_class: Any = SemanticStableDiffusionPipeline
     pipeline = pipeline_class(
         vae=backbone.vae,
@@ -155,19 +155,19 @@ def main(
 
     Args:
         pipeline: folder or hub id of the diffusion model.
-        prompt: prompt of the pictures.
+        prompt: prompt of the images.
         concepts: four concepts to add.
         steps: sampling steps.
-        guidance_scale: of the prompt, above 1, below which diffusers leaves the concepts out.
-        scale: of the concepts.
-        threshold: of the concepts.
-        warmup_share: part of the steps that is warm-up.
-        momentum_scale: of the concepts, where they have momentum.
-        momentum_beta: of the concepts, where they have momentum.
-        batch_size: pictures at once.
+        guidance_scale: scale of the prompt, above 1, because diffusers ignores concepts at 1.
+        scale: scale of the concepts.
+        threshold: threshold of the concepts.
+        warmup_share: share of the steps that are warm-up.
+        momentum_scale: momentum of the concepts, in the cases with momentum.
+        momentum_beta: decay of the momentum.
+        batch_size: images at once.
         repetitions: rounds.
-        threads: of the CPU; null for torch's own choice.
-        accelerator: where to run.
+        threads: threads of the CPU; null for torch's choice.
+        accelerator: accelerator as of the Trainer.
 
     Raises:
         UserError: if there are not four concepts, or the guidance scale is not above 1.
@@ -188,8 +188,8 @@ def main(
 
     results: dict[str, float] = {}
     line = "{:>8}  {:<8}  {:<10} {:>17} {:>9} {:>12}"
-    print(f"{pipeline}, {batch_size} pictures at once, {steps} steps, {device}, {torch.get_num_threads()} threads")
-    print(line.format("concepts", "momentum", "", "seconds a picture", "peak MiB", "difference"))
+    print(f"{pipeline}, {batch_size} images at once, {steps} steps, {device}, {torch.get_num_threads()} threads")
+    print(line.format("concepts", "momentum", "", "seconds an image", "peak MiB", "difference"))
     for key, count, settings in (
         ("one", FEW, with_momentum),
         ("four", MANY, with_momentum),

@@ -9,7 +9,7 @@ from tokenlearn.errors import UserError
 STEPS, BATCH = 5, 2
 
 
-def test_prints_ratios_of_the_same_pictures(tiny_models, capsys):
+def test_prints_ratios_of_the_same_images(tiny_models, capsys):
     sega_speed.main(
         pipeline=str(tiny_models / "pipeline"),
         steps=STEPS,
@@ -35,10 +35,10 @@ def test_prints_ratios_of_the_same_pictures(tiny_models, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"concepts": ("hat",)}, "concepts must be 4, got 1"),
-        ({"guidance_scale": 1.0}, "guidance_scale must be above 1, got 1.0"),
+        ({"concepts": ("hat",)}, r"concepts .* 4, .* 1"),
+        ({"guidance_scale": 1.0}, r"guidance_scale .* 1.0"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(options, words):
+def test_bad_settings(options, words):
     with pytest.raises(UserError, match=words):
         sega_speed.main(**options)
