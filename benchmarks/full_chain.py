@@ -11,8 +11,8 @@ classifier-free guidance, is made in five ways, in turns so that other work on t
     Reversible solvers, which store their last state alone (``Reversible``).
 
 EDICT evaluates the network twice a step; its published use for gradients, DOODL
-(https://github.com/salesforce/DOODL), evaluates it as often. The decoder and the loss of a real objective are left out,
-because they cost the same in all ways.
+(https://github.com/salesforce/DOODL), evaluates it as often. The decoder and the loss of a real objective cost the
+same in all ways, so they are left out.
 
 Rows are the rows of all prompts that the network is evaluated for, without gradient and with; rows that the backward
 pass evaluates again count again. The error is the relative distance of the gradient from the gradient of the same
