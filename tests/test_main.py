@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -9,37 +10,28 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.command_line import error_of
 from tests.conftest import CLASSES
 from tests.tiny import tiny_classifier
-from tokenlearn.main import main
+from tokenlearn.main import COMMANDS, main
+from tokenlearn.paths import resolve_config
 from tokenlearn.tokens import load_embedding, save_embedding
-
-
-def error_of(arguments, capsys):
-    """The one line that bad input gives."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tokenlearn: error: ")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model.init_args.gradient_stpes": 3}, ["gradient_stpes"]),
+        ({"model.init_args.sampling.stpes": 3}, ["stpes"]),
         ({"model.init_args.backbone.init_args.pretrained": "no/such/folder/here"}, ["no/such/folder/here"]),
         ({"model.init_args.backbone.init_args.pretrained": "owner/no-such-model"}, ["owner/no-such-model"]),
         ({"model.init_args.classes": {"wizzard": None}}, ["wizzard", "wizard"]),
         ({"model.init_args.classes": {}}, ["classes", "empty"]),
-        ({"model.init_args.placeholder": "king"}, ["king", "vocabulary"]),
-        ({"model.init_args.num_vectors": 90}, ["too many vectors", "77"]),
-        ({"model.init_args.gradient_steps": 0}, ["gradient_steps", "0"]),
-        ({"model.init_args.num_inference_steps": 0}, ["num_inference_steps", "0"]),
-        ({"model.init_args.scheduler": "DIM"}, ["DIM", "DDIM"]),
-        ({"model.init_args.initial_embeddings": ["missing.safetensors"]}, ["missing.safetensors"]),
+        ({"model.init_args.tokens.placeholder": "king"}, ["king", "vocabulary"]),
+        ({"model.init_args.tokens.num_vectors": 90}, ["77"]),
+        ({"model.init_args.gradient.init_args.steps": 0}, ["steps", "0"]),
+        ({"model.init_args.sampling.steps": 0}, ["sampling.steps", "0"]),
+        ({"model.init_args.sampling.solver": "DIM"}, ["DIM", "DDIM"]),
+        ({"model.init_args.tokens.initial_embeddings": ["missing.safetensors"]}, ["missing.safetensors"]),
         ({"data.init_args.templates": ["a photo of a wizard"]}, ["a photo of a wizard", "{}"]),
         ({"data.init_args.batch_size": 0}, ["batch_size", "0"]),
         ({"trainer.precision": "8-mixed"}, ["8-mixed"]),
@@ -47,7 +39,7 @@ def error_of(arguments, capsys):
     ids=lambda value: next(iter(value)).split(".")[-1] if isinstance(value, dict) else "",
 )
 def test_bad_settings_give_one_line(tiny_config, capsys, changes, words):
-    if changes.get("model.init_args.placeholder"):
+    if "model.init_args.tokens.placeholder" in changes:
         changes = changes | {"model.init_args.classes": {"wizard": None}}
     error = error_of(["fit", "--config", tiny_config(changes)], capsys)
     for word in words:
@@ -69,7 +61,9 @@ def test_truncated_classifier(tiny_config, tmp_path, capsys):
     folder = tiny_classifier(tmp_path / "cut", CLASSES)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    error = error_of(["fit", "--config", tiny_config({"model.init_args.classifier": str(folder)})], capsys)
+    error = error_of(
+        ["fit", "--config", tiny_config({"model.init_args.objective.init_args.classifier": str(folder)})], capsys
+    )
     assert str(folder) in error
 
 
@@ -99,7 +93,7 @@ def generate_config(tiny_models, tmp_path):
                         "init_args": {"pretrained": str(tiny_models / "pipeline")},
                     },
                     "embeddings": [str(path) for path in embeddings],
-                    "num_inference_steps": 4,
+                    "sampling": {"steps": 4},
                 },
             },
             "data": {"class_path": "PromptList", "init_args": {"prompts": list(prompts), "seeds": [1, 2]}},
@@ -247,8 +241,101 @@ def test_run_folder_is_named_after_config_and_time(tiny_config, tmp_path, monkey
     assert (tmp_path / run / "config.yaml").is_file()
 
 
-def test_help_names_export(capsys):
+def test_help_names_every_command_and_how_to_list_settings(capsys):
+    main(["--help"])
+    page = capsys.readouterr().out
+    for words in (*COMMANDS, "--config", "--model.help", "--print_config"):
+        assert words in page
+    examples = [line for line in page.splitlines() if line.strip().startswith("tokenlearn ")]
+    for config in re.findall(r"--config (\S+)", "\n".join(examples)):
+        assert resolve_config(config).is_file()
+    main([])
+    assert capsys.readouterr().out == page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["fti"], ["fti", *COMMANDS]), (["--config", "mine.yaml"], ["--config", *COMMANDS]), (["fit", "--config"], [])],
+)
+def test_bad_commands(arguments, words, capsys):
+    error = error_of(arguments, capsys)
+    for word in words:
+        assert word in error
+
+
+def test_commands_say_a_first_line_at_once(capsys):
+    error_of(["fit", "--config", "nowhere.yaml"], capsys)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "nowhere.yaml"])
+    assert capsys.readouterr().err.splitlines()[0].startswith("tokenlearn fit: ")
+
+
+def settings_of(arguments, capsys):
+    """The settings that a run with these arguments would use."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        main(["--help"])
+        main([*arguments, "--print_config"])
     assert stopped.value.code == 0
-    assert "tokenlearn export" in capsys.readouterr().out
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.fixture
+def parts(tiny_config, tmp_path):
+    """A tiny config in two files: the backbone, and the rest."""
+    method = yaml.safe_load(Path(tiny_config()).read_text())
+    backbone = {"model": {"init_args": {"backbone": method["model"]["init_args"].pop("backbone")}}}
+    paths = [tmp_path / "backbone.yaml", tmp_path / "method.yaml"]
+    for path, part in zip(paths, (backbone, method), strict=True):
+        path.write_text(yaml.safe_dump(part))
+    return [str(path) for path in paths]
+
+
+def test_configs_combine_in_any_order(parts, tiny_config, capsys):
+    whole = settings_of(["fit", "--config", tiny_config()], capsys)
+    for order in (parts, parts[::-1]):
+        assert settings_of(["fit", *(f"--config={path}" for path in order)], capsys) == whole
+
+
+def test_later_configs_and_options_override(parts, tmp_path, capsys):
+    mine = {
+        "model": {"init_args": {"sampling": {"steps": 3}, "classes": {"pirate": None}}},
+        "data": {"init_args": {"batch_size": 5}},
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(mine))
+    options = ["fit", "--model.sampling.guidance=2", "--trainer.max_steps", "9"]
+    configs = [argument for path in (*parts, tmp_path / "mine.yaml") for argument in ("-c", str(path))]
+    settings = settings_of([*options, *configs], capsys)
+    model = settings["model"]["init_args"]
+    assert model["classes"] == {"pirate": None}  # a value of its own, not a section: replaced as a whole
+    assert (model["sampling"]["steps"], model["sampling"]["guidance"]) == (3, 2.0)
+    assert model["backbone"]["class_path"].endswith("StableDiffusion")
+    assert settings["data"]["init_args"]["batch_size"] == 5
+    assert settings["trainer"]["max_steps"] == 9
+
+
+def test_another_class_starts_afresh(parts, tmp_path, capsys):
+    other = {"data": {"class_path": "PromptList", "init_args": {"prompts": ["a king"]}}}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    settings = settings_of(["predict", *(f"-c={path}" for path in (*parts, tmp_path / "other.yaml"))], capsys)
+    assert settings["data"]["class_path"].endswith("PromptList")
+    assert settings["data"]["init_args"]["prompts"] == ["a king"]
+
+
+def test_config_that_is_not_yaml(parts, tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("model: {")
+    for files in ([], parts):
+        error = error_of(["fit", *(f"-c={path}" for path in (*files, tmp_path / "bad.yaml"))], capsys)
+        assert "bad.yaml" in error or not files
+
+
+def test_runs_of_a_saved_config_leave_its_own_run_alone(tiny_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config({"model.init_args.judge": None, "trainer.max_steps": 1, "output_dir": None})
+    main(["fit", "--config", config])
+    old = tmp_path / capsys.readouterr().out.strip().splitlines()[-1]
+    before = {path: path.stat().st_mtime_ns for path in old.rglob("*") if path.is_file()}
+    assert old / "config.yaml" in before
+    main(["fit", "--config", str(old / "config.yaml"), "--output_dir", "new"])
+    assert {path: path.stat().st_mtime_ns for path in old.rglob("*") if path.is_file()} == before
+    for pattern in ("checkpoints/last.ckpt", "config.yaml", "events.out.*"):
+        assert list((tmp_path / "new").glob(pattern)), pattern

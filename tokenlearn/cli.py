@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # Imported so that configs may name their classes without a path.
 import tokenlearn.data.generated
@@ -23,6 +24,7 @@ import tokenlearn.models
 import tokenlearn.objectives
 import tokenlearn.training  # noqa: F401
 from tokenlearn.callbacks import EmbeddingExport, ImageGrid, PredictionWriter, ReportWriter, ResultWriter
+from tokenlearn.errors import UserError
 from tokenlearn.evaluation import Evaluation, evaluation_of
 from tokenlearn.files import atomic_write
 from tokenlearn.quiet import quiet
@@ -73,6 +75,10 @@ class TokenlearnCLI(LightningCLI):
             }
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401 - Lightning's union
+        """Parse without Lightning's warning that arguments were given in Python: they are the command line's."""
+        self.config = parser.parse_args(args)
+
     def instantiate_classes(self) -> None:
         """Check that the run folder can be written to, then make the task, the data and the trainer."""
         config = self.config[self.subcommand]
@@ -84,6 +90,7 @@ class TokenlearnCLI(LightningCLI):
             config.return_predictions = False  # callbacks write them, and memory stays flat
         with quiet():
             super().instantiate_classes()
+        self.evaluation: Evaluation[Any] | None = self._get(self.config_init, "evaluation")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:  # noqa: ANN401 - arguments of the trainer
         """Make the trainer, which writes everything to the run folder.
@@ -99,15 +106,35 @@ class TokenlearnCLI(LightningCLI):
                 callback.dirpath = f"{folder}/checkpoints"
         return trainer
 
+    def before_fit(self) -> None:
+        """Refuse an evaluation that does not suit the task before the fit."""
+        if self.evaluation is not None:
+            evaluation_of(self.model, self.evaluation)
+
     def before_test(self) -> None:
-        """Run the evaluation of a task that learns tokens."""
-        self.model = evaluation_of(self.model, self._get(self.config_init, "evaluation"))
+        """Test the evaluation of the task instead of the task."""
+        self.model = evaluation_of(self.model, self.evaluation)
 
     def after_fit(self) -> None:
-        """Evaluate the best tokens, or validate them if the evaluation takes long, and say where everything is."""
+        """Evaluate the best tokens, or validate them where there is no quick evaluation, and say where they are."""
         if self.trainer.interrupted:
             return
-        ...
+        best = any(getattr(callback, "best_model_path", "") for callback in self.trainer.checkpoint_callbacks)
+        evaluation = self._quick_evaluation()
+        if evaluation is None and not is_overridden("validation_step", self.model):  # a task from outside the package
+            return
+        run = self.trainer.validate if evaluation is None else self.trainer.test
+        run(evaluation or self.model, datamodule=self.datamodule, ckpt_path="best" if best else None, verbose=False)
+
+    def _quick_evaluation(self) -> Evaluation[Any] | None:
+        """The evaluation, if the task has one that may follow every fit, and a judge for it."""
+        if getattr(self.model, "judge", None) is None:
+            return None
+        try:
+            evaluation = evaluation_of(self.model, self.evaluation)
+        except UserError:  # a task from outside the package
+            return None
+        return evaluation if evaluation.evaluate_after_fit else None
 
     def _run_subcommand(self, subcommand: str) -> None:
         with quiet():

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from tokenlearn.errors import UserError, reason_of
 from tokenlearn.paths import resolve_config

@@ -87,8 +87,7 @@ def evaluate(
 
 def _trainer(settings: dict[str, Any]) -> L.Trainer:
     files = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    with quiet():
-        return L.Trainer(**files | settings)
+    return L.Trainer(**files | settings)
 
 
 def _default_data(task: L.LightningModule) -> L.LightningDataModule | None:

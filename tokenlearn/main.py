@@ -29,7 +29,7 @@ commands:
   test       the table of an evaluation
                tokenlearn test --config portraits/caso --ckpt_path outputs/caso/TIME/checkpoints/last.ckpt
   predict    generate, edit or optimise images
-               tokenlearn predict --config portraits/sega --output_dir sega
+               tokenlearn predict --config portraits/sega
   export     write learned tokens as embedding files for another program
                tokenlearn export --ckpt_path outputs/quickstart/TIME/checkpoints/last.ckpt --format diffusers
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 
 _WARNINGS = (
@@ -14,23 +16,29 @@ _WARNINGS = (
     ".*LeafSpec.*is deprecated.*",  # Lightning's own code, which users cannot change
     ".*module\\(s\\) in eval mode.*",  # the frozen models are in eval mode on purpose
 )
+_LOG_MESSAGES = (
+    "litlogger",  # an advertisement
+    "[GTH]PU available: False",
+    "`Trainer.fit` stopped: `max_(steps|epochs)=",  # the end that was asked for
+)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide advice of Lightning that does not apply here, and what :func:`quiet_models` hides.
+    """Hide messages of Lightning that do not apply here, and what :func:`quiet_models` hides.
 
     Warning filters, log levels and progress bars are as before after the block.
     """
     lightning = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    lightning.addFilter(_applies)
+    applies = partial(_applies)  # an object of this call, so that blocks may be nested
+    lightning.addFilter(applies)
     try:
         with quiet_models(), warnings.catch_warnings():
             for message in _WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:
-        lightning.removeFilter(_applies)
+        lightning.removeFilter(applies)
 
 
 @contextmanager
@@ -51,5 +59,5 @@ def quiet_models() -> Iterator[None]:
 
 
 def _applies(record: logging.LogRecord) -> bool:
-    """False for Lightning's advertisement of another logger."""
-    return "litlogger" not in str(record.msg)
+    """False for log messages of Lightning that say nothing."""
+    return not re.search("|".join(_LOG_MESSAGES), str(record.msg))
