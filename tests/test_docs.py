@@ -37,6 +37,8 @@ REDUCTIONS = {
     "optimisation: {steps: 30}": "optimisation: {steps: 1}",
     "seeds=range(8)": "seeds=range(1)",
     "seeds=range(4)": "seeds=range(1)",
+    "seeds=[1, 2, 3, 4]": "seeds=[1]",
+    "for strength in (0, 1, 2, 4)": "for strength in (0, 4)",
     "portraits:2000": "portraits:200",
     "portraits_dataset(2000": "portraits_dataset(200",
 }

@@ -18,6 +18,7 @@ from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.guidance import ClassifierFreeGuidance, GuidanceRule, GuidedModel
 from tokenlearn.models import Conditioning, DiffusionBackbone
 from tokenlearn.paths import resolve
+from tokenlearn.quiet import quiet_models
 from tokenlearn.tokens import Embeddings, LearnedTokens, TokenBank, load_bank, vocabulary_hash
 
 if TYPE_CHECKING:
@@ -347,7 +348,8 @@ def load_backbone(pretrained: str, **options: Any) -> DiffusionBackbone:  # noqa
             f"the model '{pretrained}' is a {family}; there are adapters for {', '.join(adapters)}: give another "
             "model, or make the backbone yourself"
         )
-    backbone: DiffusionBackbone = getattr(models, adapters[family])(pretrained, **options)
+    with quiet_models():
+        backbone: DiffusionBackbone = getattr(models, adapters[family])(pretrained, **options)
     return backbone
 
 
