@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -135,7 +134,9 @@ class Caso(TokenTraining):
         # As in training, so that images and features are those that the tokens will meet.
         with torch.no_grad(), self.trainer.precision_plugin.train_step_context():
             batches = first_batches(data, settings.collapse_batches, self.device)
-            self.class_means = measure_class_means(self.attributes, batches, self._features, self.device)
+            self.class_means = measure_class_means(
+                self.attributes, batches, lambda batch: self.classifier.features(self.clean_images(batch)), self.device
+            )
             log_collapse(self.attributes, self.class_means, self.loggers, self.global_step)
             if settings.kind != "words" and not self.resumed:
                 self._start_tokens(first_batches(data, settings.batches, self.device))
@@ -147,10 +148,11 @@ class Caso(TokenTraining):
             UserError: if the loss is not finite on any device.
         """
         latents, positions = self.clean_latents(batch), self.sample_positions(len(batch.names))
-        predicted = partial(self._logits, batch, latents) if self.objective.uses_present else None
+        uses_present = self.objective.uses_present
+        classify = (lambda: self.classifier(self.clean_images(batch, latents))) if uses_present else None
         targets = choose_targets(
             positions,
-            present_classes(batch.labels, self.attributes, latents, predicted),
+            present_classes(batch.labels, self.attributes, latents, classify),
             num_classes=[len(attribute.classes) for attribute in self.attributes],
             class_counts=[means.counts for means in self.class_means],
             targets=self.targets,
@@ -176,7 +178,7 @@ class Caso(TokenTraining):
             features=features,
             logits=self.classifier.classify(features).float(),
             compared=compared,
-            unedited_logits=self._unedited_logits(edits, compared) if compared else None,
+            unedited_logits=self._logits(edits.unedited(compared)) if compared else None,
         )
         attributes = [means.of(item) for means, item in zip(self.class_means, self.attributes, strict=True)]
         terms = self.objective(images, attributes)
@@ -267,16 +269,10 @@ class Caso(TokenTraining):
         return metadata
 
     @torch.no_grad()
-    def _logits(self, batch: ImageBatch, latents: Tensor) -> Tensor:
-        """The classifier's logits (B, num_outputs) of a batch before any edit."""
-        logits: Tensor = self.classifier(self.clean_images(batch, latents))
+    def _logits(self, latents: Tensor) -> Tensor:
+        """The classifier's logits (n, num_outputs) of decoded latents (n, C, h, w)."""
+        logits: Tensor = self.classifier(self.backbone.decode_latents(latents))
         return logits
-
-    @torch.no_grad()
-    def _unedited_logits(self, edits: Edits, rows: Sequence[int]) -> Tensor:
-        """The classifier's logits (n, num_outputs) of images that are denoised without a token."""
-        logits: Tensor = self.classifier(self.backbone.decode_latents(edits.unedited(rows)))
-        return logits.float()
 
     def _named_edits(self, names: Sequence[str], latents: Tensor) -> Edits:
         """Edits of latents (B, C, h, w) with the noise of their names, at the middle timestep."""
@@ -284,10 +280,6 @@ class Caso(TokenTraining):
         middle = torch.full((len(latents),), timesteps[len(timesteps) // 2], device=self.device)
         noise = named_noise(names, latents.shape[1:]).to(self.device)
         return self.editor.edits(self.editor.noised(latents, noise, middle), middle)
-
-    def _features(self, batch: ImageBatch) -> Tensor:
-        """Features (B, F) of a batch's images."""
-        return self.classifier.features(self.clean_images(batch))
 
     def _start_tokens(self, batches: Iterable[ImageBatch]) -> None:
         """Move the tokens from their word to where the class means point to."""

@@ -39,6 +39,7 @@ class EditTargets(NamedTuple):
     noise: Tensor
 
 
+@torch.no_grad()
 def present_classes(
     labels: Mapping[str, Tensor], attributes: Sequence[Attribute], like: Tensor, logits: Callable[[], Tensor] | None
 ) -> Tensor:
