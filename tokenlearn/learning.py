@@ -62,7 +62,7 @@ def learn(
 
 def evaluate(
     task: L.LightningModule,
-    evaluation: Evaluation | None = None,
+    evaluation: Evaluation[Any] | None = None,
     data: L.LightningDataModule | None = None,
     **trainer: Any,  # noqa: ANN401 - arguments of the trainer
 ) -> Table:
@@ -82,6 +82,7 @@ def evaluate(
     module = evaluation_of(task, evaluation)
     with quiet():
         _trainer(trainer).test(module, datamodule=_default_data(task) if data is None else data, verbose=False)
+    assert module.table is not None
     return module.table
 
 

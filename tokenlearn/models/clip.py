@@ -15,6 +15,7 @@ from tokenlearn.errors import UserError, reason_of
 from tokenlearn.losses.clip_distance import mean_direction
 from tokenlearn.models.frozen import FrozenModule, freeze
 from tokenlearn.paths import resolve
+from tokenlearn.quiet import quiet_models
 
 _INTERPOLATION = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
 """Torch's names of Pillow's filters; torch has no other filters."""
@@ -166,9 +167,10 @@ def _load(pretrained: str) -> tuple[Any, Any, Any]:
         raise UserError(f"CLIP folder '{pretrained}' does not exist; give an existing folder or a hub id (owner/name)")
     try:
         clip_class: Any = CLIPModel
-        model, info = clip_class.from_pretrained(source, output_loading_info=True)
-        tokenizer = CLIPTokenizer.from_pretrained(source)
-        processor = CLIPImageProcessor.from_pretrained(source)
+        with quiet_models():
+            model, info = clip_class.from_pretrained(source, output_loading_info=True)
+            tokenizer = CLIPTokenizer.from_pretrained(source)
+            processor = CLIPImageProcessor.from_pretrained(source)
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
         if local:
             raise UserError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenlearn.errors import UserError, reason_of
 from tokenlearn.paths import resolve
+from tokenlearn.quiet import quiet_models
 
 
 def load_pipeline(
@@ -49,13 +50,14 @@ def load_pipeline(
     try:
         if local:
             _check_folder(folder, variant, models)
-        pipeline = pipeline_class.from_pretrained(
-            str(folder) if local else pretrained,
-            revision=revision,
-            variant=variant,
-            low_cpu_mem_usage=False,  # anything else needs accelerate
-            **options,
-        )
+        with quiet_models():
+            pipeline = pipeline_class.from_pretrained(
+                str(folder) if local else pretrained,
+                revision=revision,
+                variant=variant,
+                low_cpu_mem_usage=False,  # anything else needs accelerate
+                **options,
+            )
         _check_family(pretrained, pipeline.config, models)
     except UserError:
         raise
