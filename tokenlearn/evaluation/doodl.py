@@ -183,7 +183,8 @@ class DoodlEvaluation(Evaluation[Generate]):
 
     def test_step(self, batch: list[CaseImage]) -> None:
         """Make the images of a batch by all methods, and judge them."""
-        for case, of_case in groupby(batch, key=lambda part: part.case):
+        # By target too: an image then has the same neighbours, and numbers, as in a case of its target alone.
+        for (case, _), of_case in groupby(batch, key=lambda part: (part.case, part.target)):
             images = list(of_case)
             # Photos differ in size.
             parts = [images] if images[0].image.image is None else [[image] for image in images]

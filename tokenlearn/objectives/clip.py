@@ -87,7 +87,7 @@ class CLIPTextLoss(_CLIPLoss):
                 self.register_buffer("_direction", self.clip.text_features(texts)[0], persistent=False)
 
     def direction(self, targets: Sequence[str] | None) -> Tensor:
-        """Unit vector (D,) of the text, or (B, D) of the text of each target.
+        """Unit vector (D,) of the text if all images have the same text, else (B, D) of the text of each target.
 
         Raises:
             UserError: if the text needs targets and there are none, or a target has no text.
@@ -96,6 +96,8 @@ class CLIPTextLoss(_CLIPLoss):
             return self.get_buffer("_direction")
         self.check(targets)
         assert targets is not None
+        if len(set(targets)) == 1:
+            return self._text_direction(targets[0])
         return torch.stack([self._text_direction(target) for target in targets])
 
     def losses(self, images: Tensor, names: Sequence[str]) -> Tensor:
@@ -103,7 +105,8 @@ class CLIPTextLoss(_CLIPLoss):
         if not self.uses_targets:
             return super().losses(images, names)
         features = self.clip.image_features(images)
-        return spherical_distance(features[:, None], self.direction(names))
+        self.check(names)
+        return spherical_distance(features[:, None], torch.stack([self._text_direction(name) for name in names]))
 
     def check(self, targets: Sequence[str] | None = None) -> None:
         """Refuse a text that needs targets where there are none, and targets without a text.
