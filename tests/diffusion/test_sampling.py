@@ -1,10 +1,10 @@
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 
-from tests.diffusion.networks import Recorder
+from tests.diffusion.networks import EMPTY, UNGUIDED, FunctionNetwork, Recorder
 from tests.tiny import tiny_pipeline
-from tokenlearn.diffusion import Checkpointed, Detached, LastK, Stored, sample
+from tokenlearn.diffusion import Checkpointed, Detached, FlowProcess, LastK, SchedulerSolver, Stored, sample
 from tokenlearn.errors import UserError
 from tokenlearn.guidance import ClassifierFreeGuidance, GuidedModel
 from tokenlearn.models import StableDiffusion
@@ -221,3 +221,23 @@ def test_a_number_of_rows_that_does_not_fit_is_refused(backbone, conditionings):
 def test_a_gradient_through_no_step_is_refused(gradient):
     with pytest.raises(UserError, match=f"{gradient.__name__}.* 1, got -1"):
         gradient(-1)
+
+
+def test_a_flow_follows_its_straight_line():
+    """Normal images with unit noise: the exact velocity of the flow leads every sample along its path."""
+    spread = 0.5
+
+    def velocity(latents, timestep, conditioning):
+        s = (timestep / 1000).to(latents)
+        variance = (1 - s) ** 2 * spread**2 + s**2
+        return latents * (s - (1 - s) * spread**2) / variance  # E[e - x0 | z]
+
+    model = GuidedModel(FunctionNetwork(velocity, FlowProcess()), UNGUIDED, [EMPTY])
+    noise = torch.randn(2, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for steps in (20, 80, 320):
+        found = sample(model, noise, solver=SchedulerSolver(FlowMatchEulerDiscreteScheduler(), steps))
+        errors.append((found - spread * noise).norm() / noise.norm())
+    assert errors[1] < errors[0] / 2
+    assert errors[2] < errors[1] / 2
+    assert errors[2] < 0.01

@@ -16,12 +16,14 @@ from tokenlearn.errors import UserError
 
 
 class Scheduler(Protocol):
-    """The part of diffusers' schedulers that sampling uses."""
+    """The part of diffusers' schedulers that sampling uses.
+
+    Schedulers of noise processes also have ``init_noise_sigma`` and ``scale_model_input``; schedulers of flows start
+    from unit noise and give the network the latents as they are.
+    """
 
     timesteps: Any
-    init_noise_sigma: Any
     set_timesteps: Callable[..., None]
-    scale_model_input: Callable[..., Any]
     step: Callable[..., Any]
 
 
@@ -91,10 +93,10 @@ class SchedulerSolver(Solver):
 
         latents = latents.float()
         if from_timestep is None:
-            latents = latents * scheduler.init_noise_sigma
+            latents = latents * _first_sigma(scheduler)
         for index, timestep in enumerate(timesteps):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= total - differentiated):
-                inputs = scheduler.scale_model_input(latents, timestep)
+                inputs = _network_inputs(scheduler, latents, timestep)
                 if detach_inputs:
                     inputs = inputs.detach()
                 output = model(inputs, timestep, index, recompute)
@@ -104,6 +106,17 @@ class SchedulerSolver(Solver):
             if callback is not None:
                 callback(index, latents)
         return latents
+
+
+def _first_sigma(scheduler: Scheduler) -> Any:  # noqa: ANN401 - a number or a tensor, by scheduler
+    """Standard deviation of the noise that the scheduler starts from."""
+    return getattr(scheduler, "init_noise_sigma", 1.0)
+
+
+def _network_inputs(scheduler: Scheduler, latents: Tensor, timestep: Tensor) -> Tensor:
+    """The network's input for latents at a timestep."""
+    scale: Callable[..., Tensor] | None = getattr(scheduler, "scale_model_input", None)
+    return latents if scale is None else scale(latents, timestep)
 
 
 def _timesteps_between(scheduler: Scheduler, first: int | None, last: int | None) -> Tensor:
@@ -122,7 +135,7 @@ def _timesteps_between(scheduler: Scheduler, first: int | None, last: int | None
             )
     # Latents of sigma-scaled schedulers (Euler) have another size at later timesteps, and for those that visit a
     # timestep twice (PNDM, Heun) the timestep does not say which visit is meant.
-    if first is not None and (float(scheduler.init_noise_sigma) != 1 or len(set(known)) < len(known)):
+    if first is not None and (float(_first_sigma(scheduler)) != 1 or len(set(known)) < len(known)):
         raise UserError(f"{type(scheduler).__name__} cannot start at timestep {first}; use the DDIM scheduler")
     start = 0 if first is None else known.index(first)
     stop = len(known) if last is None else known.index(last) + inverse
