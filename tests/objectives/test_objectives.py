@@ -158,7 +158,7 @@ def test_each_target_may_have_its_text(folder, images):
     names = ["nurse", "king", "nurse"]
     expected = [CLIPTextLoss(text.clip, described[name])(images[row, None]) for row, name in enumerate(names)]
     torch.testing.assert_close(text(images[:3], 0, names), torch.cat(expected))
-    with pytest.raises(UserError, match="'wizard'.*king, nurse"):
+    with pytest.raises(UserError, match=r"'wizard'.*king, nurse"):
         text.check(["king", "wizard"])
 
 

@@ -40,7 +40,7 @@ class LastK(Gradient):
 
     Args:
         steps: K; more than the sampler has is all of them.
-        checkpointing: recompute the activations of each step in the backward pass: the memory of one step instead of K.
+        checkpointing: recompute the activations of each step in the backward pass: the memory of one step, not of K.
 
     Raises:
         UserError: if ``steps`` is below 1.

@@ -23,9 +23,9 @@ def invert(
 
     A reversible solver inverts exactly: sample its result by the same solver and guided model to get the latents back.
 
-    An inverse scheduler makes DDIM inversion (Song et al., 2021, https://arxiv.org/abs/2010.02502, section 4.3). A step
-    of DDIM is an Euler step, so its inversion predicts noise where a step begins instead of where it ends, and is exact
-    only in the limit of many steps. Guidance makes the error grow, so invert without guidance::
+    An inverse scheduler makes DDIM inversion (Song et al., 2021, https://arxiv.org/abs/2010.02502, section 4.3). A
+    step of DDIM is an Euler step, so its inversion predicts noise where a step begins instead of where it ends, and is
+    exact only in the limit of many steps. Guidance makes the error grow, so invert without guidance::
 
         noisy = invert(unguided, latents, solver=backbone.make_inverse_solver(50), to_timestep=401)
         edited = sample(guided, noisy, solver=backbone.make_solver("DDIM", 50), from_timestep=401)

@@ -146,7 +146,7 @@ class Process(nn.Module, ABC):
 
     @abstractmethod
     def timestep_of_ratio(self, ratio: float) -> int:
-        """The timestep whose noise ratio ``sigma / alpha`` is nearest to ``ratio``, of those that can be trained on."""
+        """The timestep of the training whose noise ratio ``sigma / alpha`` is nearest to ``ratio``."""
 
     def add_noise(self, x0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """Latents (B, C, h, w) of clean latents and noise (B, C, h, w) at timesteps () or (B,)."""

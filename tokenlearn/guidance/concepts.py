@@ -145,6 +145,6 @@ def check_tokens(prompts: Sequence[str], known: Collection[str]) -> None:
         for token in _TOKEN.findall(prompt):
             if token not in known:
                 raise UserError(
-                    f"token '{token}' of '{prompt}' is not loaded, only {', '.join(known) or 'none'}; give its file in "
-                    "model.embeddings, or --ckpt_path"
+                    f"token '{token}' of '{prompt}' is not loaded, only {', '.join(known) or 'none'}; give its file "
+                    "in model.embeddings, or --ckpt_path"
                 )

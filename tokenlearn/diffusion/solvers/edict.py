@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokenlearn.errors import UserError
 from tokenlearn.diffusion.solvers.grid import ReversibleGrid
 from tokenlearn.diffusion.solvers.reversible import Pair, ReversibleSolver, Stage
+from tokenlearn.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ class OBELM(ReversibleSolver):
     """O-BELM (Wang et al., 2024, https://arxiv.org/abs/2410.07273): one evaluation a step, second order.
 
     The pair is ``y`` at two neighbouring levels. The next ``y`` is the most accurate combination of both and of the
-    noise prediction between them. The second level comes from an Euler step, which is DDIM's. On the way back, rounding
-    errors grow by the square of the ratio of the first to the last change of ``s``: 1.4e4 for Stable Diffusion's
-    schedule and 50 steps, more for fewer steps. Carry the pair in float64 where that matters.
+    noise prediction between them. The second level comes from an Euler step, which is DDIM's. On the way back,
+    rounding errors grow by the square of the ratio of the first to the last change of ``s``: 1.4e4 for Stable
+    Diffusion's schedule and 50 steps, more for fewer steps. Carry the pair in float64 where that matters.
     """
 
     noisy, clean = (1.0, 0.0), (0.0, 1.0)

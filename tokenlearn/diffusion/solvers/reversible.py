@@ -166,8 +166,8 @@ class GridSolver(Solver):
         """See :func:`tokenlearn.diffusion.sample`.
 
         Raises:
-            UserError: if the gradient is neither None, :class:`Reversible` nor :class:`Stored`, or it is reversible and
-                guidance has a memory of earlier steps.
+            UserError: if the gradient is neither None, :class:`Reversible` nor :class:`Stored`, or it is reversible
+                and guidance has a memory of earlier steps.
         """
         if gradient is not None and not isinstance(gradient, Reversible | Stored):
             raise UserError(
@@ -227,8 +227,8 @@ def run_stages(
     """The pair after all stages, differentiable by the pair before them and by the conditionings.
 
     Args:
-        model: guided model. Rules with a memory of earlier steps give a wrong gradient: a step is combined again in the
-            backward sweep. Parameters of the network and of the rule get no gradient.
+        model: guided model. Rules with a memory of earlier steps give a wrong gradient: a step is combined again in
+            the backward sweep. Parameters of the network and of the rule get no gradient.
         stages: stages of a solver.
         state: the pair before them.
         constant_memory: whether the backward sweep rebuilds the pairs; otherwise autograd stores every activation.

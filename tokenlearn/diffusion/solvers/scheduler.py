@@ -120,7 +120,7 @@ def _network_inputs(scheduler: Scheduler, latents: Tensor, timestep: Tensor) -> 
 
 
 def _timesteps_between(scheduler: Scheduler, first: int | None, last: int | None) -> Tensor:
-    """Timesteps of the steps from the noise level ``first`` to the noise level ``last``; UserError if there are none."""
+    """Timesteps of the steps from the noise level ``first`` to ``last``; UserError if there are none."""
     timesteps: Tensor = scheduler.timesteps
     if first is None and last is None:
         return timesteps
