@@ -43,9 +43,9 @@ class Predictor(Protocol):
 class GuidanceRule(ABC):
     """A rule that combines the predictions for several prompts into one.
 
-    A new rule overrides :meth:`__call__`. A rule with further prompts also overrides :attr:`concept_prompts`, and a rule
-    that evaluates the network itself :meth:`guide`. Rules are settings: a state between steps belongs to the copy that
-    :meth:`fresh` makes for one run of the sampler.
+    A new rule overrides :meth:`__call__`. A rule with further prompts also overrides :attr:`concept_prompts`, and a
+    rule that evaluates the network itself :meth:`guide`. Rules are settings: a state between steps belongs to the copy
+    that :meth:`fresh` makes for one run of the sampler.
     """
 
     @property
