@@ -7,7 +7,7 @@ in the same direction. Without data, the rows of the classifier's head stand in 
 (:func:`tokenlearn.losses.attribute_directions`).
 
 Features come from a callable, ``features(vectors, batch)``, from (n, width) vectors and a batch of images to (B, F),
-differentiable by the vectors; :func:`with_vectors` makes it. Directions (K, F) may be those of all attributes at once,
+differentiable by the vectors; :func:`with_vectors` makes it. Directions (K, F) may belong to several attributes,
 which then share every evaluation. The vectors of several text encoders lie side by side, their widths summed.
 """
 

@@ -62,7 +62,7 @@ class Caso(TokenTraining):
             the image's labels, see :func:`tokenlearn.training.caso_targets.choose_targets`. With ``any``, the opposite
             of a rare class learns little: hardly any image has a hat to take off.
         seed: seed of what is chosen for the images.
-        sampling: settings of the sampler for generated images; its ``steps`` are also those of inversion.
+        sampling: settings of the sampler for generated images; inversion takes its ``steps`` too.
         optimizer: over the token vectors only.
         lr_scheduler: stepped after every optimizer step; null keeps the learning rate.
 
@@ -131,7 +131,7 @@ class Caso(TokenTraining):
         """
         data, settings = find_data(self.trainer, LabelledImages), self.initialisation
         check_data_classes(self.attributes, data)
-        # As in training, so that images and features are those that the tokens will meet.
+        # As in training, so that images and features are as the tokens will meet them.
         with torch.no_grad(), self.trainer.precision_plugin.train_step_context():
             batches = first_batches(data, settings.collapse_batches, self.device)
             self.class_means = measure_class_means(

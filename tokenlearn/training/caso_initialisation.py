@@ -139,7 +139,7 @@ def measure_class_means(
         device: device of the images.
 
     Returns:
-        Class means; those of the head where there are no labels, or a class has no image.
+        Class means; rows of the head where there are no labels, or a class has no image.
 
     Raises:
         UserError: if the data have more classes of an attribute than the model.
