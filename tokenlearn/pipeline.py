@@ -290,7 +290,10 @@ class Pipeline:
         steps: int | None = None,
         solver: str | ReversibleSolver | None = None,
     ) -> Tensor:
-        """Latents (B, C, h, w) of B prompts and seeds; arguments as in :meth:`sample_latents`."""
+        """Latents (B, C, h, w) of B prompts and seeds.
+
+        ``rule`` is as in :meth:`guided_model`, the other arguments as in :meth:`sample_latents`.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and gradient is not None):
             model = self.guided_model(self.encode(prompts), rule)
         return self.sample_latents(seeds, model, gradient=gradient, steps=steps, solver=solver)
@@ -307,7 +310,7 @@ class Pipeline:
     ) -> Tensor:
         """Images (B, 3, H, W), nominally in [0, 1] and not clamped, of B prompts and seeds.
 
-        Arguments as in :meth:`sample_latents`. The gradient reaches the vectors of the tokens.
+        Arguments as in :meth:`generate_latents`. The gradient reaches the vectors of the tokens.
         """
         latents = self.generate_latents(prompts, seeds, rule=rule, gradient=gradient, steps=steps, solver=solver)
         return self.backbone.decode_latents(latents)

@@ -26,7 +26,7 @@ class ImageReading:
     Attributes:
         column: column of images; files in a folder are in ``image``.
         size: height and width in pixels; null for the size that the backbone was trained for.
-        flips: mirror every other image at random in training.
+        flips: mirror each training image with probability 1/2.
         min_size: smallest allowed length of an image's shorter side in pixels.
         broken: ``skip`` leaves out images that cannot be decoded or are too small and warns of their number. Prepared
             data are all checked once, and the result is remembered; in a stream, each device decodes the images of all

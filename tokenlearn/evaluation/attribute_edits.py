@@ -31,7 +31,7 @@ class AttributeEdits(Evaluation[Caso]):
 
     Held-out images are inverted and edited in every direction, at several strengths. The judge sees whether the
     attribute changed, and whether the other attributes did not. The data are those of the task, such as
-    ``ImageDataModule`` with ``test_images`` and, for groups of other images, ``transfer_images``.
+    ``ImageDataModule`` with ``held_out.test`` and, for groups of other images, ``held_out.transfer``.
 
     Args:
         editing: settings of inversion and denoising.
@@ -212,7 +212,7 @@ class AttributeEdits(Evaluation[Caso]):
         if self.group_column not in known:
             raise UserError(
                 f"the data have no label '{self.group_column}' (evaluation.group_column), only "
-                f"{', '.join(known) or 'none'}; name its column in data.label_columns"
+                f"{', '.join(known) or 'none'}; name its column in data.labels.columns"
             )
         return known[self.group_column]
 

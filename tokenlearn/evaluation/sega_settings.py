@@ -64,7 +64,7 @@ class Seeds:
     """Seeds of the evaluation.
 
     Attributes:
-        first: first seed. The settings of the paper were chosen on seeds below 100.
+        first: first seed. The settings of ``portraits/sega_test`` were chosen on seeds below 100.
         number: images of the neutral prompt.
         compared: how many of them the other methods edit.
 
