@@ -16,7 +16,7 @@ WITHOUT_TRAINER = (*MATHS, "models", "tokens", "objectives", "pipeline", "editin
 TASKS = ("training", "generation")
 FACES = ("__init__", "main", "__main__", "cli", "learning")
 """The command line and the Python API: they alone know everything."""
-ABOVE_TASKS = ("evaluation", "callbacks", "page")
+ABOVE_TASKS = ("evaluation", "callbacks")
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
 
 

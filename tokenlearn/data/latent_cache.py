@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tokenlearn.errors import UserError, check_at_least
+from tokenlearn.errors import UserError, check_at_least, reason_of
 from tokenlearn.files import atomic_write
 
 if TYPE_CHECKING:
@@ -145,9 +145,9 @@ class LatentCache:
             shard: Any = safe_open(path, framework="pt")
             return shard, shard.get_tensor("rows")
         except (OSError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
             raise UserError(
-                f"cannot read cached latents '{path}' ({reason}); delete the folder '{self.folder}' to make them again"
+                f"cannot read cached latents '{path}' ({reason_of(error)}); delete the folder '{self.folder}' to make "
+                "them again"
             ) from None
 
 

@@ -104,10 +104,6 @@ class GuidedModel(Generic[C]):
         apart.shares_latents = False
         return self.process.noise(latents, apart(latents, timestep, step), timestep)
 
-    def x0(self, latents: Tensor, timestep: Tensor, step: int = 0) -> Tensor:
-        """Guided one-step prediction (B, C, h, w) of the clean latents; arguments as in :meth:`__call__`."""
-        return self.process.x0(latents, self(latents, timestep, step), timestep)
-
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), nominally in [0, 1], of clean latents (B, C, h, w)."""
         decode: Any = getattr(self.backbone, "decode_latents")  # noqa: B009 - networks of tests have no decoder

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tokenlearn.errors import UserError
+from tokenlearn.errors import UserError, reason_of
 from tokenlearn.models.frozen import FrozenModule, freeze
 from tokenlearn.paths import resolve
 
@@ -283,7 +283,7 @@ def _config(source: str) -> dict[str, Any]:
 
 
 def _load_failure(pretrained: str, source: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200]
+    reason = reason_of(error)
     if source.startswith("local-dir:"):
         return f"cannot load the classifier in '{pretrained}' ({reason}); download or export it again"
     if isinstance(error, OSError):
