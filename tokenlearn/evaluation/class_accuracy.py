@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from tokenlearn.data.batches import PROMPT_KINDS, PromptBatch
 from tokenlearn.errors import UserError
 from tokenlearn.evaluation.base import Evaluation
 from tokenlearn.evaluation.records import Record
-from tokenlearn.evaluation.table import Column, Figure, Kind, Pivot, Table
+from tokenlearn.evaluation.table import Column, Figure, Kind, Pivot, Row, Table
 from tokenlearn.losses.objective import Objective
 from tokenlearn.training.class_tokens import ClassTokens
 
@@ -66,12 +68,10 @@ class ClassTokenEvaluation(Evaluation[ClassTokens]):
             )
             for name in PROMPT_KINDS
         ]
-        pivot = Pivot(records, self.task.class_names, columns)
-        means: dict[str, Figure] = {name: pivot.figure(name) for name in PROMPT_KINDS if name in measured}
+        rows = Pivot(records, self.task.class_names, columns).rows()
+        means: dict[str, Figure] = {name: _mean(rows, name, kind) for name in PROMPT_KINDS if name in measured}
         self.task.judged_accuracies = {
-            self.task.placeholders[row.name]: value
-            for row in pivot.rows(["token"])
-            if (value := row.cells["token"].value) is not None
+            self.task.placeholders[row.name]: value for row in rows if (value := row.cells["token"].value) is not None
         }
         images = dict(self.image_rows.rows())
         captions = [f"{name}: {caption}" for name in self.task.class_names for caption in _CAPTIONS.values()]
@@ -79,7 +79,7 @@ class ClassTokenEvaluation(Evaluation[ClassTokens]):
             title=f"judged by {', '.join(judge.models())}",
             heading="class",
             columns=columns,
-            rows=pivot.rows(),
+            rows=rows,
             summary={f"mean_{judge.score_name}_{name}": figure for name, figure in means.items()},
             fit_summary=_before_and_after(means, judge),
             images={"before_after": [(caption, images[caption]) for caption in captions if caption in images]},
@@ -89,6 +89,12 @@ class ClassTokenEvaluation(Evaluation[ClassTokens]):
         if self.task.judge is None:
             raise UserError("the evaluation needs an objective that did not train the tokens; set model.judge")
         return self.task.judge
+
+
+def _mean(rows: Sequence[Row], column: str, kind: Kind) -> Figure:
+    """Mean of a column over the classes that have images."""
+    values = [value for row in rows if (value := row.cells[column].value) is not None]
+    return Figure(sum(values) / len(values), kind)
 
 
 def _before_and_after(means: dict[str, Figure], judge: Objective) -> dict[str, Figure]:
