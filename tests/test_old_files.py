@@ -1,0 +1,66 @@
+"""Checkpoints and embedding files that version 0.1.0 wrote still load; its settings had other names."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokenlearn.main import main
+from tokenlearn.pipeline import Pipeline, Sampling
+from tokenlearn.tokens import load_embedding
+from tokenlearn.tokens.checkpoint import checkpoint_about
+
+ROOT = Path(__file__).parents[1]
+OLD = Path(__file__).parent / "old_files"
+TOKENS = {"class_tokens": "<pirate>", "caso": "<smile>", "textual_inversion": "<ti-smile>"}
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+SHORT = [
+    "--model.sampling.steps=4",
+    "--model.gradient.steps=3",
+    "--model.judge=null",
+    "--data.batch_size=3",
+    "--data.batches_per_epoch=2",
+    "--data.validation_images=1",
+    "--trainer.max_steps=3",
+    "--trainer.logger=false",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+
+
+@pytest.mark.parametrize("method", TOKENS)
+def test_embedding_files(method):
+    pipe = Pipeline.from_pretrained(str(ROOT / "checkpoints" / "portraits"), sampling=Sampling(steps=2))
+    path = OLD / f"{method}.safetensors"
+    file = load_embedding(path)
+    assert (file.token, file.metadata["method"]) == (TOKENS[method], method)
+    with_token = pipe.with_tokens([str(path)])  # also compares the vocabulary's fingerprint
+    prompts = [f"a portrait of a {TOKENS[method]} person", "a portrait of a person"]
+    with torch.no_grad():
+        images = with_token.generate(prompts, [1, 1])
+    assert not torch.equal(*images)
+
+
+@pytest.mark.parametrize("method", TOKENS)
+def test_checkpoints_are_exported(method, tmp_path, capsys):
+    main(["export", "--ckpt_path", str(OLD / f"{method}.ckpt"), "--output_dir", str(tmp_path)])
+    checkpoint = torch.load(OLD / f"{method}.ckpt", weights_only=True)
+    tokens = list(checkpoint_about(checkpoint)["num_vectors"])
+    assert len(capsys.readouterr().out.split()) == len(tokens)
+    for row, token in enumerate(tokens):
+        vectors = load_embedding(tmp_path / f"{token.strip('<>')}.safetensors").vectors[0]
+        assert torch.equal(vectors, checkpoint["state_dict"]["bank.vectors.0"][row : row + 1])
+
+
+def test_a_fit_goes_on_from_an_old_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    old = OLD / "class_tokens.ckpt"
+    main(["fit", "--config", str(QUICKSTART), "--output_dir", str(tmp_path / "run"), *SHORT, "--ckpt_path", str(old)])
+    before, after = (
+        torch.load(path, weights_only=True) for path in (old, tmp_path / "run" / "checkpoints" / "last.ckpt")
+    )
+    assert (before["global_step"], after["global_step"]) == (2, 3)
+    start, end = (checkpoint["state_dict"]["bank.vectors.0"] for checkpoint in (before, after))
+    assert 0 < (end - start).abs().max() < 0.05
+    metadata = checkpoint_about(after)["metadata"]["<pirate>"]
+    assert metadata["config"].count("initial_words") == 1
