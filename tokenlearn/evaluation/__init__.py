@@ -32,7 +32,7 @@ def evaluation_of(task: L.LightningModule, evaluation: Evaluation[Any] | None = 
     """The evaluation of a task: a given one, or the default of the task's class.
 
     Args:
-        task: a task that learns tokens, or an evaluation with its own task, which is returned.
+        task: a task that learns tokens, or an evaluation that has its task, which is returned.
         evaluation: evaluation without a task; None for the default.
 
     Raises:

@@ -154,7 +154,7 @@ def _transfer_rows(
 ) -> Iterator[Row]:
     """A row for each group of images; the mean over directions and sides goes to the summary."""
     measured = {record.item for record in records if record.measure == "transfer"}
-    shown = [_success(side, "transfer", tested, side=side) for side in _SIDES]
+    sides = [_success(side, "transfer", tested, side=side) for side in _SIDES]
     parts = [
         _success(f"{side} {direction}", "transfer", tested, side=side, label=direction)
         for direction in directions
@@ -162,7 +162,7 @@ def _transfer_rows(
     ]
     for group in groups:
         if group in measured:
-            pivot = Pivot(records, [group], [*shown, *parts])
+            pivot = Pivot(records, [group], [*sides, *parts])
             mean = pivot.mean_share(column.name for column in parts)
             summary[f"transfer_{group.replace(' ', '_')}"] = Figure(mean, "share")
             yield from pivot.rows(_SIDES)

@@ -45,7 +45,7 @@ class Record(NamedTuple):
 class Records(Metric):
     """Records of all processes.
 
-    Records hold words that differ between processes, such as names of images. The state is therefore the records' own
+    Records hold words that differ between processes, such as names of images. The state is therefore the records'
     text as bytes, which processes exchange like any tensor.
     """
 
