@@ -8,6 +8,7 @@ from tokenlearn.errors import UserError
 from tokenlearn.guidance import (
     SEGA,
     ClassifierFreeGuidance,
+    ClassifierGuidance,
     ComposableGuidance,
     GuidedModel,
     SafeGuidance,
@@ -272,6 +273,8 @@ def test_gradients_that_do_not_reach_the_latents_are_refused(make):
     assert make(gradient=LastK(2), from_timestep=334).gradient == LastK(2)
     with pytest.raises(UserError, match=r"Checkpointed .* EDICT"):
         optimise(make(solver=EDICT(), gradient=Checkpointed()))
+    with pytest.raises(UserError, match=r"sampling\.guidance ClassifierGuidance"):
+        make(ClassifierGuidance(SymmetryLoss()))
 
 
 def test_a_reversible_gradient_under_guidance_with_momentum_is_refused(make):

@@ -24,7 +24,7 @@ from tokenlearn.diffusion import (
 )
 from tokenlearn.diffusion.latent_optimisation import LatentOptimisation, optimisation_step
 from tokenlearn.errors import UserError
-from tokenlearn.guidance import ClassifierFreeGuidance, GuidedModel
+from tokenlearn.guidance import ClassifierFreeGuidance, GuidedModel, require_differentiable
 from tokenlearn.losses.objective import Objective
 from tokenlearn.models import Conditioning
 from tokenlearn.objectives import require_judge_differs
@@ -90,7 +90,8 @@ class LatentOptimiser:
 
     Raises:
         UserError: if the objective or the judge needs targets, the judge shares a model with the objective, the
-            gradient does not reach the latents, or none of the steps is at the noise level.
+            gradient does not reach the latents, the guidance has no gradient, or none of the steps is at the noise
+            level.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class LatentOptimiser:
             require_judge_differs(judge, objective)
         self.pipeline, self.objective, self.settings, self.judge = pipeline, objective, settings, judge
         sampling = pipeline.sampling
+        require_differentiable(sampling.rule, "sampling.guidance")
         self.solver = pipeline.backbone.make_solver(sampling.solver or "DDIM", sampling.steps)
         timesteps = self.solver.timesteps
         if settings.from_timestep is not None:

@@ -11,12 +11,25 @@ from torch.nn import functional
 from tests.training.runs import Batches
 from tokenlearn.data.batches import ImageBatch
 from tokenlearn.data.interfaces import LabelledImages
+from tokenlearn.diffusion import convert
+from tokenlearn.guidance import ClassifierFreeGuidance
 from tokenlearn.training import Caso
 from tokenlearn.training.caso_targets import EditTargets, choose_targets, present_classes
 
 LABELS = ["smile", "hat", "black", "brown", "red"]
 TOKENS = ["<no-smile>", "<smile>", "<black>", "<brown>", "<red>"]
 ATTRIBUTES = {"smile": None, "hair": ["black", "brown", "red"]}
+
+
+class OfCleanImages(ClassifierFreeGuidance):
+    """Classifier-free guidance of the predicted clean images, which is that of the predicted noise."""
+
+    def guide(self, model, latents, timestep, step, recompute=False):
+        process = model.process
+        predictions = model.predictions(latents, timestep, step, recompute)
+        x0 = self([process.x0(latents, prediction, timestep) for prediction in predictions], step)
+        alpha, sigma = process.alpha(timestep), process.sigma(timestep)
+        return convert(x0, latents, alpha, sigma, source="x0", target=process.kind)
 
 
 def image_batch(count: int = 4, labels: dict[str, Tensor] | None = None, seed: int = 0) -> ImageBatch:

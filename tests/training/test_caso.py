@@ -15,6 +15,7 @@ from tests.training.caso_tasks import (
     ATTRIBUTES,
     TOKENS,
     Faces,
+    OfCleanImages,
     image_batch,
     labelled_batches,
     log_probabilities,
@@ -70,6 +71,15 @@ def test_token_gradient_equals_a_plain_loop(make):
     assert_same_gradient(gradient, gradient_of(task, expected))
     learned = {TOKENS[row] for row in gradient.any(dim=1).nonzero().flatten()}
     assert learned == set(tokens_of(targets))
+
+
+def test_a_rule_that_calls_the_model_itself_teaches_tokens(make):
+    (loss, gradient, _), (expected_loss, expected, _) = (
+        one_step(make(edit=TrainingEdit(guidance=guidance)), image_batch(8))
+        for guidance in (OfCleanImages(10.0), 10.0)
+    )
+    assert loss == pytest.approx(expected_loss, rel=1e-4)
+    assert_same_gradient(gradient, expected)
 
 
 def sampled_edits(task, batch, targets, steps, last):

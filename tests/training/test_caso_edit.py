@@ -2,10 +2,10 @@ import pytest
 import torch
 from diffusers import DDIMInverseScheduler
 
-from tests.training.caso_tasks import image_batch
+from tests.training.caso_tasks import OfCleanImages, image_batch
 from tokenlearn.diffusion import EDICT, Checkpointed, LastK, Reversible
 from tokenlearn.errors import UserError
-from tokenlearn.guidance import SEGA, SemanticEdit
+from tokenlearn.guidance import SEGA, ClassifierFreeGuidance, SemanticEdit
 from tokenlearn.pipeline import Pipeline, Sampling
 from tokenlearn.training import TrainingEdit
 from tokenlearn.training.caso_edit import Editor
@@ -101,3 +101,21 @@ def test_timesteps_are_those_of_noising_and_of_the_sampler(backbone, timesteps):
     assert editor_of(backbone, TrainingEdit(timesteps, "inversion", gradient=LastK())).timesteps == expected
     first, last = expected[0], expected[-1]
     assert editor_of(backbone, TrainingEdit(timesteps)).timesteps == list(range(first, last + 1))
+
+
+@pytest.mark.parametrize(("rule", "rows"), [(ClassifierFreeGuidance(3.0), [3, 3, 3]), (OfCleanImages(3.0), [6, 6])])
+def test_a_rule_that_calls_the_model_itself_edits_in_one_step(backbone, latents, rule, rows):
+    calls, timesteps = [], torch.tensor([401, 201, 301])
+    edits = editor_of(backbone, TrainingEdit((201, 401), guidance=rule)).edits(latents, timesteps)
+    hook = backbone.register_forward_hook(lambda backbone, inputs, output: calls.append(len(inputs[2])))
+    for prompts in (["a king"] * 3, ["a king", "a queen", "a hat"]):
+        edited = edits.edited(prompts)
+    hook.remove()
+    assert calls == rows
+    for row, prompt in enumerate(prompts):
+        empty, prompted = (
+            backbone(latents[row, None], timesteps[row], backbone.encode_prompts([text])) for text in ("", prompt)
+        )
+        noise = empty + 3 * (prompted - empty)
+        expected = backbone.process.x0(latents[row, None], noise, timesteps[row])
+        torch.testing.assert_close(edited[row], expected[0], rtol=1e-4, atol=1e-4)

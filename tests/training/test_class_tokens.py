@@ -9,7 +9,7 @@ from tests.training.runs import fit, no_change, one_step, validate
 from tokenlearn.data.batches import PromptBatch
 from tokenlearn.diffusion import EDICT, OBELM, Checkpointed, Detached, LastK, Leapfrog, Reversible, Stored
 from tokenlearn.errors import UserError
-from tokenlearn.guidance import SEGA, SemanticEdit
+from tokenlearn.guidance import SEGA, ClassifierGuidance, SemanticEdit
 from tokenlearn.models import ClipModel
 from tokenlearn.objectives import ClassifierLoss, CLIPTextLoss, SymmetryLoss
 from tokenlearn.pipeline import Sampling
@@ -127,6 +127,10 @@ def test_the_solver_of_sampling_serves_training_too(make):
                 "sampling": Sampling(steps=4, guidance=SEGA([SemanticEdit(concept="hat", warmup_steps=1)])),
             },
             "Reversible.*SEGA.*Stored",
+        ),
+        (
+            {"sampling": Sampling(steps=4, guidance=ClassifierGuidance(SymmetryLoss()))},
+            r"model\.sampling\.guidance ClassifierGuidance",
         ),
     ],
 )

@@ -1,6 +1,6 @@
 """Guidance rules: how several predictions become one."""
 
-from tokenlearn.guidance.base import GuidanceRule
+from tokenlearn.guidance.base import GuidanceRule, require_differentiable
 from tokenlearn.guidance.classifier import ClassifierGuidance
 from tokenlearn.guidance.classifier_free import ClassifierFreeGuidance, classifier_free_guidance
 from tokenlearn.guidance.composable import ComposableGuidance, composable_guidance
@@ -48,6 +48,7 @@ __all__ = [
     "composable_guidance",
     "concept_guidance",
     "parse_concept",
+    "require_differentiable",
     "safely_guided",
     "safety_guidance",
     "safety_scale",

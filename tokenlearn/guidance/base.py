@@ -10,6 +10,7 @@ from typing import Protocol, Self, TypeVar
 from torch import Tensor
 
 from tokenlearn.diffusion.process import Process
+from tokenlearn.errors import UserError
 
 C = TypeVar("C")
 
@@ -46,7 +47,12 @@ class GuidanceRule(ABC):
     A new rule overrides :meth:`__call__`. A rule with further prompts also overrides :attr:`concept_prompts`, and a
     rule that evaluates the network itself :meth:`guide`. Rules are settings: a state between steps belongs to the copy
     that :meth:`fresh` makes for one run of the sampler.
+
+    Attributes:
+        differentiable: whether the guided prediction has a gradient in the latents and the conditionings.
     """
+
+    differentiable = True
 
     @property
     def concept_prompts(self) -> Sequence[str]:
@@ -106,3 +112,19 @@ class GuidanceRule(ABC):
         Raises:
             UserError: naming the setting.
         """
+
+
+def require_differentiable(rule: GuidanceRule, setting: str) -> None:
+    """Refuse a rule without a gradient.
+
+    Args:
+        rule: guidance rule.
+        setting: name of its setting.
+
+    Raises:
+        UserError: naming the setting and the rule.
+    """
+    if not rule.differentiable:
+        raise UserError(
+            f"{setting} {type(rule).__name__} has no gradient; set {setting} to another rule, or to a number"
+        )

@@ -35,6 +35,8 @@ class ClassifierGuidance(GuidanceRule):
         UserError: if a scale is not finite.
     """
 
+    differentiable = False
+
     def __init__(self, objective: Objective, scale: float = 100.0, guidance_scale: float = 7.5) -> None:
         for name, number in {"scale": scale, "guidance_scale": guidance_scale}.items():
             if not math.isfinite(number):

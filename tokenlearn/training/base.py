@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer
 from tokenlearn.data.batches import ImageBatch
 from tokenlearn.diffusion import Gradient, Reversible, ReversibleSolver, Stored
 from tokenlearn.errors import UserError
-from tokenlearn.guidance import GuidanceRule, SafeGuidance, SemanticGuidance
+from tokenlearn.guidance import GuidanceRule, SafeGuidance, SemanticGuidance, require_differentiable
 from tokenlearn.models import DiffusionBackbone
 from tokenlearn.pipeline import Sampling
 from tokenlearn.token_task import TokenTask
@@ -30,8 +30,10 @@ def check_gradient(
     gradient: Gradient,
     solver: str | ReversibleSolver | None,
     rule: GuidanceRule,
+    *,
     setting: str = "model.gradient",
     solver_setting: str = "model.solver",
+    guidance_setting: str = "model.sampling.guidance",
 ) -> None:
     """Refuse a gradient that does not go with the solver or the guidance, before any image is generated.
 
@@ -41,10 +43,12 @@ def check_gradient(
         rule: guidance rule.
         setting: name of the gradient's setting in messages.
         solver_setting: name of the solver's setting in messages.
+        guidance_setting: name of the rule's setting in messages.
 
     Raises:
-        UserError: naming the gradient and what it does not go with.
+        UserError: naming the gradient and what it does not go with, or a rule without a gradient.
     """
+    require_differentiable(rule, guidance_setting)
     kind = type(gradient).__name__
     if isinstance(solver, ReversibleSolver) and not isinstance(gradient, Reversible | Stored):
         raise UserError(

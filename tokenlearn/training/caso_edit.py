@@ -20,7 +20,7 @@ from torch import Tensor
 from tokenlearn.diffusion import Gradient, Solver, invert, sample
 from tokenlearn.diffusion.solvers.base import nearest
 from tokenlearn.errors import UserError
-from tokenlearn.guidance import ClassifierFreeGuidance, GuidanceRule, GuidedModel
+from tokenlearn.guidance import ClassifierFreeGuidance, GuidanceRule, GuidedModel, require_differentiable
 from tokenlearn.models import Conditioning
 from tokenlearn.pipeline import Pipeline
 from tokenlearn.training.base import check_gradient
@@ -43,7 +43,7 @@ class TrainingEdit:
             back through them. :class:`Reversible` takes the reversible solver of ``sampling`` in place of DDIM.
 
     Raises:
-        UserError: if the guidance would not act in one step, or gives no gradient for tokens.
+        UserError: if the guidance would not act in one step, or has no gradient.
     """
 
     timesteps: int | tuple[int, int] = 401
@@ -52,11 +52,7 @@ class TrainingEdit:
     gradient: Gradient | None = None
 
     def __post_init__(self) -> None:
-        if type(self.rule).guide is not GuidanceRule.guide:
-            raise UserError(
-                f"edit.guidance {type(self.rule).__name__} gives no gradient for tokens; set edit.guidance to another "
-                "rule, or to a number"
-            )
+        require_differentiable(self.rule, "edit.guidance")
         if self.gradient is None:
             self.rule.check_steps(1)
 
@@ -106,7 +102,10 @@ class Edits(ABC):
 
 
 class OneStepEdits(Edits):
-    """Edits in one step; the prediction without prompt is evaluated once for all of them."""
+    """Edits in one step; the prediction without prompt is evaluated once for all of them.
+
+    A rule with its own :meth:`GuidanceRule.guide` asks the model for predictions itself, so it gets no shared one.
+    """
 
     @cached_property
     @torch.no_grad()
@@ -120,13 +119,16 @@ class OneStepEdits(Edits):
         """See :class:`Edits`: ``z = (z_t - sigma_t eps_s) / alpha_t``."""
         with self.together():
             model = self._guided_model(self._pipeline.encode(prompts))
-            known = {
-                index: self.unconditional_prediction
-                for index, conditioning in enumerate(model.conditionings)
-                if conditioning is self._unconditional
-            }
-            predictions = model.predictions(self.noisy, self.timesteps, 0, known=known)
-        return model.process.x0(self.noisy, model.rule(predictions, 0), self.timesteps)
+            if type(model.rule).guide is not GuidanceRule.guide:
+                guided = model(self.noisy, self.timesteps, 0)
+            else:
+                known = {
+                    index: self.unconditional_prediction
+                    for index, conditioning in enumerate(model.conditionings)
+                    if conditioning is self._unconditional
+                }
+                guided = model.rule(model.predictions(self.noisy, self.timesteps, 0, known=known), 0)
+        return model.process.x0(self.noisy, guided, self.timesteps)
 
     @torch.no_grad()
     def unedited(self, rows: Sequence[int]) -> Tensor:
@@ -213,7 +215,14 @@ class Editor:
         self._solver: Solver | None = None
         if settings.gradient is not None:
             solver = sampling.solver if settings.gradient.needs_reversible_solver else "DDIM"
-            check_gradient(settings.gradient, solver, settings.rule, "model.edit.gradient", "model.sampling.solver")
+            check_gradient(
+                settings.gradient,
+                solver,
+                settings.rule,
+                setting="model.edit.gradient",
+                solver_setting="model.sampling.solver",
+                guidance_setting="model.edit.guidance",
+            )
             self._solver = backbone.make_solver(solver, sampling.steps)
         self.timesteps = self._possible_timesteps()
         if self._solver is not None:
