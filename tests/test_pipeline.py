@@ -130,7 +130,7 @@ def test_families_without_an_adapter(tiny_models, tmp_path):
 def test_impossible_settings():
     with pytest.raises(UserError, match=r"sampling\.steps.* 1, got 0"):
         Sampling(steps=0)
-    with pytest.raises(UserError, match=r"warmup_steps 10 .* 5 steps"):
+    with pytest.raises(UserError, match=r"warmup_steps 10 .* 5;"):
         Sampling(steps=5, guidance=SEGA(["glasses"]))
     with pytest.raises(UserError, match="not finite"):
         to_images(torch.full((1, 3, 2, 2), float("nan")))

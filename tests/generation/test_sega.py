@@ -109,7 +109,7 @@ def test_photos_need_one_evaluation_a_step(make, photos, inversion):
         ({"edits": []}, r"model.edits.* model.recorded_guidance"),
         ({"prompts": []}, r"model.images.* model.prompts"),
         ({"edits": [EDITS[0], EDITS[0]]}, r"model.edits .*'red'"),
-        ({"edits": [SemanticEdit(concept="red", warmup_steps=4)]}, r"warmup_steps 4 .*'red'.* 4 steps"),
+        ({"edits": [SemanticEdit(concept="red", warmup_steps=4)]}, r"warmup_steps 4 .*'red'.* 4;"),
         ({"record_guidance": True}, r"record_guidance .* 2"),
         ({"edits": [], "recorded_guidance": "/nowhere"}, r"'/nowhere'"),
         ({"batch_size": 0}, r"model.batch_size .* 0"),
@@ -128,7 +128,7 @@ def test_recordings_are_of_seeds(make, photos):
 
 def test_the_warm_up_of_photos_must_end_within_their_steps(make, photos):
     # Two of the four steps are made.
-    with pytest.raises(UserError, match=r"warmup_steps 2 .* 2 steps"):
+    with pytest.raises(UserError, match=r"warmup_steps 2 .* 2;"):
         make(
             images=str(photos),
             edits=[SemanticEdit(concept="red", warmup_steps=2)],

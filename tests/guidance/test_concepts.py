@@ -37,7 +37,7 @@ def test_tokens_and_steps_are_checked():
     with pytest.raises(UserError, match=r"'<hat>' of 'a <hat>' .* <smile>"):
         check_tokens(["<smile>", "a <hat>"], ["<smile>"])
     SEGA([SemanticEdit(concept="hat", warmup_steps=9)]).check_steps(10)
-    with pytest.raises(UserError, match=r"warmup_steps 10 .*'hat'.* 10 steps"):
+    with pytest.raises(UserError, match=r"warmup_steps 10 .*'hat'.* 10;"):
         SEGA([SemanticEdit(concept="hat", warmup_steps=10)]).check_steps(10)
 
 

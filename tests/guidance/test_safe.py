@@ -157,3 +157,10 @@ def test_impossible_settings_are_refused(changes, words):
 def test_impossible_guidance_scale_is_refused():
     with pytest.raises(UserError, match="guidance_scale must be a finite number, got inf"):
         SafeGuidance(float("inf"))
+
+
+def test_the_warm_up_must_leave_a_step():
+    SafeGuidance(4.0, SETTINGS).check_steps(3)
+    SafeGuidance(4.0, dataclasses.replace(SETTINGS, scale=0.0)).check_steps(2)
+    with pytest.raises(UserError, match=r"warmup_steps 2 .*SafeGuidance.* 2;"):
+        SafeGuidance(4.0, SETTINGS).check_steps(2)

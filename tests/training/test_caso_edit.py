@@ -86,11 +86,11 @@ def test_semantic_guidance_must_act_in_the_steps_of_an_edit(backbone):
     def sega(warmup_steps):
         return SEGA([SemanticEdit(concept="hat", warmup_steps=warmup_steps)])
 
-    with pytest.raises(UserError, match=r"warmup_steps 1 .*'hat'.* 1 steps"):
+    with pytest.raises(UserError, match=r"warmup_steps 1 .*'hat'.* 1;"):
         TrainingEdit(guidance=sega(1))
     TrainingEdit(guidance=sega(0))
     editor_of(backbone, TrainingEdit((201, 301), guidance=sega(2), gradient=Checkpointed()))
-    with pytest.raises(UserError, match=r"warmup_steps 3 .*'hat'.* 3 steps"):
+    with pytest.raises(UserError, match=r"warmup_steps 3 .*'hat'.* 3;"):
         editor_of(backbone, TrainingEdit((201, 301), guidance=sega(3), gradient=Checkpointed()))
 
 

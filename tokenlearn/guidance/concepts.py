@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from tokenlearn.errors import UserError
-from tokenlearn.guidance.semantic import Concept, ConceptSettings, SemanticGuidance, ThresholdOver
+from tokenlearn.guidance.semantic import Concept, ConceptSettings, SemanticGuidance, ThresholdOver, check_warmup
 
 _OPERATOR = re.compile(r"(?:^|(?<=\s))([+-])\s+")
 _TOKEN = re.compile(r"<[^<>\s]+>")
@@ -115,17 +115,13 @@ class SEGA(SemanticGuidance):
         return self._prompts
 
     def check_steps(self, steps: int) -> None:
-        """Refuse a number of steps that a warm-up takes up.
+        """Refuse a number of steps that a warm-up takes entirely.
 
         Raises:
             UserError: naming the concept.
         """
         for edit in self.edits:
-            if edit.warmup_steps >= steps:
-                raise UserError(
-                    f"warmup_steps {edit.warmup_steps} of concept '{edit.concept}' leaves none of {steps} steps; give "
-                    "less"
-                )
+            check_warmup(edit.warmup_steps, steps, f"concept '{edit.concept}'")
 
 
 def _with_settings(edit: SemanticEdit | str, scale: float | None) -> SemanticEdit:

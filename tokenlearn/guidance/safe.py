@@ -17,7 +17,7 @@ from torch import Tensor
 from tokenlearn.errors import UserError
 from tokenlearn.guidance.base import C, GuidanceRule
 from tokenlearn.guidance.classifier_free import classifier_free_guidance
-from tokenlearn.guidance.semantic import check_momentum, update_momentum, with_momentum
+from tokenlearn.guidance.semantic import check_momentum, check_warmup, update_momentum, with_momentum
 
 
 def safety_scale(conditional: Tensor, unwanted: Tensor, scale: float, threshold: float) -> Tensor:
@@ -162,6 +162,15 @@ class SafeGuidance(GuidanceRule):
         if self.settings.is_needed(step):
             return [0, 1, 2]
         return [1] if self.guidance_scale == 1 else [0, 1]
+
+    def check_steps(self, steps: int) -> None:
+        """Refuse a number of steps that the warm-up takes entirely, unless the scale is 0, which is off.
+
+        Raises:
+            UserError: naming the warm-up.
+        """
+        if self.settings.scale > 0:
+            check_warmup(self.settings.warmup_steps, steps, "SafeGuidance")
 
     def __call__(self, predictions: Sequence[Tensor], step: int) -> Tensor:
         """See :class:`GuidanceRule`; step 0 forgets everything before it."""

@@ -150,6 +150,21 @@ def check_momentum(warmup_steps: int, momentum_scale: float, momentum_beta: floa
         raise UserError(f"momentum_beta must be in [0, 1), got {momentum_beta}; 0 keeps nothing of earlier steps")
 
 
+def check_warmup(warmup_steps: int, steps: int, owner: str) -> None:
+    """Refuse a warm-up that takes all steps.
+
+    Args:
+        warmup_steps: steps before the guidance is applied.
+        steps: steps of the sampler.
+        owner: what the warm-up belongs to, for the message.
+
+    Raises:
+        UserError: naming both numbers.
+    """
+    if warmup_steps >= steps:
+        raise UserError(f"warmup_steps {warmup_steps} of {owner} leaves no step of {steps}; set fewer")
+
+
 @dataclass(frozen=True)
 class ConceptSettings:
     """How a concept is applied.
