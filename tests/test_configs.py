@@ -26,10 +26,14 @@ def name_of(config):
 
 
 def with_lists(changes, given):
-    """Changes in which "*" is replaced by the changed elements of the given list."""
-    if isinstance(given, list) and "*" in changes:
-        return [merged(element, changes["*"]) for element in given]
-    if isinstance(changes, dict) and isinstance(given, dict):
+    """Changes in which slices, such as ``"2:5"``, are replaced by the list with these elements changed."""
+    if isinstance(given, list) and isinstance(changes, dict):
+        elements = list(given)
+        for part, change in changes.items():
+            chosen = slice(*(int(bound) if bound else None for bound in part.split(":")))
+            elements[chosen] = [merged(element, change) for element in elements[chosen]]
+        return elements
+    if isinstance(given, dict) and isinstance(changes, dict):
         return {name: with_lists(change, given.get(name)) for name, change in changes.items()}
     return changes
 
