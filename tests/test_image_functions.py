@@ -101,6 +101,8 @@ def test_bad_uses(pipe, files):
         pipe.edit(files[0].parent, {"<smile>": 1})
     with pytest.raises(UserError, match=r"editing.timestep 600 .*50 steps.* 581 or 601"):
         pipe.edit(photo(), {"<smile>": 1}, timestep=600)
+    with pytest.raises(UserError, match="template 'a smile'"):
+        pipe.edit(photo(), {"<smile>": 1}, template="a smile")
     with pytest.raises(UserError, match="nothing to edit"):
         edit_images(pipe, None, {"<smile>": 1})
     with pytest.raises(UserError, match="empty"):

@@ -24,6 +24,21 @@ def check_at_least(section: str, least: int, **numbers: float | None) -> None:
             raise UserError(f"{section}.{name} must be at least {least}, got {number}")
 
 
+def check_template(template: str, setting: str, content: str = "token") -> None:
+    """Refuse a prompt template without exactly one ``{}``.
+
+    Args:
+        template: the template.
+        setting: name of its setting, such as ``model.template``.
+        content: what takes the place of ``{}``.
+
+    Raises:
+        UserError: naming setting and template.
+    """
+    if template.count("{}") != 1:
+        raise UserError(f"{setting} '{template}' must have exactly one '{{}}', where the {content} goes")
+
+
 def reason_of(error: Exception) -> str:
     """A library's error message in one line of at most 200 characters, or the name of its class if it is empty."""
     return " ".join(str(error).split())[:200] or type(error).__name__

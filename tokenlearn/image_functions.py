@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenlearn.diffusion import Gradient
 from tokenlearn.diffusion.latent_optimisation import LatentOptimisation
 from tokenlearn.editing import Editing, ImageEditor, source_of
-from tokenlearn.errors import UserError
+from tokenlearn.errors import UserError, check_template
 from tokenlearn.guidance import GuidanceRule, check_tokens
 from tokenlearn.latent_optimiser import History, LatentOptimiser, Start, sampling_for
 from tokenlearn.losses.objective import Objective, as_objective
@@ -57,9 +57,11 @@ def edit_images(
         Edited images at the sizes of the given images.
 
     Raises:
-        UserError: if an image cannot be read, there is none, a token is not loaded, or a setting is out of range.
+        UserError: if an image cannot be read, there is none, a token is not loaded, the template cannot be used,
+            or a setting is out of range.
     """
     editing = dataclasses.replace(editing or Editing(), **changes)
+    check_template(template, "template")
     known = () if pipeline.tokens is None else pipeline.tokens.placeholders
     check_tokens(edit.concept_prompts if isinstance(edit, GuidanceRule) else list(edit), known)
     editor = ImageEditor(pipeline.backbone, editing)

@@ -32,8 +32,10 @@ class TokenTask(L.LightningModule, ImageConsumer):
         bank: token bank, None until tokens are known.
         pipeline: backbone, bank and settings of the sampler: what generates images.
         vocabulary_hash: fingerprint of the backbone's vocabulary.
+        takes_checkpoint_tokens: whether the tokens of a checkpoint replace the task's.
     """
 
+    takes_checkpoint_tokens = False
     bank: TokenBank | None
 
     def __init__(self, backbone: DiffusionBackbone, sampling: Sampling) -> None:
@@ -94,7 +96,9 @@ class TokenTask(L.LightningModule, ImageConsumer):
         checkpoint["rng"] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another backbone or without tokens, and restore random number generators.
+        """Refuse a checkpoint of another backbone or without tokens; restore random number generators.
+
+        A task that :attr:`takes_checkpoint_tokens` gets a bank for them.
 
         Raises:
             UserError: if it is for another backbone or holds no tokens.
@@ -109,6 +113,8 @@ class TokenTask(L.LightningModule, ImageConsumer):
             torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())
             if len(checkpoint["rng"]["cuda"]) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all([state.cpu() for state in checkpoint["rng"]["cuda"]])
+        if self.takes_checkpoint_tokens:
+            self.use_bank(TokenBank(about["num_vectors"], about["embedding_widths"]).to(self.device))
 
     @property
     def image_size(self) -> int:

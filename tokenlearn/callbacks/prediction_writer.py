@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 
 from tokenlearn.callbacks.images import save_image, sheet, to_image
+from tokenlearn.callbacks.run_folder import common_run_folder
 from tokenlearn.data.images_to_edit import generated_name
 from tokenlearn.generation.results import GeneratedBatch
 
@@ -31,9 +32,8 @@ class PredictionWriter(BasePredictionWriter):
         self._run_folder = Path()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Agree on the run folder: each process names it by its start time, and the name of the first one counts."""
-        # Once and before any batch, because processes may have different numbers of batches.
-        self._run_folder = Path(trainer.strategy.broadcast(trainer.default_root_dir))
+        """Agree on the run folder."""
+        self._run_folder = common_run_folder(trainer)
 
     def write_on_batch_end(
         self,

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenlearn.callbacks.images import save_image, sheet, to_image
+from tokenlearn.callbacks.run_folder import common_run_folder
 from tokenlearn.files import atomic_write
 from tokenlearn.generation.results import (
     BEFORE,
@@ -47,9 +48,9 @@ class ResultWriter(L.Callback, ResultStore):
         self._run_folder = Path()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Agree on the run folder: each process names it by its start time, and the name of the first one counts."""
+        """Agree on the run folder."""
         if isinstance(pl_module, EditTask):
-            self._run_folder = Path(trainer.strategy.broadcast(trainer.default_root_dir))
+            self._run_folder = common_run_folder(trainer)
 
     def is_done(self, plan: ResultPlan, name: str) -> bool:
         """See :class:`tokenlearn.generation.results.ResultStore`."""

@@ -12,7 +12,7 @@ from tokenlearn.data.batches import PROMPT_KINDS, PromptBatch, PromptKind
 from tokenlearn.data.interfaces import ClassConsumer, PromptTemplates, consumer_of, trainer_of
 from tokenlearn.data.sources import CountingSource, Item, items_below
 from tokenlearn.data.streams import BatchStream, EvaluationBatches
-from tokenlearn.errors import UserError, check_at_least
+from tokenlearn.errors import UserError, check_at_least, check_template
 
 VALIDATION_SEEDS = 1_000_000_000
 """Seed of the first image of a validation; training seeds are below."""
@@ -115,8 +115,7 @@ class PromptDataModule(L.LightningDataModule, PromptTemplates):
         if not templates:
             raise UserError("data.templates is empty; give at least one, such as 'a portrait of a {}'")
         for template in templates:
-            if template.count("{}") != 1:
-                raise UserError(f"template '{template}' must have exactly one '{{}}', where the class goes")
+            check_template(template, "data.templates", "class")
         check_at_least(
             "data",
             1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tokenlearn.diffusion.gradients import Gradient
-from tokenlearn.diffusion.sampling import sample
+from tokenlearn.diffusion.sampling import expanded, sample
 from tokenlearn.diffusion.solvers.base import Callback, Model, Solver
 from tokenlearn.diffusion.solvers.reversible import GridSolver
 
@@ -47,11 +47,7 @@ def invert(
         UserError: if the solver has no step to ``to_timestep``.
     """
     if isinstance(solver, GridSolver):
-        batch = len(latents)
-        model = model.with_conditionings(
-            [item if len(item) == batch else item.expand(batch) for item in model.conditionings]
-        )
-        return solver.invert(model, latents, to_timestep)
+        return solver.invert(expanded(model, len(latents)), latents, to_timestep)
     if (timesteps := solver.timesteps)[0] > timesteps[-1]:
         raise ValueError("the solver goes from noise to images; use backbone.make_inverse_solver(steps)")
     return sample(model, latents, solver=solver, gradient=gradient, callback=callback, to_timestep=to_timestep)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from tokenlearn.diffusion.gradients import Gradient
 from tokenlearn.diffusion.solvers.base import Callback, Model, Solver, StepOptions
+
+M = TypeVar("M", bound=Model)
 
 
 def sample(
@@ -48,15 +50,27 @@ def sample(
         ValueError: if a conditioning has neither 1 nor B rows.
         UserError: if the solver has no step between the timesteps, or the gradient does not fit the solver.
     """
-    batch = len(latents)
-    for conditioning in model.conditionings:
-        if len(conditioning) not in (1, batch):
-            raise ValueError(f"a conditioning has {len(conditioning)} rows for {batch} latents; expected 1 or {batch}")
     # Before the solver, so that a gradient of one row that all samples share is summed once, after all steps.
-    model = model.with_conditionings(
-        [item if len(item) == batch else item.expand(batch) for item in model.conditionings]
-    )
+    model = expanded(model, len(latents))
     options: dict[str, Any] = {"generators": generators, "step_options": step_options, "callback": callback}
     return solver.sample(
         model, latents, gradient=gradient, from_timestep=from_timestep, to_timestep=to_timestep, **options
+    )
+
+
+def expanded(model: M, batch: int) -> M:
+    """The model with as many rows in each conditioning as there are latents.
+
+    Args:
+        model: guided model.
+        batch: number B of latents.
+
+    Raises:
+        ValueError: if a conditioning has neither 1 nor B rows.
+    """
+    for conditioning in model.conditionings:
+        if len(conditioning) not in (1, batch):
+            raise ValueError(f"a conditioning has {len(conditioning)} rows for {batch} latents; expected 1 or {batch}")
+    return model.with_conditionings(
+        [item if len(item) == batch else item.expand(batch) for item in model.conditionings]
     )

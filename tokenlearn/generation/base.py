@@ -1,10 +1,9 @@
-"""Parts of the tasks that edit images: the images, the order in which processes take them, and their tokens."""
+"""Parts of the tasks that edit images: the images, and the order in which processes take them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import lightning as L
 
@@ -15,8 +14,6 @@ from tokenlearn.errors import UserError
 from tokenlearn.generation.results import ResultPlan, ResultStore
 from tokenlearn.models import DiffusionBackbone
 from tokenlearn.pipeline import Sampling
-from tokenlearn.tokens import TokenBank
-from tokenlearn.tokens.checkpoint import checkpoint_about
 
 ImageBatches = EvaluationBatches[EditableImage | str, list[EditableImage | str]]
 
@@ -87,9 +84,3 @@ def batches_to_edit(
 def unfinished(batch: Sequence[EditableImage | str]) -> list[EditableImage]:
     """The images of a batch that are not done."""
     return [image for image in batch if isinstance(image, EditableImage)]
-
-
-def bank_for(checkpoint: Mapping[str, Any]) -> TokenBank:
-    """A bank of the tokens of a checkpoint, for the vectors that will be loaded."""
-    about = checkpoint_about(checkpoint)
-    return TokenBank(about["num_vectors"], about["embedding_widths"])

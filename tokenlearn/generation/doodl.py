@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -11,7 +10,7 @@ from tokenlearn.data.images_to_edit import EditableImage
 from tokenlearn.diffusion import Gradient
 from tokenlearn.diffusion.latent_optimisation import LatentOptimisation
 from tokenlearn.errors import check_at_least
-from tokenlearn.generation.base import ImageBatches, bank_for, batches_to_edit, images_to_edit, unfinished
+from tokenlearn.generation.base import ImageBatches, batches_to_edit, images_to_edit, unfinished
 from tokenlearn.generation.results import EditResult, EditTask, ResultPlan
 from tokenlearn.latent_optimiser import LatentOptimiser, OptimisedLatents, Start, sampling_for
 from tokenlearn.losses.objective import Objective, as_objective
@@ -58,6 +57,8 @@ class Doodl(TokenTask, EditTask):
         UserError: if there are no images or objectives, the judge guides, the solver cannot invert photos, or a number
             is out of range.
     """
+
+    takes_checkpoint_tokens = True
 
     def __init__(
         self,
@@ -137,11 +138,6 @@ class Doodl(TokenTask, EditTask):
         if photos:
             return optimiser.from_images(torch.cat(photos), seeds, self.source_prompt)
         return optimiser.from_prompts([image.prompt for image in images], seeds)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the tokens of the checkpoint."""
-        super().on_load_checkpoint(checkpoint)
-        self.use_bank(bank_for(checkpoint).to(self.device))
 
     def _result(self, image: EditableImage, optimised: OptimisedLatents, index: int) -> EditResult:
         """The part of one image; a photo itself is before."""

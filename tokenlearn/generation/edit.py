@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 
 from tokenlearn.data.images_to_edit import EditableImage
 from tokenlearn.editing import Editing, ImageEditor, source_of
-from tokenlearn.errors import UserError, check_at_least
-from tokenlearn.generation.base import ImageBatches, bank_for, batches_to_edit, images_to_edit, unfinished
+from tokenlearn.errors import UserError, check_at_least, check_template
+from tokenlearn.generation.base import ImageBatches, batches_to_edit, images_to_edit, unfinished
 from tokenlearn.generation.results import EditResult, EditTask, ResultPlan, file_stem
 from tokenlearn.models import DiffusionBackbone
 from tokenlearn.pipeline import Sampling
@@ -47,6 +46,8 @@ class Edit(TokenTask, EditTask):
         UserError: if there are no images or edits, an edit is there twice, or a number is out of range.
     """
 
+    takes_checkpoint_tokens = True
+
     def __init__(
         self,
         backbone: DiffusionBackbone,
@@ -66,8 +67,7 @@ class Edit(TokenTask, EditTask):
         self.load_embeddings(embeddings)
         self.images = images_to_edit(images, prompts, seeds, backbone=backbone, sampling=sampling)
         _check_edits(edits, interpolations)
-        if template.count("{}") != 1:
-            raise UserError(f"model.template '{template}' must have exactly one '{{}}', where the token goes")
+        check_template(template, "model.template")
         check_at_least("model", 1, batch_size=batch_size)
         self.edits, self.interpolations, self.template, self.batch_size = edits, interpolations, template, batch_size
         self.editing, self.editor = editing, ImageEditor(backbone, editing, setting="model.editing")
@@ -102,11 +102,6 @@ class Edit(TokenTask, EditTask):
     def edit_images(self, images: Sequence[EditableImage]) -> list[EditResult]:
         """All edits of images, each of which is inverted once."""
         return [self._edit(image) for image in images]
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the tokens of the checkpoint."""
-        super().on_load_checkpoint(checkpoint)
-        self.use_bank(bank_for(checkpoint).to(self.device))
 
     def _edit(self, image: EditableImage) -> EditResult:
         if image.image is None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tokenlearn.data.batches import PromptBatch
-from tokenlearn.generation.base import bank_for
 from tokenlearn.generation.results import GeneratedBatch
 from tokenlearn.models import DiffusionBackbone
 from tokenlearn.pipeline import Sampling
@@ -25,6 +22,8 @@ class Generate(TokenTask):
         UserError: if a file cannot be read, has vectors of another width or for another model, or names a token twice.
     """
 
+    takes_checkpoint_tokens = True
+
     def __init__(
         self,
         backbone: DiffusionBackbone,
@@ -39,8 +38,3 @@ class Generate(TokenTask):
         """Images of a batch of prompts and seeds."""
         images = self.pipeline.generate(batch.templates, batch.seeds).clamp(0, 1)
         return GeneratedBatch(images, batch.templates, batch.seeds, batch.class_indices)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the tokens of the checkpoint."""
-        super().on_load_checkpoint(checkpoint)
-        self.use_bank(bank_for(checkpoint).to(self.device))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -14,7 +13,7 @@ from tokenlearn.data.images_to_edit import EditableImage
 from tokenlearn.diffusion import GridSolver
 from tokenlearn.editing import Editing, ImageEditor
 from tokenlearn.errors import UserError, check_at_least
-from tokenlearn.generation.base import ImageBatches, bank_for, batches_to_edit, images_to_edit, unfinished
+from tokenlearn.generation.base import ImageBatches, batches_to_edit, images_to_edit, unfinished
 from tokenlearn.generation.results import EditResult, EditTask, ResultPlan, file_stem
 from tokenlearn.guidance import SEGA, GuidedModel, RecordedGuidance, SemanticEdit, check_tokens
 from tokenlearn.guidance.semantic import ThresholdOver
@@ -57,6 +56,8 @@ class Sega(TokenTask, EditTask):
         UserError: if there are no images or edits, two have one name, the guidance is not a scale, the inversion does
             not suit momentum, or a number is out of range.
     """
+
+    takes_checkpoint_tokens = True
 
     def __init__(
         self,
@@ -133,11 +134,6 @@ class Sega(TokenTask, EditTask):
         if self.editor is None:
             return self._generated(images) if images else []
         return [self._photo(image, self.editor) for image in images]
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the tokens of the checkpoint."""
-        super().on_load_checkpoint(checkpoint)
-        self.use_bank(bank_for(checkpoint).to(self.device))
 
     def _generated(self, images: Sequence[EditableImage]) -> list[EditResult]:
         prompts, seeds = [image.prompt for image in images], [image.seed for image in images]

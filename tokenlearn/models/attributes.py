@@ -10,6 +10,7 @@ from torch import Tensor
 from tokenlearn.errors import UserError
 from tokenlearn.losses import AttributeClass, attribute_directions, attribute_logits
 from tokenlearn.models.classifier import TimmClassifier
+from tokenlearn.tokens.settings import check_distinct, token_name
 
 
 @dataclass(frozen=True)
@@ -45,20 +46,19 @@ def labelled_attributes(
             token.
     """
     named: list[LabelledAttribute] = []
-    owners: dict[str, str] = {}
     for name, classes in attributes.items():
         names = (f"no {name}", name) if classes is None else tuple(classes)
         if len(names) < 2 or len(set(names)) < len(names):
             raise UserError(f"attribute '{name}' has classes {list(names)}; name two or more, each once, or null")
-        tokens = tuple(placeholder.format(item.lower().replace(" ", "-")) for item in names)
-        for token in tokens:
-            if token in owners:
-                raise UserError(
-                    f"attributes '{owners[token]}' and '{name}' have the same token '{token}'; put '{{}}' for the "
-                    "class into tokens.placeholder, and name each class in one attribute only"
-                )
-            owners[token] = name
+        tokens = tuple(token_name(placeholder, item) for item in names)
         named.append(LabelledAttribute(name, names, tokens))
+    check_distinct(
+        [
+            (f"class '{class_name}' of attribute '{item.name}'", token)
+            for item in named
+            for class_name, token in zip(item.class_names, item.placeholders, strict=True)
+        ]
+    )
     return named
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tokenlearn.errors import check_at_least
+from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.tokens.embeddings import Embeddings
 
 
@@ -35,4 +36,33 @@ class TokenSettings:
 
     def name(self, class_name: str) -> str:
         """Placeholder of a class."""
-        return self.placeholder.format(class_name.lower().replace(" ", "-"))
+        return token_name(self.placeholder, class_name)
+
+
+def token_name(placeholder: str, class_name: str) -> str:
+    """Placeholder of a class.
+
+    Args:
+        placeholder: see :class:`TokenSettings`.
+        class_name: the class.
+    """
+    return placeholder.format(class_name.lower().replace(" ", "-"))
+
+
+def check_distinct(tokens: Sequence[tuple[str, str]]) -> None:
+    """Refuse two classes with the same token.
+
+    Args:
+        tokens: each class, as a message names it, and its token.
+
+    Raises:
+        UserError: naming both classes.
+    """
+    owners: dict[str, str] = {}
+    for owner, token in tokens:
+        if token in owners:
+            raise UserError(
+                f"{owners[token]} and {owner} have the same token '{token}'; put '{{}}' for the class into "
+                "tokens.placeholder, and name each class once"
+            )
+        owners[token] = owner

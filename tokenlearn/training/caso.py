@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenlearn.data.batches import ImageBatch
 from tokenlearn.data.interfaces import LabelledImages, find_data
-from tokenlearn.errors import UserError, check_at_least
+from tokenlearn.errors import UserError, check_at_least, check_template
 from tokenlearn.guidance import GuidanceRule, check_tokens
 from tokenlearn.losses import CasoObjective, EditedImages
 from tokenlearn.metrics.class_accuracy import ClassAccuracy
@@ -100,8 +100,7 @@ class Caso(TokenTraining):
         super().__init__(backbone, tokens=tokens, sampling=sampling, optimizer=optimizer, lr_scheduler=lr_scheduler)
         if not attributes:
             raise UserError("model.attributes is empty; name at least one attribute of the classifier")
-        if template.count("{}") != 1:
-            raise UserError(f"model.template '{template}' must have exactly one '{{}}', where the token goes")
+        check_template(template, "model.template")
         check_at_least("model", 0, seed=seed)
         if judge is not None and is_same_model(judge, classifier):
             raise UserError(f"model.judge '{judge}' is also model.classifier '{classifier}'; name another judge")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,7 @@ from tokenlearn.models import DiffusionBackbone
 from tokenlearn.objectives import ClassifierLoss, ObjectiveSum, require_judge_differs
 from tokenlearn.pipeline import Sampling
 from tokenlearn.tokens.checkpoint import checkpoint_about
-from tokenlearn.tokens.settings import TokenSettings
+from tokenlearn.tokens.settings import TokenSettings, check_distinct
 from tokenlearn.training.base import TokenTraining, adamw, check_gradient
 from tokenlearn.training.word_search import WordSearch, find_words
 
@@ -89,7 +89,8 @@ class ClassTokens(TokenTraining, ClassConsumer):
             raise UserError("model.classes is empty; name at least one class")
         self.classes: dict[str, str | None] = classes if isinstance(classes, dict) else dict.fromkeys(classes)
         self.class_names = list(self.classes)
-        self.placeholders = _placeholders(self.class_names, tokens)
+        self.placeholders = {name: tokens.name(name) for name in self.class_names}
+        check_distinct([(f"class '{name}'", token) for name, token in self.placeholders.items()])
         self.objective, self.judge = as_objective(objective), judge
         self.objective.check(self.class_names)
         if judge is not None:
@@ -261,21 +262,3 @@ class ClassTokens(TokenTraining, ClassConsumer):
             "training_solver": None if self.solver is None else str(self.solver),
             "gradient": str(self.gradient),
         }
-
-
-def _placeholders(class_names: Sequence[str], tokens: TokenSettings) -> dict[str, str]:
-    """Class name to token.
-
-    Raises:
-        UserError: if two classes have the same token.
-    """
-    placeholders = {name: tokens.name(name) for name in class_names}
-    owners: dict[str, str] = {}
-    for name, token in placeholders.items():
-        if token in owners:
-            raise UserError(
-                f"classes '{owners[token]}' and '{name}' have the same token '{token}'; put '{{}}' for the class "
-                "into tokens.placeholder"
-            )
-        owners[token] = name
-    return placeholders

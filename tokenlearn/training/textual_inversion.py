@@ -16,7 +16,7 @@ from torchmetrics import SumMetric
 from tokenlearn.data.batches import ImageBatch
 from tokenlearn.data.interfaces import LabelledImages, find_data
 from tokenlearn.data.labels import UNKNOWN
-from tokenlearn.errors import UserError, check_at_least
+from tokenlearn.errors import UserError, check_at_least, check_template
 from tokenlearn.models import DiffusionBackbone
 from tokenlearn.models.attributes import check_class_names, labelled_attributes
 from tokenlearn.pipeline import Sampling
@@ -95,8 +95,7 @@ class TextualInversion(TokenTraining):
         if not templates:
             raise UserError("model.templates is empty; give at least one, such as '{}'")
         for template in templates:
-            if template.count("{}") != 1:
-                raise UserError(f"model.templates: '{template}' must have exactly one '{{}}', where the token goes")
+            check_template(template, "model.templates")
         if tokens.initial_words is None:
             raise UserError("model.tokens.initial_words is null, but TextualInversion does not search; set it to 'a'")
         check_at_least("model", 0, seed=seed)
