@@ -44,7 +44,6 @@ def test_a_number_of_images_in_passes():
     assert all(sorted(taken[start : start + 10]) == list(range(100, 110)) for start in range(0, 60, 10))
     for batch in loader:
         assert batch.prompts == [PROMPTS[(seed - 100) % 3] for seed in batch.seeds]
-    assert seeds(module(seed=100).single_pass()) == list(range(100, 110))
 
 
 def test_labels_are_those_of_the_prompt():

@@ -78,6 +78,11 @@ def module(source, rank=0, world_size=1, task=None, precision="32-true", **optio
     return made
 
 
+def in_order(made):
+    """All training images once, in order, as pixels."""
+    return made._evaluation(made._ready()[0].train)
+
+
 def names(batches):
     return list(chain.from_iterable(batch.names for batch in batches))
 
@@ -96,21 +101,21 @@ def test_all_sources_give_the_same_images(folder, labelled, tmp_path, streaming)
     parquet = tmp_path / "parquet"
     for source in (folder, labelled, parquet, parquet / "part.parquet", parquet / "*.parquet"):
         made = module(source, streaming=streaming)
-        once = list(made.single_pass())
+        once = list(in_order(made))
         assert sorted(numbers(once)) == list(range(COUNT))
         assert once[0].images.shape[1:] == (3, 16, 16)
         assert once[0].latents is None
         trained = epochs(made.train_dataloader(), 3)
         assert all(len(batch.names) == 4 for batch in trained)
         assert sorted(set(numbers(trained))) == list(range(COUNT))
-    assert set(names(module(folder, streaming=streaming).single_pass())) == {
+    assert set(names(in_order(module(folder, streaming=streaming)))) == {
         f"{'deeper/' if index % 2 else ''}face-test-{index:02d}.png" for index in range(COUNT)
     }
 
 
 def test_a_subfolder_may_be_a_split(folder):
     (folder / "deeper").rename(folder / "train")
-    assert sorted(numbers(module(folder).single_pass())) == list(range(1, COUNT, 2))
+    assert sorted(numbers(in_order(module(folder)))) == list(range(1, COUNT, 2))
     with pytest.raises(UserError, match=r"'train\[5:9.5\]'"):
         module(folder, split="train[5:9.5]")
 
@@ -135,7 +140,7 @@ def test_images_of_other_kinds_are_a_second_part_of_the_test(labelled, streaming
     assert sum(len(batch.names) for batch in test) == 2
     assert sum(len(batch.names) for batch in transfer) == 5
     assert all((batch.labels["style"] == 1).all() for batch in transfer)
-    assert all(number % 2 == 0 for number in [*numbers(test), *numbers(made.single_pass())])
+    assert all(number % 2 == 0 for number in [*numbers(test), *numbers(in_order(made))])
     assert (
         len(module(labelled, streaming=streaming, held_out=HeldOut(0, 2, 0, sketches), **options).test_dataloader())
         == 1
@@ -144,7 +149,7 @@ def test_images_of_other_kinds_are_a_second_part_of_the_test(labelled, streaming
 
 def test_images_of_other_kinds_are_never_learned_from(labelled):
     made = module(labelled, held_out=HeldOut(0, 2, 4))
-    parts = [numbers(part) for part in (*made.test_dataloader(), made.single_pass())]
+    parts = [numbers(part) for part in (*made.test_dataloader(), in_order(made))]
     assert sorted(chain.from_iterable(parts)) == list(range(COUNT))
     with pytest.raises(UserError, match=r" 6 .*data.held_out.transfer 7"):
         module(labelled, held_out=HeldOut(0, 0, 7, {"style": ["sketch"]}))
@@ -196,7 +201,7 @@ def test_broken_images_are_skipped_and_nothing_else(folder, monkeypatch):
     with pytest.warns(UserWarning, match=r"skipped 3 .*'(cut|words|tiny)\.") as seen:
         made = module(folder, num_workers=2)
     assert len([one for one in seen if str(one.message).startswith("skipped")]) == 1
-    assert sorted(numbers(made.single_pass())) == list(range(COUNT))
+    assert sorted(numbers(in_order(made))) == list(range(COUNT))
 
     def not_again(*arguments):
         raise AssertionError("checked twice")
@@ -217,7 +222,7 @@ def test_broken_images_of_a_stream_are_skipped_on_all_ranks_alike(folder):
     second = list(module(folder, 1, 2, batch_size=2, **options).train_dataloader())
     assert [batch.names for batch in one] == [a.names + b.names for a, b in zip(first, second, strict=True)]
     with pytest.warns(UserWarning, match="skipped 3 "):
-        assert sorted(numbers(module(folder, streaming=True).single_pass())) == list(range(COUNT))
+        assert sorted(numbers(in_order(module(folder, streaming=True)))) == list(range(COUNT))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -228,7 +233,7 @@ def test_a_broken_image_is_an_error_if_wanted(folder, tmp_path, streaming, name)
         (folder / other).unlink()
     made = module(folder, streaming=streaming, images=ImageReading(broken="error"))
     with pytest.raises(UserError, match=rf"'{name}' .*data.images.broken to skip") as raised:
-        list(made.single_pass())
+        list(in_order(made))
     assert "\n" not in str(raised.value)
 
 
@@ -246,7 +251,7 @@ def test_labels_of_every_kind(labelled, streaming):
     )
     assert made.class_names["hair"] == ("brown", "black", "red")
     assert made.class_names["style"] == ("photo", "sketch")
-    batches = list(made.single_pass())
+    batches = list(in_order(made))
     labels = {name: torch.cat([batch.labels[name] for batch in batches]) for name in batches[0].labels}
     rows = range(COUNT)
     assert numbers(batches) == list(rows)
@@ -268,7 +273,7 @@ def test_names_are_classes_in_alphabetical_order_by_default(labelled):
 def test_keep(labelled, streaming):
     made = module(labelled, streaming=streaming, keep={"style": ["sketch"], "hair": ["red", "brown"]})
     expected = [row for row in range(COUNT) if row % 2 and row % 3 != 1 and row != 4]
-    assert numbers(made.single_pass()) == expected
+    assert numbers(in_order(made)) == expected
     assert set(numbers(epochs(made.train_dataloader(), 2))) == set(expected)
 
 
@@ -276,7 +281,7 @@ def test_keep(labelled, streaming):
 def test_portraits_know_their_attributes(streaming):
     options = {"images": ImageReading(size=64), "labels": LabelColumns({"style": "style"})}
     made = module("portraits:6:3", streaming=streaming, **options)
-    batches = list(made.single_pass())
+    batches = list(in_order(made))
     images = torch.cat([batch.images for batch in batches])
     for index in range(6):
         scene, expected, _ = portrait(3, index)
@@ -299,7 +304,7 @@ def test_flips_are_half_of_all_and_always_the_same_ones(tmp_path):
     assert 30 < int(flipped.sum()) < 70
     assert torch.equal(taken[flipped].flip(3), taken[~flipped][:1].expand_as(taken[flipped]))
     assert torch.equal(images(epochs(module(tmp_path, num_workers=2, **options).train_dataloader(), 5)), taken)
-    assert (images(module(tmp_path, **options).single_pass())[:, 0, 0, 0] == 1).all()
+    assert (images(in_order(module(tmp_path, **options)))[:, 0, 0, 0] == 1).all()
 
 
 def test_a_batch_moves_to_the_device():
@@ -472,7 +477,7 @@ def test_a_label_that_is_no_class_is_named(labelled):
         (LabelColumns({"all": "shown"}), r"'\[False, False\]' in column 'shown'"),
     ):
         with pytest.raises(UserError, match=message):
-            list(module(labelled, labels=labels).single_pass())
+            list(in_order(module(labelled, labels=labels)))
 
 
 @pytest.mark.parametrize("name", [None, "notes.txt"])

@@ -57,6 +57,11 @@ def conditioning(*means):
     return Conditioning(torch.tensor(means).reshape(-1, 1, 1))
 
 
+def constant(conditioning):
+    """The same conditioning without its history."""
+    return Conditioning(conditioning.prompt_embeds.detach())
+
+
 EMPTY = conditioning(0.0)
 
 

@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from benchmarks.memory import peak_bytes
-from tests.diffusion.networks import DDIM, PROCESS, SPREAD, UNGUIDED
+from tests.diffusion.networks import DDIM, PROCESS, SPREAD, UNGUIDED, constant
 from tests.tiny import tiny_pipeline
 from tokenlearn.diffusion import (
     EDICT,
@@ -168,7 +168,7 @@ def test_evaluations_are_counted_exactly(name, solver):
 
 def test_nothing_has_a_gradient_when_no_input_or_the_caller_wants_none(solver):
     network, conditionings = Network(torch.float64), prompts()
-    constants = [item.detach() for item in conditionings]
+    constants = [constant(item) for item in conditionings]
     found = []
     for items, enabled in ((constants, True), (conditionings, False)):
         with torch.set_grad_enabled(enabled):
@@ -267,7 +267,7 @@ class TestAgainstPlainFormulas:
     """Each solver beside its paper's update, written for raw latents one step at a time."""
 
     def setup_method(self):
-        self.network, self.grid, self.prompt = Network(torch.float64), grid_of(10), prompts()[1].detach()
+        self.network, self.grid, self.prompt = Network(torch.float64), grid_of(10), constant(prompts()[1])
 
     def noise_of(self, latents, timestep):
         return self.network(latents, torch.tensor(timestep), self.prompt)
@@ -332,7 +332,7 @@ def test_a_stage_evaluates_at_a_point_that_both_of_its_ends_give(solver):
 
 def test_an_edit_from_the_middle_keeps_the_rest_of_the_path(solver):
     network, twenty = Network(torch.float64), bound(solver, 20)
-    empty, prompt = (item.detach() for item in prompts())
+    empty, prompt = (constant(item) for item in prompts())
     latents, plain = SPREAD * noise(), GuidedModel(network, UNGUIDED, [empty])
     guided = GuidedModel(network, ClassifierFreeGuidance(5.0), [empty, prompt])
     assert {level.timestep for level in twenty.grid(from_timestep=401).levels} == {*range(1, 402, 50), 0}
@@ -343,7 +343,7 @@ def test_an_edit_from_the_middle_keeps_the_rest_of_the_path(solver):
 
 
 def test_parts_of_sampling_go_on_from_each_others_latents(solver):
-    model, many = GuidedModel(Gaussian(), UNGUIDED, [prompts()[1].detach()]), bound(solver, 200)
+    model, many = GuidedModel(Gaussian(), UNGUIDED, [constant(prompts()[1])]), bound(solver, 200)
     whole = sample(model, noise(), solver=many)
     middle = sample(model, noise(), solver=many, to_timestep=501)
     end = sample(model, middle, solver=many, from_timestep=501)
@@ -395,7 +395,7 @@ def test_the_backward_sweep_keeps_the_autocast_of_the_forward_one(solver):
 
 
 def test_half_precision_networks_leave_inversion_exact(solver):
-    model = GuidedModel(Network(torch.bfloat16), UNGUIDED, [prompts(torch.float32)[1].detach()])
+    model = GuidedModel(Network(torch.bfloat16), UNGUIDED, [constant(prompts(torch.float32)[1])])
     latents, twenty = SPREAD * noise(torch.float32), bound(solver, 20, torch.float32)
     back = sample(model, invert(model, latents, solver=twenty), solver=twenty)
     assert back.dtype == torch.float32
@@ -447,7 +447,7 @@ def test_a_step_that_would_do_nothing_is_left_out():
 def test_sampling_to_no_noise_at_all(solver):
     fifty = bound(solver, 50, torch.float32, set_alpha_to_one=True)
     grid = fifty.grid()
-    latents = sample(GuidedModel(Gaussian(), UNGUIDED, [prompts()[1].detach()]), noise(), solver=fifty)
+    latents = sample(GuidedModel(Gaussian(), UNGUIDED, [constant(prompts()[1])]), noise(), solver=fifty)
     assert latents.isfinite().all()
     assert (grid.levels[-1].ratio, grid.levels[-1].alpha) == (0, 1)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 
-from tests.diffusion.networks import EMPTY, UNGUIDED, FunctionNetwork, Recorder
+from tests.diffusion.networks import EMPTY, UNGUIDED, FunctionNetwork, Recorder, constant
 from tests.tiny import tiny_pipeline
 from tokenlearn.diffusion import Checkpointed, Detached, FlowProcess, LastK, SchedulerSolver, Stored, sample
 from tokenlearn.errors import UserError
@@ -126,7 +126,7 @@ def test_detached_inputs_leave_each_steps_own_gradient(backbone, conditionings):
 
 def test_full_chain_reaches_the_initial_latents(backbone, conditionings):
     noise = backbone.initial_latents(SEEDS).requires_grad_()
-    constants = [item.detach() for item in conditionings]
+    constants = [constant(item) for item in conditionings]
     reference = reference_gradient(backbone, "DDIM", noise, constants, 4.0, STEPS)
     (expected,) = torch.autograd.grad(reference.square().sum(), noise)
     model = Recorder(backbone)
@@ -167,7 +167,7 @@ def test_gradient_steps_count_the_timesteps_of_the_scheduler(backbone, condition
 
 def test_nothing_has_a_gradient_when_no_input_or_the_caller_wants_none(backbone, conditionings):
     noise = backbone.initial_latents(SEEDS)
-    constants = [item.detach() for item in conditionings]
+    constants = [constant(item) for item in conditionings]
     outputs = []
     for items, enabled in ((constants, True), (conditionings, False)):
         model = Recorder(backbone)
@@ -180,7 +180,7 @@ def test_nothing_has_a_gradient_when_no_input_or_the_caller_wants_none(backbone,
 
 
 def test_batch_equals_samples_one_by_one(backbone, conditionings):
-    unconditional, conditional = (item.detach() for item in conditionings)
+    unconditional, conditional = (constant(item) for item in conditionings)
     ddim = solver(backbone, steps=3)
     together = sample(guided(backbone, [unconditional, conditional]), backbone.initial_latents(SEEDS), solver=ddim)
     for index, seed in enumerate(SEEDS):

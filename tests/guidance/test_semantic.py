@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from tests.diffusion.networks import Recorder
+from tests.diffusion.networks import Recorder, constant
 from tokenlearn.diffusion import Checkpointed, sample
 from tokenlearn.errors import UserError
 from tokenlearn.guidance import (
@@ -413,7 +413,7 @@ class TestSampling:
                     assert torch.equal(models[seed](latents, timestep, step), alone[seed][step])
 
     def test_a_concept_can_be_learned_under_it(self, backbone, conditionings):
-        term = conditionings[2].detach()
+        term = constant(conditionings[2])
         term.prompt_embeds.requires_grad_()
         rule = SemanticGuidance(4.0, [Concept(ConceptSettings(warmup_steps=2))])
         self.run(backbone, rule, [*conditionings[:2], term])[0].square().sum().backward()

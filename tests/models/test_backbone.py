@@ -22,11 +22,10 @@ def test_cat_then_index_gives_the_parts_back():
         assert torch.equal(chosen.extra["size"], part.extra["size"])
 
 
-def test_expand_shares_one_row_and_repeat_copies_the_whole():
+def test_expand_shares_one_row():
     one = conditioning(1, 5.0)
     assert one.expand(4).prompt_embeds.shape == (4, 3, 2)
     assert one.expand(4).prompt_embeds.data_ptr() == one.prompt_embeds.data_ptr()
-    assert conditioning(2).repeat(2).pooled_prompt_embeds[:, 0].tolist() == [0, 1, 0, 1]
     with pytest.raises(ValueError, match="2 rows to 4"):
         conditioning(2).expand(4)
 
@@ -40,7 +39,6 @@ def test_requires_grad_looks_at_every_part():
         Conditioning(plain.prompt_embeds, None, {"size": torch.ones(1, 2, requires_grad=True)}),
     ):
         assert learned.requires_grad
-        assert not learned.detach().requires_grad
 
 
 @pytest.mark.parametrize("other", [Conditioning(torch.ones(1, 3, 2)), conditioning(1, size=torch.ones(1, 4))])

@@ -65,8 +65,6 @@ def test_features_are_those_of_transformers_made_unit(folder, clip):
         expected = theirs(**tokens, pixel_values=clip.preprocess(images))
     torch.testing.assert_close(clip.image_features(images), expected.image_embeds)
     torch.testing.assert_close(clip.text_features(PROMPTS), expected.text_embeds)
-    logits = clip.zero_shot_logits(images, clip.text_features(PROMPTS))
-    torch.testing.assert_close(logits, expected.logits_per_image)
     assert clip.image_features(images).shape == (3, clip.feature_dim)
 
 
@@ -81,13 +79,6 @@ def test_long_texts_are_cut(clip):
     assert clip.max_prompt_length == 24
     words = " ".join(["king"] * 22)
     torch.testing.assert_close(clip.text_features([words + " queen queen"]), clip.text_features([words]))
-
-
-def test_class_features_are_the_renormalised_mean_of_their_prompts(clip):
-    first, second = clip.class_features([PROMPTS[:2], PROMPTS[2:]])
-    mean = clip.text_features(PROMPTS[:2]).mean(dim=0)
-    torch.testing.assert_close(first, mean / mean.norm())
-    torch.testing.assert_close(second, clip.text_features(PROMPTS[2:])[0])
 
 
 def test_stays_frozen_and_differentiable_inside_of_a_parent_that_trains(clip):

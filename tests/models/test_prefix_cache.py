@@ -50,7 +50,7 @@ def test_several_prompts_for_the_same_latents_are_as_one_after_another(backbone,
 def test_what_comes_before_the_prompt_is_computed_once(backbone):
     first = next(block for block in backbone.unet.down_blocks if hasattr(block, "attentions"))
     before, after = Rows(first.resnets[0].conv2), Rows(first.attentions[0].proj_in)
-    latents, prompts = backbone.initial_latents([1, 2]), backbone.encode_prompts(["a king", "a cat"]).repeat(3)
+    latents, prompts = backbone.initial_latents([1, 2]), backbone.encode_prompts(["a king", "a cat"] * 3)
     with torch.no_grad():
         assert len(backbone(latents, torch.tensor(601), prompts)) == 6
         backbone(latents, torch.tensor(601), prompts[:2])
@@ -62,7 +62,7 @@ def test_a_failed_evaluation_leaves_nothing_behind(backbone):
     latents, prompts = backbone.initial_latents([1, 2]), backbone.encode_prompts(["a king", "a cat"])
     expected = backbone(latents, torch.tensor(601), prompts)
     with pytest.raises(RuntimeError):
-        backbone(latents[:, :3], torch.tensor(601), prompts.repeat(2))
+        backbone(latents[:, :3], torch.tensor(601), prompts.cat([prompts] * 2))
     assert torch.equal(backbone(latents, torch.tensor(601), prompts), expected)
 
 

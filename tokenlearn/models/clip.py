@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from tokenlearn.errors import UserError, reason_of
-from tokenlearn.losses.clip_distance import mean_direction
 from tokenlearn.models.frozen import FrozenModule, freeze
 from tokenlearn.paths import resolve
 from tokenlearn.quiet import quiet_models
@@ -100,30 +99,6 @@ class ClipModel(FrozenModule):
         ).to(self.mean.device)
         pooled = self.model.text_model(**tokens).pooler_output
         return functional.normalize(self.model.text_projection(pooled).float(), dim=-1)
-
-    def class_features(self, prompts: Sequence[Sequence[str]]) -> Tensor:
-        """Directions of classes: the renormalised mean over each class's prompts (Radford et al., 2021, 3.1.4).
-
-        Args:
-            prompts: prompts of each of K classes.
-
-        Returns:
-            (K, D) float32 unit vectors.
-        """
-        return torch.stack([mean_direction(self.text_features(class_prompts)) for class_prompts in prompts])
-
-    def zero_shot_logits(self, images: Tensor, class_features: Tensor) -> Tensor:
-        """Zero-shot classification logits: cosines divided by CLIP's learned temperature.
-
-        Args:
-            images: (B, 3, H, W) in [0, 1].
-            class_features: (K, D) unit vectors from :meth:`class_features` or :meth:`text_features`.
-
-        Returns:
-            (B, K) float32 logits, whose softmax gives the probabilities of the classes.
-        """
-        logits: Tensor = self.model.logit_scale.exp().float() * self.image_features(images) @ class_features.T
-        return logits
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after resizing: fixed, or from the length of the shorter edge."""

@@ -183,13 +183,11 @@ class DiffusionBackbone(FrozenModule, ABC):
         yield
 
     @abstractmethod
-    def encode_images(self, images: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
-        """Encode images, differentiably.
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Encode images, differentiably; of an autoencoder's posterior, the mean.
 
         Args:
             images: (B, 3, H, W) in [0, 1], sides divisible by :attr:`vae_scale_factor`.
-            sample: draw from the posterior instead of taking its mean.
-            generator: source of randomness of the draw.
 
         Returns:
             (B, C, h, w) float32 latents, scaled as the network expects them.

@@ -28,10 +28,6 @@ class Conditioning:
         """Whether any tensor in it requires a gradient."""
         return any(tensor.requires_grad for tensor in self._tensors())
 
-    def detach(self) -> Conditioning:
-        """The same values without their history."""
-        return self._map(Tensor.detach)
-
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.prompt_embeds)
@@ -49,10 +45,6 @@ class Conditioning:
         if len(self) not in (1, batch):
             raise ValueError(f"cannot expand {len(self)} rows to {batch}")
         return self._map(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
-
-    def repeat(self, times: int) -> Conditioning:
-        """All rows ``times`` times, as a whole: a b a b."""
-        return self.cat([self] * times)
 
     @staticmethod
     def cat(conditionings: Sequence[Conditioning]) -> Conditioning:

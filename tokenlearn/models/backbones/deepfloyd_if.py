@@ -107,8 +107,8 @@ class DeepFloydIF(DiffusionBackbone):
         output: Tensor = self.unet(latents.to(dtype), timesteps, prompt_embeds, return_dict=False)[0]
         return output[:, :_CHANNELS].float()
 
-    def encode_images(self, images: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
-        """Images (B, 3, H, W) from [0, 1] to [-1, 1], float32; there is no posterior to ``sample`` from."""
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) from [0, 1] to [-1, 1], float32."""
         return 2 * images.float() - 1
 
     def decode_latents(self, latents: Tensor) -> Tensor:

@@ -146,10 +146,9 @@ class LatentDiffusion(DiffusionBackbone):
         """Inputs of the network besides the prompt's states, by its names for them."""
         return None
 
-    def encode_images(self, images: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """See :meth:`DiffusionBackbone.encode_images`."""
-        posterior = self.vae.encode(2 * images - 1).latent_dist
-        latents: Tensor = posterior.sample(generator) if sample else posterior.mode()
+        latents: Tensor = self.vae.encode(2 * images - 1).latent_dist.mode()
         return (latents.float() - self._shift) * self._scaling
 
     def decode_latents(self, latents: Tensor) -> Tensor:

@@ -118,10 +118,10 @@ class StableDiffusionXL(LatentDiffusion):
         assert conditioning.pooled_prompt_embeds is not None
         return {"text_embeds": conditioning.pooled_prompt_embeds, **conditioning.extra}
 
-    def encode_images(self, images: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """See :meth:`DiffusionBackbone.encode_images`."""
         with torch.autocast(images.device.type, enabled=False):
-            return super().encode_images(images.float(), sample, generator)
+            return super().encode_images(images.float())
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """See :meth:`DiffusionBackbone.decode_latents`."""
