@@ -396,7 +396,7 @@ def test_tokens_say_where_they_come_from(make):
     assert about["prompt"] == "a photo of a <no-smile>"
     settings = json.loads(about["config"])
     assert (settings["editing_loss"], settings["timesteps"]) == ("class_mean", [401, 401])
-    assert (settings["training_guidance_scale"], settings["initialiser"]) == (10.0, "words")
+    assert (settings["guidance"], settings["initialisation"]) == (10.0, "words")
 
 
 @pytest.mark.parametrize(
@@ -513,7 +513,7 @@ def test_a_config_names_gradient_guidance_and_objective(config, tmp_path):
     main(["fit", "--config", config("run", model, {"held_out": {"validation": 0, "test": 0}}, {"max_steps": 1})])
     about = load_embedding(tmp_path / "run" / "embeddings" / "smile.safetensors").metadata
     settings = json.loads(about["config"])
-    assert (settings["training_guidance_scale"], settings["editing_loss"]) == ("ComposableGuidance", "class_mean")
+    assert (settings["guidance"], settings["editing_loss"]) == ("ComposableGuidance", "class_mean")
     assert settings["gradient"] == str(LastK(2))
 
 

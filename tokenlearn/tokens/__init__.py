@@ -1,4 +1,4 @@
-"""The learned thing: token bank, its place in prompts, its start and its files."""
+"""Learned tokens: bank, their place in prompts, their start and their files."""
 
 from tokenlearn.tokens.bank import TokenBank
 from tokenlearn.tokens.class_initialisation import (

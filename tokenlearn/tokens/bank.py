@@ -1,4 +1,4 @@
-"""The learned thing: a few embedding vectors per placeholder token, and nothing else."""
+"""Learned tokens: a few embedding vectors per placeholder token, and nothing else."""
 
 from __future__ import annotations
 

@@ -248,9 +248,9 @@ class Caso(TokenTraining):
             "reconstruction_weight": objective.reconstruction_weight,
             "preservation_weight": objective.preservation_weight,
             "preservation_every": objective.preservation_every,
-            "training_guidance_scale": type(guidance).__name__ if isinstance(guidance, GuidanceRule) else guidance,
+            "guidance": type(guidance).__name__ if isinstance(guidance, GuidanceRule) else guidance,
             "initial_words": self.token_settings.initial_words,
-            "initialiser": self.initialisation.kind,
+            "initialisation": self.initialisation.kind,
             "negative_prompt": self.sampling.negative_prompt,
         }
         if self.edit.gradient is not None:

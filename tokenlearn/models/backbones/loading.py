@@ -66,8 +66,8 @@ def load_pipeline(
         if local:
             raise UserError(f"cannot load the model in '{pretrained}' ({reason}); download it again") from error
         raise UserError(
-            f"model '{pretrained}' is neither a folder nor can it be had from the hub ({reason}); check its name and "
-            "the network, or give a local folder"
+            f"model '{pretrained}' is not a folder and could not be downloaded from the hub ({reason}); check its "
+            "name and the network, or give a local folder"
         ) from error
     return pipeline
 
@@ -90,8 +90,8 @@ def download_index(pretrained: str, revision: str | None) -> Path:
         return Path(hf_hub_download(pretrained, "model_index.json", revision=revision))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise UserError(
-            f"model '{pretrained}' is neither a folder nor can it be had from the hub ({reason_of(error)}); check its "
-            "name and the network, or give a local folder"
+            f"model '{pretrained}' is not a folder and could not be downloaded from the hub ({reason_of(error)}); "
+            "check its name and the network, or give a local folder"
         ) from error
 
 
