@@ -1,4 +1,4 @@
-"""Checkpoints and embedding files that version 0.1.0 wrote still load; its settings had other names."""
+"""Checkpoints and embedding files from before the settings had their present names still load."""
 
 from pathlib import Path
 
