@@ -1,16 +1,19 @@
 """Every shipped config runs as users run it, at reduced size; backbones and methods combine."""
 
-import copy
 import json
 from pathlib import Path
 
 import datasets
 import pytest
+import torch
 import yaml
+from PIL import Image
 
 from tests.tiny import tiny_classifier, tiny_pipeline
+from tests.tiny_clip import tiny_aesthetic_head, tiny_clip
 from tests.tiny_xl import tiny_xl_pipeline
 from tokenlearn.main import main
+from tokenlearn.tokens import embedding_file_name, save_embedding
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -19,10 +22,11 @@ BACKBONES, METHODS, PORTRAITS = (
 )
 COMPLETE = [CONFIGS / "quickstart.yaml", *PORTRAITS]
 REDUCTIONS = yaml.safe_load((ROOT / "tests" / "config_reductions.yaml").read_text())
+TINY = "tiny/"
 
 
 def name_of(config):
-    return config.relative_to(CONFIGS).with_suffix("").as_posix()
+    return config.relative_to(CONFIGS).with_suffix("").as_posix() if isinstance(config, Path) else config
 
 
 def with_lists(changes, given):
@@ -45,10 +49,41 @@ def merged(given, changes):
     return changes
 
 
+def with_files(settings, folder):
+    """Settings with the paths of tiny models and data."""
+    if isinstance(settings, dict):
+        return {name: with_files(value, folder) for name, value in settings.items()}
+    if isinstance(settings, list):
+        return [with_files(value, folder) for value in settings]
+    if isinstance(settings, str) and settings.startswith(TINY):
+        return str(folder / settings.removeprefix(TINY))
+    return settings
+
+
 @pytest.fixture(autouse=True)
 def _in_the_root(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def tiny_files(tmp_path_factory):
+    """A folder of tiny models of each kind, images of two classes, and embedding files."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_pipeline(folder / "sd15")
+    tiny_xl_pipeline(folder / "sdxl")
+    for name in ("guide", "judge"):
+        tiny_classifier(folder / name, ["tiger cat", "bullfrog", "sorrel", "zebra", "otterhound"])
+    tiny_clip(folder / "clip")
+    tiny_aesthetic_head(folder / "head", "../clip")
+    for shade, name in enumerate(("dog", "mug")):
+        (folder / "images" / name).mkdir(parents=True)
+        for index in range(3):
+            Image.new("RGB", (40, 30), (100 * shade, 60 * index, 80)).save(folder / "images" / name / f"{index}.png")
+    for token in ("<bullfrog>", "<sorrel>", "<zebra>"):
+        path = folder / "embeddings" / embedding_file_name(token)
+        save_embedding(path, token, [torch.ones(1, 16)], {})
+    return folder
 
 
 @pytest.fixture
@@ -67,32 +102,44 @@ def run(tmp_path, capsys):
     return run_command
 
 
-def resolved(configs, capsys):
-    """The settings that a run with these configs would use."""
-    capsys.readouterr()
-    files = [argument for config in configs for argument in ("--config", str(config))]
-    with pytest.raises(SystemExit) as stopped:
-        main(["fit", *files, "--print_config"])
-    assert stopped.value.code == 0
-    return yaml.safe_load(capsys.readouterr().out)
-
-
-def test_every_complete_config_has_a_reduction():
-    assert set(REDUCTIONS) == {name_of(config) for config in COMPLETE}
-
-
-@pytest.mark.parametrize("config", COMPLETE, ids=name_of)
-def test_complete_configs_run(config, run):
+def run_reduced(run, config, *, others=(), settings=None, tiny_folder=ROOT):
+    """Run a config as its reduction says, and check the files and figures that it must leave."""
     reduction = REDUCTIONS[name_of(config)]
-    settings = with_lists(reduction["settings"], yaml.safe_load(config.read_text()))
-    folder = run(reduction["command"], [config], settings)
+    changes = with_lists(reduction["settings"], yaml.safe_load(config.read_text()))
+    changes = merged(with_files(changes, tiny_folder), settings or {})
+    folder = run(reduction["command"], [*others, config], changes)
     if "then" in reduction:
         (best,) = folder.glob("checkpoints/best-*.ckpt")
-        run(reduction["then"], [config], settings, "--ckpt_path", str(best))
+        run(reduction["then"], [*others, config], changes, "--ckpt_path", str(best))
     for pattern, number in reduction["files"].items():
         assert len(list(folder.glob(pattern))) == number, pattern
     if "summary" in reduction:
         assert set(reduction["summary"]) <= json.loads((folder / "summary.json").read_text()).keys()
+
+
+def test_every_config_that_can_run_has_a_reduction():
+    assert set(REDUCTIONS) == {name_of(config) for config in (*COMPLETE, *METHODS)}
+
+
+@pytest.mark.parametrize("config", COMPLETE, ids=name_of)
+def test_complete_configs_run(config, run):
+    run_reduced(run, config)
+
+
+@pytest.mark.parametrize(
+    ("config", "backbone"),
+    [*((config, "sd15") for config in METHODS), (CONFIGS / "methods" / "class_token.yaml", "sdxl")],
+    ids=name_of,
+)
+def test_methods_run_on_backbones(config, backbone, run, tiny_files):
+    model = {"backbone": {"init_args": {"pretrained": str(tiny_files / backbone), "variant": None}}}
+    run_reduced(
+        run,
+        config,
+        others=[CONFIGS / "backbones" / f"{backbone}.yaml"],
+        settings={"model": {"init_args": model}},
+        tiny_folder=tiny_files,
+    )
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=name_of)
@@ -115,6 +162,16 @@ def test_method_configs_leave_the_backbone_out(config):
     assert "backbone" not in yaml.safe_load(config.read_text())["model"]["init_args"]
 
 
+def resolved(configs, capsys):
+    """The settings that a run with these configs would use."""
+    capsys.readouterr()
+    files = [argument for config in configs for argument in ("--config", str(config))]
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", *files, "--print_config"])
+    assert stopped.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
 PAIRS = [
     (METHODS[index % len(METHODS)], BACKBONES[index % len(BACKBONES)])
     for index in range(max(len(METHODS), len(BACKBONES)))
@@ -132,24 +189,3 @@ def test_methods_and_backbones_combine_in_any_order(method, backbone, capsys):
     found = model["init_args"]["backbone"]
     assert found["class_path"].rpartition(".")[2] == expected["class_path"]
     assert expected["init_args"].items() <= found["init_args"].items()
-
-
-def few_steps(pretrained, folder):
-    """Settings of a short fit of class tokens by a tiny model."""
-    settings = copy.deepcopy(REDUCTIONS["quickstart"]["settings"])
-    model = settings["model"]["init_args"]
-    model["backbone"] = {"init_args": {"pretrained": str(pretrained), "variant": None}}
-    for name in ("objective", "judge"):
-        classifier = tiny_classifier(folder / name, ["tiger cat", "bullfrog", "other"])
-        model[name] = {"init_args": {"classifier": str(classifier)}}
-    settings["trainer"] |= {"accelerator": "cpu", "accumulate_grad_batches": 1}
-    return settings
-
-
-@pytest.mark.parametrize(("backbone", "make_pipeline"), [("sd15", tiny_pipeline), ("sdxl", tiny_xl_pipeline)])
-def test_class_tokens_run_on_backbones(backbone, make_pipeline, tmp_path, run):
-    settings = few_steps(make_pipeline(tmp_path / "pipeline"), tmp_path)
-    configs = [CONFIGS / "backbones" / f"{backbone}.yaml", CONFIGS / "methods" / "class_token.yaml"]
-    folder = run("fit", configs, settings)
-    assert sorted(path.stem for path in folder.glob("embeddings/*")) == ["bullfrog", "tiger-cat"]
-    assert (folder / "table.csv").is_file()
