@@ -59,7 +59,8 @@ def conditioning(*means):
 
 def constant(conditioning):
     """The same conditioning without its history."""
-    return Conditioning(conditioning.prompt_embeds.detach())
+    pooled = conditioning.pooled_prompt_embeds
+    return Conditioning(conditioning.prompt_embeds.detach(), None if pooled is None else pooled.detach())
 
 
 EMPTY = conditioning(0.0)

@@ -253,7 +253,7 @@ def test_half_downloaded_folder_names_the_missing_file(folder, tmp_path, missing
 def test_unknown_models_are_one_line(folder, tmp_path):
     with pytest.raises(UserError, match=r"model folder '\./nowhere' does not exist"):
         StableDiffusionXL("./nowhere")
-    with pytest.raises(UserError, match="'nobody/nothing' .*hub"):
+    with pytest.raises(UserError, match=r"'nobody/nothing' .*hub"):
         StableDiffusionXL("nobody/nothing")
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "model_index.json").write_text("{")
