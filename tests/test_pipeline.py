@@ -134,3 +134,8 @@ def test_impossible_settings():
         Sampling(steps=5, guidance=SEGA(["glasses"]))
     with pytest.raises(UserError, match="not finite"):
         to_images(torch.full((1, 3, 2, 2), float("nan")))
+
+
+def test_a_concept_with_a_token_that_is_not_loaded_is_refused(pipe):
+    with pytest.raises(UserError, match=r"'<hat>' .* is not loaded"):
+        pipe.generate_latents(["a man"], [0], rule=SEGA(["a <hat>"]))

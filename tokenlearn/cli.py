@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -28,6 +30,8 @@ from tokenlearn.errors import UserError
 from tokenlearn.evaluation import Evaluation, evaluation_of
 from tokenlearn.files import atomic_write
 from tokenlearn.quiet import quiet
+
+_DEFAULT_MONITOR = "val/guided_accuracy"
 
 
 class TokenlearnCLI(LightningCLI):
@@ -67,7 +71,7 @@ class TokenlearnCLI(LightningCLI):
         parser.add_lightning_class_args(ReportWriter, "report")
         parser.set_defaults(
             {
-                "checkpoint.monitor": "val/guided_accuracy",
+                "checkpoint.monitor": _DEFAULT_MONITOR,
                 "checkpoint.mode": "max",
                 "checkpoint.save_last": True,
                 "checkpoint.auto_insert_metric_name": False,
@@ -104,7 +108,22 @@ class TokenlearnCLI(LightningCLI):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = f"{folder}/checkpoints"
+        self._follow_monitor(trainer)
         return trainer
+
+    def _follow_monitor(self, trainer: L.Trainer) -> None:
+        """Choose the best tokens by the task's own figure where the settings name the default one.
+
+        A task whose objective has a loss alone logs no accuracy, so the default would end the fit.
+        """
+        monitor, mode = getattr(self.model, "monitor", (_DEFAULT_MONITOR, "max"))
+        for callback in trainer.callbacks:  # type: ignore[attr-defined] # set by the trainer's connector
+            if getattr(callback, "monitor", None) != _DEFAULT_MONITOR or monitor == _DEFAULT_MONITOR:
+                continue
+            if isinstance(callback, ModelCheckpoint):
+                callback.kth_value = torch.tensor(math.inf if mode == "min" else -math.inf)
+            if isinstance(callback, ModelCheckpoint | EmbeddingExport):
+                callback.monitor, callback.mode = monitor, mode
 
     def before_fit(self) -> None:
         """Refuse an evaluation that does not suit the task before the fit."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenlearn.diffusion import Gradient, ReversibleSolver, sample
 from tokenlearn.errors import UserError, check_at_least
-from tokenlearn.guidance import ClassifierFreeGuidance, GuidanceRule, GuidedModel
+from tokenlearn.guidance import ClassifierFreeGuidance, GuidanceRule, GuidedModel, check_tokens
 from tokenlearn.models import Conditioning, DiffusionBackbone
 from tokenlearn.paths import resolve
 from tokenlearn.quiet import quiet_models
@@ -248,8 +248,12 @@ class Pipeline:
         Args:
             prompt: conditioning of the prompts, of one row or of as many as the latents.
             rule: guidance rule; None for the settings' rule. Its concept prompts may use this pipeline's tokens.
+
+        Raises:
+            UserError: if a concept prompt has a token that is not loaded.
         """
         rule = rule or self.sampling.rule
+        check_tokens(rule.concept_prompts, self.tokens.placeholders if self.tokens is not None else ())
         concepts = [self.encode([concept]) for concept in rule.concept_prompts]
         return GuidedModel(self.backbone, rule, rule.conditionings(self.unconditional(), prompt, *concepts))
 

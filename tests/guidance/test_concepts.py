@@ -59,3 +59,9 @@ def test_terms_go_to_the_guidance_with_their_signs():
     guided = rule(rule.conditionings(empty, prompt, a, red, portrait), 0)
     expected = empty + 4 * (prompt - empty) + 2 * (a - red) + scales.view(2, 1, 1, 1) * (portrait - empty)
     torch.testing.assert_close(guided, expected)
+
+
+@pytest.mark.parametrize("edits", ["glasses", {"concept": "glasses"}])
+def test_edits_that_are_not_a_list_are_refused(edits):
+    with pytest.raises(UserError, match=r"glasses.* are not a list"):
+        SEGA(edits)

@@ -10,6 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.tiny_clip import tiny_clip
 from tests.training.runs import fit
 from tokenlearn.data import PromptDataModule
 from tokenlearn.diffusion import LastK
@@ -132,3 +133,21 @@ def test_fit_leaves_everything_that_it_names(tiny_config, tmp_path, capsys):
     for checkpoint in (run / "checkpoints").glob("*.ckpt"):
         assert checkpoint.stat().st_size < 2**20
     assert not list(run.rglob(".*-*"))
+
+
+@pytest.mark.parametrize("summed", [False, True], ids=["text", "sum"])
+def test_the_best_tokens_are_chosen_by_the_figure_that_the_objective_has(tiny_config, tiny_models, tmp_path, summed):
+    clip = {
+        "class_path": "CLIPTextLoss",
+        "init_args": {"clip": str(tiny_clip(tmp_path / "clip")), "text": "a photo of a {}"},
+    }
+    guide = {"class_path": "ClassifierLoss", "init_args": {"classifier": str(tiny_models / "guide")}}
+    path = tiny_config({"model.init_args.objective": [guide, clip] if summed else clip})
+    main(["fit", "--config", path, "--trainer.max_steps", "2"])
+    assert len(list((tmp_path / "run" / "embeddings").iterdir())) == 2
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+    chosen = {state["monitor"]: state for name, state in saved.items() if name.startswith("ModelCheckpoint")}
+    monitor = "val/loss" if summed else "val/guided_clip_similarity"
+    assert list(chosen) == [monitor]
+    exported = next(state["best"] for name, state in saved.items() if name.startswith("EmbeddingExport"))
+    assert exported == pytest.approx(float(chosen[monitor]["best_model_score"]))

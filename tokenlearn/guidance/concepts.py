@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -97,6 +97,8 @@ class SEGA(SemanticGuidance):
         record: bool = False,
         sample_scales: Sequence[Tensor | None] | None = None,
     ) -> None:
+        if isinstance(edits, str | Mapping):
+            raise UserError(f"SEGA's edits {edits!r} are not a list; write them like ['glasses']")
         if not edits:
             raise UserError("SEGA has no edits; give one, such as {concept: glasses, scale: 6}")
         self.edits = [_with_settings(edit, scale) for edit in edits]

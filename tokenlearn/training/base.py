@@ -50,6 +50,8 @@ def check_gradient(
     """
     require_differentiable(rule, guidance_setting)
     kind = type(gradient).__name__
+    if not isinstance(gradient, Gradient):
+        raise UserError(f"{setting} is {gradient!r}; use LastK, Detached, Checkpointed, Stored or Reversible")
     if isinstance(solver, ReversibleSolver) and not isinstance(gradient, Reversible | Stored):
         raise UserError(
             f"{setting} {kind} does not go with solver {type(solver).__name__}; set it to Reversible, or to "
