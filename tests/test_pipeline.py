@@ -127,7 +127,9 @@ def test_families_without_an_adapter(tiny_models, tmp_path):
         Pipeline.from_pretrained("./nowhere")
 
 
-def test_impossible_settings():
+def test_impossible_settings(pipe):
+    with pytest.raises(UserError, match=r"pipeline\.steps.* 1, got 0"):
+        pipe.generate(["a king"], [0], steps=0)
     with pytest.raises(UserError, match=r"sampling\.steps.* 1, got 0"):
         Sampling(steps=0)
     with pytest.raises(UserError, match=r"warmup_steps 10 .* 5;"):

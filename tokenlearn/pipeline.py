@@ -274,12 +274,17 @@ class Pipeline:
             gradient: how the gradient goes back; None for none.
             steps: sampling steps; None for the settings' steps.
             solver: None for the settings' solver.
+
+        Raises:
+            UserError: if there are fewer than 1 steps.
         """
+        steps = self.sampling.steps if steps is None else steps
+        check_at_least("pipeline", 1, steps=steps)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return sample(
             model,
             self.backbone.initial_latents(generators, self.sampling.size),
-            solver=self.backbone.make_solver(solver or self.sampling.solver, steps or self.sampling.steps),
+            solver=self.backbone.make_solver(solver or self.sampling.solver, steps),
             gradient=gradient,
             generators=generators,
         )
