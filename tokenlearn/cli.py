@@ -30,8 +30,7 @@ from tokenlearn.errors import UserError
 from tokenlearn.evaluation import Evaluation, evaluation_of
 from tokenlearn.files import atomic_write
 from tokenlearn.quiet import quiet
-
-_DEFAULT_MONITOR = "val/guided_accuracy"
+from tokenlearn.token_task import DEFAULT_MONITOR, TokenTask
 
 
 class TokenlearnCLI(LightningCLI):
@@ -71,7 +70,7 @@ class TokenlearnCLI(LightningCLI):
         parser.add_lightning_class_args(ReportWriter, "report")
         parser.set_defaults(
             {
-                "checkpoint.monitor": _DEFAULT_MONITOR,
+                "checkpoint.monitor": DEFAULT_MONITOR,
                 "checkpoint.mode": "max",
                 "checkpoint.save_last": True,
                 "checkpoint.auto_insert_metric_name": False,
@@ -116,9 +115,11 @@ class TokenlearnCLI(LightningCLI):
 
         A task whose objective has a loss alone logs no accuracy, so the default would end the fit.
         """
-        monitor, mode = getattr(self.model, "monitor", (_DEFAULT_MONITOR, "max"))
+        if not isinstance(self.model, TokenTask):
+            return
+        monitor, mode = self.model.monitor
         for callback in trainer.callbacks:  # type: ignore[attr-defined] # set by the trainer's connector
-            if getattr(callback, "monitor", None) != _DEFAULT_MONITOR or monitor == _DEFAULT_MONITOR:
+            if getattr(callback, "monitor", None) != DEFAULT_MONITOR or monitor == DEFAULT_MONITOR:
                 continue
             if isinstance(callback, ModelCheckpoint):
                 callback.kth_value = torch.tensor(math.inf if mode == "min" else -math.inf)

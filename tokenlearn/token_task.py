@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -16,6 +16,9 @@ from tokenlearn.models import DiffusionBackbone
 from tokenlearn.pipeline import Pipeline, Sampling
 from tokenlearn.tokens import Embeddings, TokenBank, load_bank, vocabulary_hash
 from tokenlearn.tokens.checkpoint import CHECKPOINT_KEY, checkpoint_about
+
+DEFAULT_MONITOR = "val/guided_accuracy"
+"""Logged figure by which the best tokens are chosen where the task names no other."""
 
 
 class TokenTask(L.LightningModule, ImageConsumer):
@@ -51,6 +54,11 @@ class TokenTask(L.LightningModule, ImageConsumer):
     def sampling(self) -> Sampling:
         """Settings of the sampler."""
         return self.pipeline.sampling
+
+    @property
+    def monitor(self) -> tuple[str, Literal["max", "min"]]:
+        """Name of the logged figure by which the best tokens are chosen, and whether it should grow or shrink."""
+        return DEFAULT_MONITOR, "max"
 
     def use_bank(self, bank: TokenBank) -> None:
         """Make the bank this task's state and its placeholders part of prompts."""

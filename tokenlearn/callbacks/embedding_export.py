@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from tokenlearn.data.interfaces import TaskWrapper
 from tokenlearn.errors import UserError
-from tokenlearn.token_task import TokenTask
+from tokenlearn.token_task import DEFAULT_MONITOR, TokenTask
 from tokenlearn.tokens import EmbeddingFormat, LearnedTokens
 
 
@@ -34,7 +34,7 @@ class EmbeddingExport(L.Callback):
 
     def __init__(
         self,
-        monitor: str = "val/guided_accuracy",
+        monitor: str = DEFAULT_MONITOR,
         mode: Literal["max", "min"] = "max",
         format: EmbeddingFormat = "a1111",
     ) -> None:

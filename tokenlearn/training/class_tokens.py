@@ -117,7 +117,7 @@ class ClassTokens(TokenTraining, ClassConsumer):
 
     @property
     def monitor(self) -> tuple[str, Literal["max", "min"]]:
-        """Name of the logged figure by which the best tokens are chosen, and whether it should grow or shrink."""
+        """See :class:`tokenlearn.token_task.TokenTask`: the objective's score, or the loss where it has none."""
         if self.objective.has_score:
             return f"val/guided_{self.objective.score_name}", "max"
         return "val/loss", "min"
