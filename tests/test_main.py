@@ -220,7 +220,7 @@ def test_test_judges_a_checkpoint(tiny_config, tmp_path, capsys):
     main(["test", "--config", config, "--ckpt_path", str(last)])
     summary = json.loads((tmp_path / "tested" / "summary.json").read_text())
     assert summary.keys() == {"mean_accuracy_name", "mean_accuracy_described", "mean_accuracy_token"}
-    assert summary["mean_accuracy_name"] == fitted["judged_accuracy_before"]
+    assert summary["mean_accuracy_name"] == fitted["judged_accuracy_name"]
     table = (tmp_path / "tested" / "table.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in table] == ["class", "wizard", "pirate"]
     assert "judged by" in capsys.readouterr().out

@@ -25,7 +25,14 @@ import tokenlearn.guidance
 import tokenlearn.models
 import tokenlearn.objectives
 import tokenlearn.training  # noqa: F401
-from tokenlearn.callbacks import EmbeddingExport, ImageGrid, PredictionWriter, ReportWriter, ResultWriter
+from tokenlearn.callbacks import (
+    EmbeddingExport,
+    ImageGrid,
+    LearningCurve,
+    PredictionWriter,
+    ReportWriter,
+    ResultWriter,
+)
 from tokenlearn.errors import UserError
 from tokenlearn.evaluation import Evaluation, evaluation_of
 from tokenlearn.files import atomic_write
@@ -65,6 +72,7 @@ class TokenlearnCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ImageGrid, "image_grid")
         parser.add_lightning_class_args(EmbeddingExport, "embedding_export")
+        parser.add_lightning_class_args(LearningCurve, "learning_curve")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(ResultWriter, "results")
         parser.add_lightning_class_args(ReportWriter, "report")

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tokenlearn.callbacks import EmbeddingExport, ImageGrid, PredictionWriter
+from tokenlearn.callbacks import EmbeddingExport, ImageGrid, LearningCurve, PredictionWriter
 from tokenlearn.data import PromptList
 from tokenlearn.data.interfaces import TaskWrapper
 from tokenlearn.errors import UserError
@@ -212,3 +212,17 @@ def test_prediction_writer_agrees_on_the_folder_before_any_batch(tmp_path, monke
     assert str(tmp_path) in calls
     assert len(list((tmp_path / "of-the-first-process" / "images").iterdir())) == 3
     assert (tmp_path / "of-the-first-process" / "contact_sheet.png").is_file()
+
+
+def test_the_learning_curve_begins_before_the_first_step(tmp_path, capsys):
+    export = EmbeddingExport()
+    trainer(tmp_path, LearningCurve(), export, epochs=2).fit(CountingTask([0.5, 0.25, 0.125]), range(2), range(1))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split(":")[0] for line in lines] == ["step 0", "step 2", "step 4"]
+    assert lines[0].endswith("guided_accuracy 0.5")
+    assert (exported(tmp_path)[0], export.best) == (0, 0.5)  # tokens that training made worse are not exported
+
+
+def test_the_learning_curve_may_begin_after_steps(tmp_path, capsys):
+    fit(tmp_path, [0.25], LearningCurve(validate_first=False))
+    assert capsys.readouterr().out.startswith("step 1: guided_accuracy 0.25")

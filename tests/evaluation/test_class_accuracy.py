@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tokenlearn.data import PromptDataModule
+from tokenlearn.data.batches import PromptBatch
 from tokenlearn.errors import UserError
-from tokenlearn.evaluation import ClassTokenEvaluation, evaluation_of
+from tokenlearn.evaluation import ClassTokenEvaluation, class_accuracy, evaluation_of
 from tokenlearn.generation import Generate
 from tokenlearn.losses.objective import Objective
 from tokenlearn.main import main
@@ -74,7 +75,9 @@ def test_the_judge_counts_images_of_each_kind_of_prompt(make, tiny_models):
     expected = ClassifierLoss(str(tiny_models / "judge"), "wizard").score(images).mean()
     assert cells["wizard"]["token"].value == pytest.approx(expected.item())
     summary = {name: figure.value for name, figure in table.summary.items()}
-    assert list(summary) == ["mean_accuracy_name", "mean_accuracy_described", "mean_accuracy_token"]
+    kinds = ["name", "described", "start", "token"]
+    assert list(summary) == [f"mean_accuracy_{kind}" for kind in kinds]
+    assert summary["mean_accuracy_start"] == summary["mean_accuracy_token"]  # nothing is learned yet
     mean = (cells["wizard"]["token"].value + cells["pirate"]["token"].value) / 2
     assert summary["mean_accuracy_token"] == pytest.approx(mean)
     assert table.fit_summary["judged_accuracy_after"].value == pytest.approx(mean)
@@ -90,6 +93,29 @@ def test_kinds_that_were_not_evaluated_have_no_figure(make):
     assert list(table.summary) == ["mean_accuracy_token"]
     assert [column.name for column in table.columns if column.printed] == ["token"]
     assert list(table.fit_summary) == ["judged_accuracy_after"]
+
+
+def test_the_token_at_step_0_is_the_words_that_it_started_from(make):
+    task = make()
+    evaluation = evaluation_of(task)
+    batch = PromptBatch(["a {}"] * 3, [0] * 3, [0, 1, 1], ["start", "start", "name"])
+    assert evaluation.prompts(batch) == ["a a wizard", "a a pirate", "a pirate"]
+    task.started_from["pirate"] = "hat"
+    assert evaluation.prompts(batch)[1] == "a hat pirate"
+
+
+def test_the_best_word_is_searched_for_or_given(make, monkeypatch):
+    found = {"wizard": "hat", "pirate": "man"}
+    asked = []
+    monkeypatch.setattr(class_accuracy, "find_words", lambda *args, **options: asked.append(args[2]) or found)
+    table = table_of(make(), test_images=1, test_kinds=["word"])
+    assert asked == [["wizard", "pirate"]]  # once, for all batches
+    assert list(table.summary) == ["mean_accuracy_word"]
+    given = ClassTokenEvaluation({"wizard": "beard"}).of(make())
+    batch = PromptBatch(["a {}"], [0], [0], ["word"])
+    assert given.prompts(batch) == ["a beard wizard"]
+    with pytest.raises(UserError, match=r"evaluation\.words.*'pirate'.*wizard"):
+        given.prompts(PromptBatch(["a {}"], [0], [1], ["word"]))
 
 
 def test_a_judge_may_have_another_score(make):

@@ -120,7 +120,7 @@ def test_fit_leaves_everything_that_it_names(tiny_config, tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.strip().splitlines()[-1] == str(run)
     summary = json.loads((run / "summary.json").read_text())
-    assert {"judged_accuracy_before", "judged_accuracy_after", "embeddings", "minutes"} <= summary.keys()
+    assert {"judged_accuracy_step0", "judged_accuracy_after", "embeddings", "minutes"} <= summary.keys()
     assert summary["embeddings"] == [str(run / "embeddings" / f"{name}.safetensors") for name in ("wizard", "pirate")]
     for path in summary["embeddings"]:
         assert path in out

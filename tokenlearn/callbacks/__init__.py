@@ -2,8 +2,9 @@
 
 from tokenlearn.callbacks.embedding_export import EmbeddingExport
 from tokenlearn.callbacks.image_grid import ImageGrid
+from tokenlearn.callbacks.learning_curve import LearningCurve
 from tokenlearn.callbacks.prediction_writer import PredictionWriter
 from tokenlearn.callbacks.report_writer import ReportWriter
 from tokenlearn.callbacks.result_writer import ResultWriter
 
-__all__ = ["EmbeddingExport", "ImageGrid", "PredictionWriter", "ReportWriter", "ResultWriter"]
+__all__ = ["EmbeddingExport", "ImageGrid", "LearningCurve", "PredictionWriter", "ReportWriter", "ResultWriter"]

@@ -32,16 +32,15 @@ class ReportWriter(L.Callback):
 
     def __init__(self) -> None:
         self._fit_started: float | None = None
-        self._minutes: float | None = None
+        self._has_fitted = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
         self._fit_started = time.monotonic()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock."""
-        if self._fit_started is not None:
-            self._minutes = (time.monotonic() - self._fit_started) / 60
+        """Remember that an evaluation to come is of this fit."""
+        self._has_fitted = self._fit_started is not None
 
     @rank_zero_only
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -60,7 +59,7 @@ class ReportWriter(L.Callback):
                 )
         print(f"\n{table}\n")
         summary: dict[str, Any] = _values(table.summary)
-        if self._minutes is not None:
+        if self._has_fitted:
             sheets = [("before/after images", f"{name}.png") for name, rows in table.images.items() if rows]
             printed = {name: str(figure) for name, figure in table.fit_summary.items()}
             summary |= _values(table.fit_summary) | self._results_of_fit(trainer, printed, table.title, sheets)
@@ -69,7 +68,7 @@ class ReportWriter(L.Callback):
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After a fit, write ``summary.json`` with the validation figures of the final tokens."""
-        if self._minutes is None or trainer.state.fn != TrainerFn.VALIDATING:
+        if not self._has_fitted or trainer.state.fn != TrainerFn.VALIDATING:
             return
         figures = {
             name.removeprefix("val/"): float(value)
@@ -84,8 +83,8 @@ class ReportWriter(L.Callback):
     def _results_of_fit(
         self, trainer: L.Trainer, figures: Mapping[str, str], source: str, sheets: Sequence[tuple[str, str]]
     ) -> dict[str, Any]:
-        """Print embedding files, images and figures of a fit; returns the minutes and files for the summary."""
-        folder, minutes = Path(trainer.default_root_dir), self._minutes or 0.0
+        """Print embedding files, images and figures of a fit; returns files and minutes, with the evaluation's."""
+        folder, minutes = Path(trainer.default_root_dir), (time.monotonic() - (self._fit_started or 0)) / 60
         paths = [
             str(path)
             for callback in trainer.callbacks  # type: ignore[attr-defined]
@@ -99,6 +98,7 @@ class ReportWriter(L.Callback):
         print(f"TensorBoard log       tensorboard --logdir {folder}")
         for name, figure in figures.items():
             print(f"{name:<21} {figure}  ({source})")
+        print(f"minutes               {minutes:.1f}")
         return {"minutes": round(minutes, 2), "embeddings": paths}
 
 

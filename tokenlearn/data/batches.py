@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-PromptKind = Literal["name", "described", "token"]
-PROMPT_KINDS: tuple[PromptKind, ...] = ("name", "described", "token")
+PromptKind = Literal["name", "word", "described", "start", "token"]
+PROMPT_KINDS: tuple[PromptKind, ...] = ("name", "word", "described", "start", "token")
 
 
 class PromptBatch(NamedTuple):
@@ -19,7 +19,8 @@ class PromptBatch(NamedTuple):
         templates: B prompts with ``{}`` where the class goes, or whole prompts.
         seeds: B seeds of the initial latents.
         class_indices: B positions in the task's list of classes, or of whole prompts their positions in the list.
-        kinds: B ways of writing the class: by its name, by its description, or with its token.
+        kinds: B ways of writing the class: by its name, by its name after the best single word of the vocabulary, by
+            its description, by its name after the words that its token started from, or with its token.
     """
 
     templates: list[str]

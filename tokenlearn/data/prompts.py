@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import lightning as L
 
-from tokenlearn.data.batches import PROMPT_KINDS, PromptBatch, PromptKind
+from tokenlearn.data.batches import PromptBatch, PromptKind
 from tokenlearn.data.interfaces import ClassConsumer, PromptTemplates, consumer_of, trainer_of
 from tokenlearn.data.sources import CountingSource, Item, items_below
 from tokenlearn.data.streams import BatchStream, EvaluationBatches
@@ -93,7 +93,9 @@ class PromptDataModule(L.LightningDataModule, PromptTemplates):
         seed: seed of the first training image, 0 to 999999999.
         validation_images: images per class in each validation.
         test_images: images per class and kind of prompt in the test.
-        test_kinds: kinds of prompt to test; a class without a description is left out of ``described``.
+        test_kinds: kinds of prompt to test: ``name``, ``word`` (the best single word of the vocabulary, which is
+            searched for), ``described``, ``start`` (the words that the token started from) and ``token``. A class
+            without a description is left out of ``described``.
         eval_batch_size: images per step and device in validation and test, which need no memory for gradients.
 
     Raises:
@@ -108,7 +110,7 @@ class PromptDataModule(L.LightningDataModule, PromptTemplates):
         seed: int = 0,
         validation_images: int = 8,
         test_images: int = 32,
-        test_kinds: list[PromptKind] = list(PROMPT_KINDS),  # noqa: B006 - read only; a list is what YAML shows
+        test_kinds: list[PromptKind] = ["name", "described", "start", "token"],  # noqa: B006 - as YAML shows it
         eval_batch_size: int = 32,
     ) -> None:
         super().__init__()

@@ -1,29 +1,46 @@
-"""Evaluation of class tokens: the judged score of prompts with the class's name, its description and its token."""
+"""Evaluation of class tokens: the judged score of prompts with the token, and of the cheap ways to the same images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
-from tokenlearn.data.batches import PROMPT_KINDS, PromptBatch
+from tokenlearn.data.batches import PROMPT_KINDS, PromptBatch, PromptKind
+from tokenlearn.data.interfaces import PromptTemplates, data_of
 from tokenlearn.errors import UserError
 from tokenlearn.evaluation.base import Evaluation
 from tokenlearn.evaluation.records import Record
 from tokenlearn.evaluation.table import Column, Figure, Kind, Pivot, Row, Table
 from tokenlearn.losses.objective import Objective
 from tokenlearn.training.class_tokens import ClassTokens
+from tokenlearn.training.word_search import find_words
 
 _CAPTIONS = {"name": "before", "token": "after"}
+_FIT_SUMMARY: dict[PromptKind, str] = {"name": "name", "start": "step0", "token": "after"}
 
 
 class ClassTokenEvaluation(Evaluation[ClassTokens]):
-    """Judged score of class tokens, beside the bare name and the described class.
+    """Judged score of class tokens, beside the cheap ways to the same images.
 
-    The prompts and seeds are those of ``PromptDataModule``, the same for every class and kind of prompt.
+    Rivals are the bare name, the best single word of the vocabulary before it, the described class, and the words that
+    the token started from. The prompts and seeds are those of ``PromptDataModule``, the same for every class and kind
+    of prompt.
+
+    Args:
+        words: class to the word of the kind ``word``; null searches for it by the guiding objective, as for the start
+            of a token.
+
+    Attributes:
+        words: as given, or as found.
     """
 
     task_class = ClassTokens
+
+    def __init__(self, words: dict[str, str] | None = None) -> None:
+        super().__init__()
+        self.words = words
 
     @property
     def evaluate_after_fit(self) -> bool:
@@ -43,12 +60,45 @@ class ClassTokenEvaluation(Evaluation[ClassTokens]):
     def test_step(self, batch: PromptBatch) -> None:
         """Generate the images of a batch and judge them."""
         judge, targets = self._judge(), self.task.targets(batch)
-        images = self.task.pipeline.generate(self.task.prompts(batch), batch.seeds).clamp(0, 1)
+        images = self.task.pipeline.generate(self.prompts(batch), batch.seeds).clamp(0, 1)
         scores = judge.score(images, targets)
         for row, (name, kind, seed) in enumerate(zip(targets, batch.kinds, batch.seeds, strict=True)):
             self.records.update(judge.score_name, scores[row, None], [seed], method=kind, item=name)
             if kind in _CAPTIONS:
                 self.image_rows.add(f"{name}: {_CAPTIONS[kind]}", images[row, None])
+
+    def prompts(self, batch: PromptBatch) -> list[str]:
+        """Prompts (B) of a batch.
+
+        Raises:
+            UserError: if the words of the settings lack a class.
+        """
+        task, prompts = self.task, []
+        for template, index, kind in zip(batch.templates, batch.class_indices, batch.kinds, strict=True):
+            name = task.class_names[index]
+            subject = f"{self._word(name)} {name}" if kind == "word" else task.subject(name, kind)
+            prompts.append(template.format(subject))
+        return prompts
+
+    def _word(self, name: str) -> str:
+        task = self.task
+        if self.words is None:
+            template = data_of(self.trainer, PromptTemplates).templates[0]
+            self.words = find_words(
+                task.pipeline,
+                task.objective,
+                task.class_names,
+                template,
+                search=task.search,
+                gradient=task.gradient,
+                solver=task.solver,
+                progress=self.global_rank == 0,
+            )
+            listed = ", ".join(f"{name}: {word}" for name, word in self.words.items())
+            rank_zero_info(f"best words by the guiding objective: {listed}")
+        if name not in self.words:
+            raise UserError(f"evaluation.words has no class '{name}'; it has {', '.join(self.words)}")
+        return self.words[name]
 
     def make_table(self, records: list[Record]) -> Table:
         """See :class:`Evaluation`: a row per class, a column per kind of prompt."""
@@ -69,7 +119,7 @@ class ClassTokenEvaluation(Evaluation[ClassTokens]):
             for name in PROMPT_KINDS
         ]
         rows = Pivot(records, self.task.class_names, columns).rows()
-        means: dict[str, Figure] = {name: _mean(rows, name, kind) for name in PROMPT_KINDS if name in measured}
+        means: dict[PromptKind, Figure] = {name: _mean(rows, name, kind) for name in PROMPT_KINDS if name in measured}
         self.task.judged_accuracies = {
             self.task.placeholders[row.name]: value for row in rows if (value := row.cells["token"].value) is not None
         }
@@ -97,5 +147,5 @@ def _mean(rows: Sequence[Row], column: str, kind: Kind) -> Figure:
     return Figure(sum(values) / len(values), kind)
 
 
-def _before_and_after(means: dict[str, Figure], judge: Objective) -> dict[str, Figure]:
-    return {f"judged_{judge.score_name}_{_CAPTIONS[name]}": means[name] for name in _CAPTIONS if name in means}
+def _before_and_after(means: dict[PromptKind, Figure], judge: Objective) -> dict[str, Figure]:
+    return {f"judged_{judge.score_name}_{label}": means[kind] for kind, label in _FIT_SUMMARY.items() if kind in means}

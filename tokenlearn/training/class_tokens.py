@@ -123,15 +123,20 @@ class ClassTokens(TokenTraining, ClassConsumer):
         return "val/loss", "min"
 
     def subject(self, name: str, kind: PromptKind) -> str:
-        """The phrase for a class in a template: its name, its description, or its token and name.
+        """The phrase for a class in a template: its name, its description, or its token or first words and name.
 
         Raises:
             UserError: if the class has no description.
+            ValueError: for the best single word, which is a matter of the evaluation.
         """
         if kind == "name":
             return name
         if kind == "token":
             return f"{self.placeholders[name]} {name}"
+        if kind == "start":
+            return f"{self.started_from[name]} {name}"
+        if kind == "word":
+            raise ValueError("the task knows no best word; ask the evaluation")
         description = self.classes[name]
         if description is None:
             raise UserError(f"class '{name}' has no description; set model.classes.{name}")
