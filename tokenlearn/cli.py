@@ -26,11 +26,42 @@ import tokenlearn.models
 import tokenlearn.objectives
 import tokenlearn.training  # noqa: F401
 from tokenlearn.callbacks import EmbeddingExport, ImageGrid, PredictionWriter, ReportWriter, ResultWriter
+from tokenlearn.configs import asks_for_help, given_settings
 from tokenlearn.errors import UserError
 from tokenlearn.evaluation import Evaluation, evaluation_of
 from tokenlearn.files import atomic_write
 from tokenlearn.quiet import quiet
+from tokenlearn.setting_checks import Section, check_settings
 from tokenlearn.token_task import DEFAULT_MONITOR, TokenTask
+
+SECTIONS = {
+    "model": Section(L.LightningModule, named=True),
+    "data": Section(L.LightningDataModule, named=True),
+    "evaluation": Section(Evaluation, named=True),
+    "trainer": Section(L.Trainer, named=False),
+    "checkpoint": Section(ModelCheckpoint, named=False),
+    "image_grid": Section(ImageGrid, named=False),
+    "embedding_export": Section(EmbeddingExport, named=False),
+    "predictions": Section(PredictionWriter, named=False),
+    "results": Section(ResultWriter, named=False),
+    "report": Section(ReportWriter, named=False),
+}
+"""Sections of the configuration; those without a class of their own are callbacks and the trainer."""
+
+
+CALLBACKS = ("checkpoint", "image_grid", "embedding_export", "predictions", "results", "report")
+"""Sections that are settings of a callback of every run."""
+
+
+OTHER_SETTINGS: dict[str, Any] = {
+    "seed_everything": bool | int,
+    "output_dir": str | None,
+    "ckpt_path": str | None,
+    "weights_only": bool | None,
+    "verbose": bool,
+    "return_predictions": bool | None,
+}
+"""Settings outside of sections, with their types; each command has some of them."""
 
 
 class TokenlearnCLI(LightningCLI):
@@ -62,12 +93,8 @@ class TokenlearnCLI(LightningCLI):
             help="Folder of this run; by default outputs/<config name>/<start time>.",
         )
         parser.add_subclass_arguments(Evaluation, "evaluation", required=False)
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(ImageGrid, "image_grid")
-        parser.add_lightning_class_args(EmbeddingExport, "embedding_export")
-        parser.add_lightning_class_args(PredictionWriter, "predictions")
-        parser.add_lightning_class_args(ResultWriter, "results")
-        parser.add_lightning_class_args(ReportWriter, "report")
+        for name in CALLBACKS:
+            parser.add_lightning_class_args(SECTIONS[name].base, name)
         parser.set_defaults(
             {
                 "checkpoint.monitor": DEFAULT_MONITOR,
@@ -79,7 +106,20 @@ class TokenlearnCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401 - Lightning's union
-        """Parse without Lightning's warning that arguments were given in Python: they are the command line's."""
+        """Parse, once the settings are known to be of the right names and types.
+
+        Lightning would warn that arguments were given in Python, but they are the command line's.
+        """
+        command, *options = args
+        if not asks_for_help(options):
+            names = self._subcommand_parsers[command].get_defaults()
+            given = given_settings(options)
+            check_settings(given, SECTIONS, {name: hint for name, hint in OTHER_SETTINGS.items() if name in names})
+            if given.get("model") is None:
+                raise UserError(
+                    f"{command} has no model; give a config, as in 'tokenlearn {command} --config quickstart', or "
+                    "name a task, as in '--model ClassTokens'"
+                )
         self.config = parser.parse_args(args)
 
     def instantiate_classes(self) -> None:
