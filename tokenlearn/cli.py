@@ -30,6 +30,7 @@ from tokenlearn.configs import asks_for_help, given_settings
 from tokenlearn.errors import UserError
 from tokenlearn.evaluation import Evaluation, evaluation_of
 from tokenlearn.files import atomic_write
+from tokenlearn.run_checks import check_command
 from tokenlearn.quiet import quiet
 from tokenlearn.setting_checks import Section, check_settings
 from tokenlearn.token_task import DEFAULT_MONITOR, TokenTask
@@ -47,10 +48,6 @@ SECTIONS = {
     "report": Section(ReportWriter, named=False),
 }
 """Sections of the configuration; those without a class of their own are callbacks and the trainer."""
-
-
-CALLBACKS = ("checkpoint", "image_grid", "embedding_export", "predictions", "results", "report")
-"""Sections that are settings of a callback of every run."""
 
 
 OTHER_SETTINGS: dict[str, Any] = {
@@ -93,8 +90,9 @@ class TokenlearnCLI(LightningCLI):
             help="Folder of this run; by default outputs/<config name>/<start time>.",
         )
         parser.add_subclass_arguments(Evaluation, "evaluation", required=False)
-        for name in CALLBACKS:
-            parser.add_lightning_class_args(SECTIONS[name].base, name)
+        for name, section in SECTIONS.items():
+            if issubclass(section.base, L.Callback):
+                parser.add_lightning_class_args(section.base, name)
         parser.set_defaults(
             {
                 "checkpoint.monitor": DEFAULT_MONITOR,
@@ -121,11 +119,13 @@ class TokenlearnCLI(LightningCLI):
                     "name a task, as in '--model ClassTokens'"
                 )
         self.config = parser.parse_args(args)
+        check_command(command, self.config[command])
 
     def instantiate_classes(self) -> None:
         """Check that the run folder can be written to, then make the task, the data and the trainer."""
         config = self.config[self.subcommand]
-        self.run_folder = Path(config.output_dir or Path("outputs", self.name, time.strftime("%Y-%m-%d_%H-%M-%S")))
+        default = Path("outputs", self.name, time.strftime("%Y-%m-%d_%H-%M-%S"))
+        self.run_folder = Path(config.output_dir or default).expanduser()
         with atomic_write(self.run_folder / ".writable") as temporary:  # before models are loaded, not after training
             temporary.touch()
         (self.run_folder / ".writable").unlink(missing_ok=True)

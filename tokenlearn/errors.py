@@ -25,7 +25,7 @@ def check_at_least(section: str, least: int, **numbers: float | None) -> None:
 
 
 def check_template(template: str, setting: str, content: str = "token") -> None:
-    """Refuse a prompt template without exactly one ``{}``.
+    """Refuse a prompt template without exactly one ``{}``, or with other braces.
 
     Args:
         template: the template.
@@ -37,6 +37,24 @@ def check_template(template: str, setting: str, content: str = "token") -> None:
     """
     if template.count("{}") != 1:
         raise UserError(f"{setting} '{template}' must have exactly one '{{}}', where the {content} goes")
+    check_braces(template, setting, content)
+
+
+def check_braces(text: str, setting: str, content: str) -> None:
+    """Refuse braces other than ``{}``.
+
+    Args:
+        text: text with any number of ``{}``.
+        setting: name of its setting.
+        content: what takes the place of ``{}``.
+
+    Raises:
+        UserError: naming setting and text.
+    """
+    if set("{}") & set(text.replace("{}", "")):
+        raise UserError(
+            f"{setting} '{text}' has a brace that is not part of '{{}}', where the {content} goes; remove it"
+        )
 
 
 def reason_of(error: Exception) -> str:
