@@ -9,7 +9,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+import yaml  # type: ignore[import-untyped]
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -25,13 +26,13 @@ import tokenlearn.guidance
 import tokenlearn.models
 import tokenlearn.objectives
 import tokenlearn.training  # noqa: F401
-from tokenlearn.callbacks import EmbeddingExport, ImageGrid, PredictionWriter, ReportWriter, ResultWriter
+from tokenlearn.callbacks import EmbeddingExport, ImageGrid, PredictionWriter, ReportWriter, ResultWriter, RunProgress
 from tokenlearn.configs import asks_for_help, given_settings
-from tokenlearn.errors import UserError
-from tokenlearn.evaluation import Evaluation, evaluation_of
+from tokenlearn.errors import UserError, reason_of
+from tokenlearn.evaluation import Evaluation, evaluates, evaluation_of
 from tokenlearn.files import atomic_write
-from tokenlearn.run_checks import check_command
 from tokenlearn.quiet import quiet
+from tokenlearn.run_checks import check_command
 from tokenlearn.setting_checks import Section, check_settings
 from tokenlearn.token_task import DEFAULT_MONITOR, TokenTask
 
@@ -95,6 +96,7 @@ class TokenlearnCLI(LightningCLI):
                 parser.add_lightning_class_args(section.base, name)
         parser.set_defaults(
             {
+                "trainer.enable_model_summary": False,  # of frozen models, with 0 FLOPs
                 "checkpoint.monitor": DEFAULT_MONITOR,
                 "checkpoint.mode": "max",
                 "checkpoint.save_last": True,
@@ -109,9 +111,11 @@ class TokenlearnCLI(LightningCLI):
         Lightning would warn that arguments were given in Python, but they are the command line's.
         """
         command, *options = args
+        self._verbose_is_given = False
         if not asks_for_help(options):
             names = self._subcommand_parsers[command].get_defaults()
             given = given_settings(options)
+            self._verbose_is_given = "verbose" in given
             check_settings(given, SECTIONS, {name: hint for name, hint in OTHER_SETTINGS.items() if name in names})
             if given.get("model") is None:
                 raise UserError(
@@ -119,7 +123,7 @@ class TokenlearnCLI(LightningCLI):
                     "name a task, as in '--model ClassTokens'"
                 )
         self.config = parser.parse_args(args)
-        check_command(command, self.config[command])
+        check_command(command, self.config[command], evaluates)
 
     def instantiate_classes(self) -> None:
         """Check that the run folder can be written to, then make the task, the data and the trainer."""
@@ -129,6 +133,8 @@ class TokenlearnCLI(LightningCLI):
         with atomic_write(self.run_folder / ".writable") as temporary:  # before models are loaded, not after training
             temporary.touch()
         (self.run_folder / ".writable").unlink(missing_ok=True)
+        if self.subcommand == "test" and not self._verbose_is_given:
+            config.verbose = False  # the report has the same figures
         if self.subcommand == "predict" and config.return_predictions is None:
             config.return_predictions = False  # callbacks write them, and memory stays flat
         with quiet():
@@ -143,7 +149,18 @@ class TokenlearnCLI(LightningCLI):
         folder = str(self.run_folder)
         if self._get(self.config_init, "trainer").logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(folder, name="", version="")
-        trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
+        settings = self._get(self.config_init, "trainer")
+        callbacks = settings.callbacks if isinstance(settings.callbacks, list) else [settings.callbacks]
+        own = [callback for callback in callbacks if callback is not None]
+        shown = settings.enable_progress_bar is not False and not settings.barebones
+        if shown and not any(isinstance(callback, ProgressBar) for callback in own):
+            kwargs["callbacks"] = [*own, RunProgress()]
+        try:
+            trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"a setting below trainer is not possible: {reason_of(error)}") from error
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = f"{folder}/checkpoints"
@@ -167,9 +184,12 @@ class TokenlearnCLI(LightningCLI):
                 callback.monitor, callback.mode = monitor, mode
 
     def before_fit(self) -> None:
-        """Refuse an evaluation that does not suit the task before the fit."""
+        """Refuse an evaluation that does not suit the task before the fit, and log all settings."""
         if self.evaluation is not None:
             evaluation_of(self.model, self.evaluation)
+        settings = yaml.safe_load(self.parser.dump(self.config))[self.subcommand]
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams(settings)
 
     def before_test(self) -> None:
         """Test the evaluation of the task instead of the task."""

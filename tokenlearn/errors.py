@@ -1,5 +1,9 @@
 """UserError, the one exception that the command line reports without a traceback, and helpers around it."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Input that the user can correct.
@@ -22,6 +26,21 @@ def check_at_least(section: str, least: int, **numbers: float | None) -> None:
     for name, number in numbers.items():
         if number is not None and not number >= least:
             raise UserError(f"{section}.{name} must be at least {least}, got {number}")
+
+
+def check_seeds(setting: str, seeds: Iterable[int]) -> None:
+    """Refuse seeds that torch's generators do not take.
+
+    Args:
+        setting: name of the setting.
+        seeds: its seeds.
+
+    Raises:
+        UserError: naming the first seed that is out of range.
+    """
+    for seed in seeds:
+        if not 0 <= seed < 2**63:
+            raise UserError(f"{setting} must be whole numbers from 0 to 2^63 - 1, got {seed}")
 
 
 def check_template(template: str, setting: str, content: str = "token") -> None:

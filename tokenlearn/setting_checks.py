@@ -173,9 +173,9 @@ class _Checks:
         bases = tuple(cls for member in members(hint) for cls in made_classes(member))
         name = _loaded(value.get("class_path"))
         if "class_path" not in value:
-            if callable(default) and not isinstance(default, bases) and default is not inspect.Parameter.empty:
-                raise UserError(f"{path} has settings but no class; name it too, as in --{path} CLASS")
             cls = _class_of_default(bases, default)
+            if cls is None:
+                raise UserError(f"{path} has settings but no class; name it too, as in --{path} CLASS; {expected}")
         elif isinstance(name, str) and name:
             cls = self._resolve(path, bases, name, expected)
         else:
@@ -188,8 +188,12 @@ class _Checks:
         """The class of a name; None for a function, whose class is known only once it is called."""
         if "." not in name:
             classes = {cls.__name__: cls for base in bases for cls in subclasses(base)}
-            if name in classes:
-                return classes[name]
+            named = {cls for base in bases for cls in subclasses(base) if cls.__name__ == name}
+            if len(named) > 1:
+                paths = sorted(f"{cls.__module__}.{name}" for cls in named)
+                raise UserError(f"{path} '{name}' is the name of several classes; write {' or '.join(paths)}")
+            if named:
+                return named.pop()
             near = difflib.get_close_matches(name, classes, n=1, cutoff=0.5)
             way_out = f"did you mean {near[0]}?" if near else "name a class of your own with its module"
             raise UserError(f"{expected}, got {show(name)}; {way_out}")
@@ -263,27 +267,25 @@ class _Checks:
         """Paths of all settings of a section's class."""
         about, value = self.sections[section], _loaded(self.given.get(section))
         if not about.named:
-            yield from _paths(section, about.base, {})
+            yield from _paths(section, about.base)
             return
-        name, settings = (value, {}) if isinstance(value, str) else (None, {})
-        if isinstance(value, Mapping):
-            name, settings = _loaded(value.get("class_path")), _loaded(value.get("init_args")) or value
+        name = _loaded(value.get("class_path")) if isinstance(value, Mapping) else value
         if isinstance(name, str):
             try:
                 cls = self._resolve(section, [about.base], name, "")
             except UserError:
                 return
             if cls is not None:
-                yield from _paths(section, cls, settings if isinstance(settings, Mapping) else {})
+                yield from _paths(section, cls)
 
 
-def _paths(prefix: str, target: Callable[..., Any], values: Mapping[str, Any]) -> Iterator[str]:
+def _paths(prefix: str, target: Callable[..., Any]) -> Iterator[str]:
     """Paths of the settings of a class, and of the groups of settings among them."""
     for name, parameter in (constructor_settings(target) or {}).items():
         yield f"{prefix}.{name}"
         for member in members(parameter.annotation):
             if is_settings(member):
-                yield from _paths(f"{prefix}.{name}", member, {})
+                yield from _paths(f"{prefix}.{name}", member)
 
 
 def _loaded(value: Any) -> Any:  # noqa: ANN401 - a user's value
@@ -291,10 +293,10 @@ def _loaded(value: Any) -> Any:  # noqa: ANN401 - a user's value
 
 
 def _class_of_default(bases: Sequence[type], default: Any) -> type | None:  # noqa: ANN401 - a setting's value
-    """The class that settings without a class are of; None where only the parser knows."""
+    """The class that settings without a class are of; None where there is none."""
     if isinstance(default, tuple(bases)):
         return type(default)
-    return None if inspect.isabstract(bases[0]) or default is not inspect.Parameter.empty else bases[0]
+    return None if inspect.isabstract(bases[0]) or inspect.isfunction(default) else bases[0]
 
 
 def _advice(hint: Any, value: object) -> str:  # noqa: ANN401 - an annotation

@@ -30,6 +30,7 @@ def constructor_settings(target: Callable[..., Any]) -> dict[str, inspect.Parame
     """
     functions = [vars(base).get("__init__") for base in target.__mro__] if isinstance(target, type) else [target]
     settings: dict[str, inspect.Parameter] = {}
+    open_names = False
     for function in filter(inspect.isfunction, functions):
         hints, open_names = _hints(function), False
         for index, parameter in enumerate(inspect.signature(function).parameters.values()):
@@ -40,7 +41,7 @@ def constructor_settings(target: Callable[..., Any]) -> dict[str, inspect.Parame
                 settings.setdefault(parameter.name, parameter.replace(annotation=hint))
         if not open_names:
             return settings
-    return None if settings or isinstance(target, type) else settings
+    return None if open_names else settings
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:

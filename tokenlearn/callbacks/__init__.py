@@ -5,5 +5,6 @@ from tokenlearn.callbacks.image_grid import ImageGrid
 from tokenlearn.callbacks.prediction_writer import PredictionWriter
 from tokenlearn.callbacks.report_writer import ReportWriter
 from tokenlearn.callbacks.result_writer import ResultWriter
+from tokenlearn.callbacks.run_progress import RunProgress
 
-__all__ = ["EmbeddingExport", "ImageGrid", "PredictionWriter", "ReportWriter", "ResultWriter"]
+__all__ = ["EmbeddingExport", "ImageGrid", "PredictionWriter", "ReportWriter", "ResultWriter", "RunProgress"]

@@ -16,11 +16,11 @@ CHECKPOINT_KEY = "tokenlearn"
 """Key of the entry about tokens, which has base_model, vocabulary_hash, num_vectors, embedding_widths and metadata."""
 
 
-_ENTRIES = {
+_ENTRIES: dict[str, type | tuple[type, ...]] = {
     "base_model": str,
     "vocabulary_hash": str,
     "num_vectors": dict,
-    "embedding_widths": list,
+    "embedding_widths": (list, tuple),
     "metadata": dict,
 }
 _EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")

@@ -276,14 +276,12 @@ class DiffusionBackbone(FrozenModule, ABC):
         try:
             solver = SchedulerSolver(self.make_scheduler(name, steps), steps)
             _ = solver.timesteps  # made here, so that a scheduler refuses before the first image
-        except ImportError:  # names the package
-            raise
         except (ArithmeticError, IndexError, TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(
                 f"the scheduler {name or type(self._scheduler).__name__} cannot make {steps} steps "
-                f"({reason_of(error)}); change sampling.steps, or set sampling.solver to another scheduler, such as DDIM"
+                f"({reason_of(error)}); change sampling.steps, or set sampling.solver to another one, such as DDIM"
             ) from error
         return solver
 
