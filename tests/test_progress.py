@@ -56,9 +56,9 @@ def test_parts_of_a_long_unit_are_a_sign_of_life(clock):
         clock.now += 1
         meter.beat("network evaluation")
     assert stream.getvalue().splitlines() == [
-        "Prediction: 0 of 1 batches, 30 s, 30 network evaluations into the next",
-        "Prediction: 0 of 1 batches, 60 s, 60 network evaluations into the next",
-        "Prediction: 0 of 1 batches, 2 min, 90 network evaluations into the next",
+        "Prediction: 0 of 1 batch, 30 s, 30 network evaluations into the next",
+        "Prediction: 0 of 1 batch, 60 s, 60 network evaluations into the next",
+        "Prediction: 0 of 1 batch, 2 min, 90 network evaluations into the next",
     ]
 
 

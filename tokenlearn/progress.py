@@ -79,9 +79,9 @@ class Meter:
         if not self._is_due(INTERVAL if self._bar is None else _REFRESH):
             return
         if self._bar is None:
-            self._print(f"{self._parts} {part}s into the next")
+            self._print(f"{_count(self._parts, part)} into the next")
         else:
-            self._bar.set_postfix_str(f"{self._parts} {part}s into the next")
+            self._bar.set_postfix_str(f"{_count(self._parts, part)} into the next")
 
     def close(self) -> None:
         """Remove the bar."""
@@ -133,12 +133,19 @@ def progress_line(description: str, done: int, total: int | None, unit: str, sec
         seconds: time since the start.
         measured: units that were finished in this time.
     """
-    units = f"{unit}es" if unit.endswith("ch") else f"{unit}s"
-    line = f"{description}: {done} {units}" if total is None else f"{description}: {done} of {total} {units}"
+    line = (
+        f"{description}: {_count(done, unit)}" if total is None else f"{description}: {done} of {_count(total, unit)}"
+    )
     line += f", {duration(seconds)}"
     if total is not None and measured:
         line += f", about {duration(seconds / measured * (total - done))} left"
     return line
+
+
+def _count(number: int, unit: str) -> str:
+    if number == 1:
+        return f"1 {unit}"
+    return f"{number} {unit}es" if unit.endswith("ch") else f"{number} {unit}s"
 
 
 def duration(seconds: float) -> str:
