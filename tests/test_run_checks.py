@@ -109,7 +109,7 @@ def test_what_is_no_checkpoint(checkpoint, tmp_path):
     }.items():
         with pytest.raises(UserError, match=words):
             checkpoint_path(str(tmp_path / name), ClassTokens, resumes=False)
-    with pytest.raises(UserError, match="is a folder; it has .*last.ckpt"):
+    with pytest.raises(UserError, match="is a folder; it has"):
         checkpoint_path(str(tmp_path), ClassTokens, resumes=False)
 
 
@@ -125,8 +125,9 @@ def test_precisions_that_work(precision):
 
 
 @pytest.mark.parametrize(
-    ("precision", "instead"), [("bf16-true", "bf16-mixed"), ("16-true", "16-mixed"), ("64-true", "32-true"), ("64", "32-true")]
-)  # fmt: skip
+    ("precision", "instead"),
+    [("bf16-true", "bf16-mixed"), ("16-true", "16-mixed"), ("64-true", "32-true"), ("64", "32-true")],
+)
 def test_precisions_that_do_not(precision, instead):
     for task in (ClassTokens, Generate, SegaEvaluation):
         with pytest.raises(UserError, match=f"set trainer.precision to {instead}"):
