@@ -42,9 +42,14 @@ MAY_BE_NEGATIVE = {
     "grad_scale": "turns the gradient round",
     "one_step_scale": "the same",
     "step": "turns the start round",
-    "rate": "turns the gradient round",
+    "removal_scale": "the same as scale",
+    "composable_scale": "the same as scale",
+    "threshold": "no safety guidance anywhere",
+    "timestep": "refused with the timesteps of the model",
+    "timesteps": "refused with the timesteps of the model",
+    "from_timestep": "refused with the timesteps of the model",
 }
-"""Settings of which a negative number has a meaning."""
+"""Settings of which a negative number has a meaning, or is refused only once the model is known."""
 
 
 def settings_groups(targets: list[type]) -> list[type]:
@@ -71,10 +76,6 @@ CASES = [
 ]
 
 
-def identify(value: Any) -> str:
-    return value if isinstance(value, str) else value.__name__
-
-
 def refusal(cls: type, name: str, value: Any) -> str | None:
     """The line for a value of a setting; None if the value is taken."""
     section = Section(cls, named=not dataclasses.is_dataclass(cls))
@@ -97,7 +98,7 @@ def refusal(cls: type, name: str, value: Any) -> str | None:
     return None
 
 
-@pytest.mark.parametrize(("cls", "name"), CASES, ids=identify)
+@pytest.mark.parametrize(("cls", "name"), CASES, ids=[f"{cls.__name__}-{name}" for cls, name in CASES])
 def test_wrong_types_nulls_and_misspellings(cls: type, name: str):
     parameter = constructor_settings(cls)[name]
     line = refusal(cls, name, NONSENSE)
@@ -150,23 +151,27 @@ def parts(tmp_path_factory) -> Mapping[str, Any]:
         "folder": str(folder),
         "number": 2,
         "columns": {"style": "a"},
-        "validation_images": 1,
-        "batches_per_epoch": 1,
+        "label": "smile",
+        "prompt": "a man",
+        "judge": str(guide),
+        "reference": str(folder),
     }
 
 
-WITHOUT_A_MODEL = [
+NEEDS_MORE = ("DoodlCase", "AestheticLoss", "CLIPTextLoss", "CLIPImageLoss", "RecordedGuidance", "SemanticGuidance")
+"""Names of classes that take tensors or large models."""
+CONSTRUCTED = [
     cls
     for cls in GROUPS
     if cls not in (ModelCheckpoint, tl.StableDiffusionXL, tl.DeepFloydIF, SegaEvaluation, DoodlEvaluation)
-    and cls.__name__ not in ("DoodlCase", "AestheticLoss", "CLIPTextLoss", "CLIPImageLoss", "RecordedGuidance")
+    and cls.__name__ not in NEEDS_MORE
 ]
 
 
 def tried_values() -> list[tuple[type, str, Any]]:
     """A negative number for each setting that takes numbers, and an empty value for each that can be empty."""
     tried: list[tuple[type, str, Any]] = []
-    for cls in WITHOUT_A_MODEL:
+    for cls in CONSTRUCTED:
         for name, parameter in constructor_settings(cls).items():
             kinds = members(parameter.annotation)
             if int in kinds or float in kinds:
@@ -179,9 +184,10 @@ def tried_values() -> list[tuple[type, str, Any]]:
 
 
 VALUES = tried_values()
+VALUE_NAMES = [f"{cls.__name__}-{name}-{value!r}" for cls, name, value in VALUES]
 
 
-@pytest.mark.parametrize(("cls", "name", "value"), VALUES, ids=lambda value: identify(value) if value else "empty")
+@pytest.mark.parametrize(("cls", "name", "value"), VALUES, ids=VALUE_NAMES)
 def test_negative_numbers_and_empty_values(cls: type, name: str, value: Any, parts: Mapping[str, Any], tmp_path: Path):
     settings = constructor_settings(cls)
     arguments = {key: parts[key] for key, found in settings.items() if found.default is inspect.Parameter.empty}
