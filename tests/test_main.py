@@ -29,7 +29,7 @@ from tokenlearn.tokens import load_embedding, save_embedding
         ({"model.init_args.tokens.placeholder": "king"}, ["king", "vocabulary"]),
         ({"model.init_args.tokens.num_vectors": 90}, ["77"]),
         ({"model.init_args.gradient.init_args.steps": 0}, ["steps", "0"]),
-        ({"model.init_args.gradient": None}, ["model.gradient", "None", "LastK"]),
+        ({"model.init_args.gradient": None}, ["model.gradient", "null", "LastK"]),
         ({"model.init_args.sampling.steps": 0}, ["sampling.steps", "0"]),
         ({"model.init_args.sampling.solver": "DIM"}, ["DIM", "DDIM"]),
         ({"model.init_args.tokens.initial_embeddings": ["missing.safetensors"]}, ["missing.safetensors"]),

@@ -9,7 +9,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+import yaml  # type: ignore[import-untyped]
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -32,12 +33,42 @@ from tokenlearn.callbacks import (
     PredictionWriter,
     ReportWriter,
     ResultWriter,
+    RunProgress,
 )
-from tokenlearn.errors import UserError
-from tokenlearn.evaluation import Evaluation, evaluation_of
+from tokenlearn.configs import asks_for_help, given_settings
+from tokenlearn.errors import UserError, reason_of
+from tokenlearn.evaluation import Evaluation, evaluates, evaluation_of
 from tokenlearn.files import atomic_write
 from tokenlearn.quiet import quiet
+from tokenlearn.run_checks import check_command
+from tokenlearn.setting_checks import Section, check_settings
 from tokenlearn.token_task import DEFAULT_MONITOR, TokenTask
+
+SECTIONS = {
+    "model": Section(L.LightningModule, named=True),
+    "data": Section(L.LightningDataModule, named=True),
+    "evaluation": Section(Evaluation, named=True),
+    "trainer": Section(L.Trainer, named=False),
+    "checkpoint": Section(ModelCheckpoint, named=False),
+    "image_grid": Section(ImageGrid, named=False),
+    "embedding_export": Section(EmbeddingExport, named=False),
+    "learning_curve": Section(LearningCurve, named=False),
+    "predictions": Section(PredictionWriter, named=False),
+    "results": Section(ResultWriter, named=False),
+    "report": Section(ReportWriter, named=False),
+}
+"""Sections of the configuration; those without a class of their own are callbacks and the trainer."""
+
+
+OTHER_SETTINGS: dict[str, Any] = {
+    "seed_everything": bool | int,
+    "output_dir": str | None,
+    "ckpt_path": str | None,
+    "weights_only": bool | None,
+    "verbose": bool,
+    "return_predictions": bool | None,
+}
+"""Settings outside of sections, with their types; each command has some of them."""
 
 
 class TokenlearnCLI(LightningCLI):
@@ -69,15 +100,12 @@ class TokenlearnCLI(LightningCLI):
             help="Folder of this run; by default outputs/<config name>/<start time>.",
         )
         parser.add_subclass_arguments(Evaluation, "evaluation", required=False)
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(ImageGrid, "image_grid")
-        parser.add_lightning_class_args(EmbeddingExport, "embedding_export")
-        parser.add_lightning_class_args(LearningCurve, "learning_curve")
-        parser.add_lightning_class_args(PredictionWriter, "predictions")
-        parser.add_lightning_class_args(ResultWriter, "results")
-        parser.add_lightning_class_args(ReportWriter, "report")
+        for name, section in SECTIONS.items():
+            if issubclass(section.base, L.Callback):
+                parser.add_lightning_class_args(section.base, name)
         parser.set_defaults(
             {
+                "trainer.enable_model_summary": False,  # of frozen models, with 0 FLOPs
                 "checkpoint.monitor": DEFAULT_MONITOR,
                 "checkpoint.mode": "max",
                 "checkpoint.save_last": True,
@@ -87,16 +115,35 @@ class TokenlearnCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401 - Lightning's union
-        """Parse without Lightning's warning that arguments were given in Python: they are the command line's."""
+        """Parse, once the settings are known to be of the right names and types.
+
+        Lightning would warn that arguments were given in Python, but they are the command line's.
+        """
+        command, *options = args
+        self._verbose_is_given = False
+        if not asks_for_help(options):
+            names = self._subcommand_parsers[command].get_defaults()
+            given = given_settings(options)
+            self._verbose_is_given = "verbose" in given
+            check_settings(given, SECTIONS, {name: hint for name, hint in OTHER_SETTINGS.items() if name in names})
+            if given.get("model") is None:
+                raise UserError(
+                    f"{command} has no model; give a config, as in 'tokenlearn {command} --config quickstart', or "
+                    "name a task, as in '--model ClassTokens'"
+                )
         self.config = parser.parse_args(args)
+        check_command(command, self.config[command], evaluates)
 
     def instantiate_classes(self) -> None:
         """Check that the run folder can be written to, then make the task, the data and the trainer."""
         config = self.config[self.subcommand]
-        self.run_folder = Path(config.output_dir or Path("outputs", self.name, time.strftime("%Y-%m-%d_%H-%M-%S")))
+        default = Path("outputs", self.name, time.strftime("%Y-%m-%d_%H-%M-%S"))
+        self.run_folder = Path(config.output_dir or default).expanduser()
         with atomic_write(self.run_folder / ".writable") as temporary:  # before models are loaded, not after training
             temporary.touch()
         (self.run_folder / ".writable").unlink(missing_ok=True)
+        if self.subcommand == "test" and not self._verbose_is_given:
+            config.verbose = False  # the report has the same figures
         if self.subcommand == "predict" and config.return_predictions is None:
             config.return_predictions = False  # callbacks write them, and memory stays flat
         with quiet():
@@ -111,7 +158,18 @@ class TokenlearnCLI(LightningCLI):
         folder = str(self.run_folder)
         if self._get(self.config_init, "trainer").logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(folder, name="", version="")
-        trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
+        settings = self._get(self.config_init, "trainer")
+        callbacks = settings.callbacks if isinstance(settings.callbacks, list) else [settings.callbacks]
+        own = [callback for callback in callbacks if callback is not None]
+        shown = settings.enable_progress_bar is not False and not settings.barebones
+        if shown and not any(isinstance(callback, ProgressBar) for callback in own):
+            kwargs["callbacks"] = [*own, RunProgress()]
+        try:
+            trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"a setting below trainer is not possible: {reason_of(error)}") from error
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = f"{folder}/checkpoints"
@@ -135,9 +193,12 @@ class TokenlearnCLI(LightningCLI):
                 callback.monitor, callback.mode = monitor, mode
 
     def before_fit(self) -> None:
-        """Refuse an evaluation that does not suit the task before the fit."""
+        """Refuse an evaluation that does not suit the task before the fit, and log all settings."""
         if self.evaluation is not None:
             evaluation_of(self.model, self.evaluation)
+        settings = yaml.safe_load(self.parser.dump(self.config))[self.subcommand]
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams(settings)
 
     def before_test(self) -> None:
         """Test the evaluation of the task instead of the task."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,20 @@ from tokenlearn.errors import UserError, reason_of
 from tokenlearn.paths import resolve_config
 
 _NULL = re.compile(r"--(?P<path>(model|data|evaluation)\.\w+(\.\w+)+)=null")
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A value as it was typed on the command line, of which the setting's type decides what it means."""
+
+    text: str
+
+    def load(self) -> Any:  # noqa: ANN401 - whatever YAML has
+        """The value that YAML makes of it; the text itself where it is not YAML."""
+        try:
+            return yaml.safe_load(self.text)
+        except yaml.YAMLError:
+            return self.text
 
 
 def combine_configs(options: Sequence[str]) -> tuple[list[str], str]:
@@ -57,16 +72,21 @@ def _split(options: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _content(file: Path) -> dict[str, Any]:
-    """Sections of a config file; empty for a file without any.
+    """Sections of a config file.
 
     Raises:
-        UserError: if the file is not YAML.
+        UserError: if the file is not YAML, or has no sections.
     """
     try:
         content = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config file '{file}' is not valid YAML ({reason_of(error)}); correct it") from error
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict) or not content:
+        found = (
+            "is empty" if content in (None, {}) else f"has no sections, but '{' '.join(str(content).split())[:40]}'"
+        )
+        raise UserError(f"config file '{file}' {found}; it must have sections such as model, data and trainer")
+    return content
 
 
 def _classes(contents: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
@@ -110,3 +130,66 @@ def _nested(path: Sequence[str], settings: Sequence[Any]) -> dict[str, Any]:
         known = [item.get("init_args") or {} for item in known]
         return {name: {"init_args": _nested(rest, [item.get(rest[0]) for item in known])}}
     return {name: _nested(rest, [item.get(rest[0]) for item in known])}
+
+
+def given_settings(arguments: Sequence[str]) -> dict[str, Any]:
+    """All settings of a command line as one tree, before the parser fills in defaults.
+
+    Args:
+        arguments: what :func:`combine_configs` returns.
+
+    Returns:
+        Settings of files with those of later files and options in place of earlier ones; of options :class:`Typed`.
+    """
+    settings: dict[str, Any] = {}
+    for name, text in _pairs(arguments):
+        if name == "config":
+            content = json.loads(text) if text.startswith("{") else _content(Path(text))
+            settings = _merged(settings, content)
+        else:
+            _insert(settings, [part for part in name.split(".") if part != "init_args"], text)
+    return settings
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether the parser prints something and stops, so that settings may be missing."""
+    return any(
+        re.fullmatch(r"-h|--help|--print_config(=.*)?|--[\w.]+\.help(=.*)?", argument) for argument in arguments
+    )
+
+
+def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Name and value of each option."""
+    remaining = list(arguments)
+    while remaining:
+        option = remaining.pop(0)
+        if not option.startswith("--"):
+            continue  # the parser refuses it
+        name, equals, value = option[2:].partition("=")
+        if equals or (remaining and not remaining[0].startswith("--")):
+            yield name, value if equals else remaining.pop(0)
+
+
+def _merged(settings: Any, changes: Any) -> Any:  # noqa: ANN401 - whatever YAML has
+    """Settings with changes; another class starts afresh."""
+    if not isinstance(settings, Mapping) or not isinstance(changes, Mapping):
+        return changes
+    classes = [str(item.get("class_path", "")).rpartition(".")[2] for item in (settings, changes)]
+    if all(classes) and classes[0] != classes[1]:
+        return changes
+    return {**settings, **{name: _merged(settings.get(name), change) for name, change in changes.items()}}
+
+
+def _insert(settings: dict[str, Any], path: Sequence[str], text: str) -> None:
+    """Set an option, below ``init_args`` of every class on its way."""
+    name, *rest = path
+    if name not in ("class_path", "dict_kwargs") and ("class_path" in settings or "init_args" in settings):
+        settings = settings.setdefault("init_args", {})
+    if not rest:
+        settings[name] = Typed(text)
+        return
+    inner = settings.get(name)
+    inner = inner.load() if isinstance(inner, Typed) else inner
+    inner = {"class_path": inner} if isinstance(inner, str) else inner
+    settings[name] = dict(inner) if isinstance(inner, Mapping) else {}
+    _insert(settings[name], rest, text)

@@ -1,5 +1,9 @@
 """UserError, the one exception that the command line reports without a traceback, and helpers around it."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Input that the user can correct.
@@ -24,8 +28,23 @@ def check_at_least(section: str, least: int, **numbers: float | None) -> None:
             raise UserError(f"{section}.{name} must be at least {least}, got {number}")
 
 
+def check_seeds(setting: str, seeds: Iterable[int]) -> None:
+    """Refuse seeds that torch's generators do not take.
+
+    Args:
+        setting: name of the setting.
+        seeds: its seeds.
+
+    Raises:
+        UserError: naming the first seed that is out of range.
+    """
+    for seed in seeds:
+        if not 0 <= seed < 2**63:
+            raise UserError(f"{setting} must be whole numbers from 0 to 2^63 - 1, got {seed}")
+
+
 def check_template(template: str, setting: str, content: str = "token") -> None:
-    """Refuse a prompt template without exactly one ``{}``.
+    """Refuse a prompt template without exactly one ``{}``, or with other braces.
 
     Args:
         template: the template.
@@ -37,6 +56,24 @@ def check_template(template: str, setting: str, content: str = "token") -> None:
     """
     if template.count("{}") != 1:
         raise UserError(f"{setting} '{template}' must have exactly one '{{}}', where the {content} goes")
+    check_braces(template, setting, content)
+
+
+def check_braces(text: str, setting: str, content: str) -> None:
+    """Refuse braces other than ``{}``.
+
+    Args:
+        text: text with any number of ``{}``.
+        setting: name of its setting.
+        content: what takes the place of ``{}``.
+
+    Raises:
+        UserError: naming setting and text.
+    """
+    if set("{}") & set(text.replace("{}", "")):
+        raise UserError(
+            f"{setting} '{text}' has a brace that is not part of '{{}}', where the {content} goes; remove it"
+        )
 
 
 def reason_of(error: Exception) -> str:

@@ -29,6 +29,7 @@ from tokenlearn.losses.objective import Objective
 from tokenlearn.models import Conditioning
 from tokenlearn.objectives import require_judge_differs
 from tokenlearn.pipeline import Pipeline, Sampling
+from tokenlearn.progress import Meter
 
 History = list[dict[str, float]]
 """A row for each step of an optimisation: ``step``, ``loss``, and with a judge ``judge``."""
@@ -184,17 +185,15 @@ class LatentOptimiser:
         Raises:
             UserError: if a loss is not finite, or has no gradient.
         """
-        from tqdm import trange  # type: ignore[import-untyped]
-
         settings, latents = self.settings, start.latents
         generators = [generator.clone_state() for generator in start.generators]
         history: list[History] = [[] for _ in latents]
         images_after: dict[int, Tensor] = {}
-        with _constants():
+        meter = Meter(progress or "", settings.steps, shown=progress is not None)
+        with _constants(), meter:
             renormalise = settings.renormalisation(latents)
             buffer = torch.zeros_like(latents)
-            bar = trange(settings.steps + 1, desc=progress, leave=False, disable=progress is None)
-            for step in bar:
+            for step in range(settings.steps + 1):
                 last = step == settings.steps
                 with torch.set_grad_enabled(not last):
                     latents = latents.detach().requires_grad_(not last)
@@ -210,7 +209,6 @@ class LatentOptimiser:
                     rows.append(row)
                 if step in (0, settings.steps) or step in snapshots:
                     images_after[step] = images.detach().clamp(0, 1).cpu()
-                bar.set_postfix(loss=f"{losses.detach().mean().item():.4f}")
                 if not last:
                     latents, buffer = optimisation_step(
                         latents.detach(),
@@ -222,6 +220,7 @@ class LatentOptimiser:
                         perturbation=self._perturbation(latents, generators),
                         renormalise=renormalise,
                     )
+                    meter.update(figures=f"loss {losses.detach().mean().item():.4f}")
         return OptimisedLatents(images_after[0], images_after[settings.steps], latents, history, images_after)
 
     def history_rows(self, step: int, images: Tensor, losses: Tensor) -> History:

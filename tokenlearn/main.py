@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -111,4 +112,15 @@ def _mistake(error: BaseException | None) -> BaseException | None:
         for link in chain:
             if isinstance(link, kinds):
                 return link
-    return None
+    return next(filter(None, map(_missing_package, chain)), None)
+
+
+def _missing_package(error: BaseException) -> UserError | None:
+    """What to install, if the error is that an optional package is not there."""
+    if not isinstance(error, ImportError) or (error.name or "").partition(".")[0] == "tokenlearn":
+        return None
+    found = re.search(r"Requirement '([\w-]+)|requires the (\w+) library|No module named '(\w+)", str(error))
+    if found is None:
+        return None
+    package = next(filter(None, found.groups()))
+    return UserError(f"the package '{package}' is needed and not installed; run 'uv pip install {package}'")

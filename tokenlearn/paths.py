@@ -27,11 +27,13 @@ def resolve(path: str | os.PathLike[str]) -> str:
         path: a path, or a name of another kind such as a hub id.
 
     Returns:
-        ``path`` if it exists; else the bundled file or folder of this name, if there is one; else ``path``, so the
-        caller can try it as a hub id or report it.
+        ``path`` with ``~`` expanded if it exists; else the bundled file or folder of this name, if there is one; else
+        ``path``, so the caller can try it as a hub id or report it.
     """
     local = Path(path).expanduser()
-    if local.exists() or local.parts[:1] not in {(folder,) for folder in _FOLDERS}:
+    if local.exists():
+        return str(local)
+    if local.parts[:1] not in {(folder,) for folder in _FOLDERS}:
         return str(path)
     bundled = bundled_root() / local
     return str(bundled) if bundled.exists() else str(path)

@@ -86,6 +86,8 @@ def test_token_gradient_equals_a_plain_loop(make, gradient, last_steps, detach_i
     assert logged == {
         "train/loss": pytest.approx(loss),
         "train/guided_accuracy": (logits.argmax(dim=1) == torch.tensor([1, 2])).float().mean().item(),
+        "train/gradient_norm": pytest.approx(float(found.norm())),
+        "train/learning_rate": 0.0,
     }
     (reference,) = torch.autograd.grad(expected, task.bank.vectors[0])
     assert_close(found, reference)

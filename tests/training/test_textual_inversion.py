@@ -87,7 +87,11 @@ def test_token_gradient_equals_a_plain_loop(make, backbone, tmp_path, prediction
     assert chosen[1] in ("<no-smile>", "<red>")
     assert chosen[2] == "<black>"
     assert {token for token in TOKENS if found[task.bank.rows(token)].any()} == set(chosen)
-    assert logged == {"train/loss": pytest.approx(loss)}
+    assert logged == {
+        "train/loss": pytest.approx(loss),
+        "train/gradient_norm": pytest.approx(float(found.norm())),
+        "train/learning_rate": 0.0,
+    }
 
 
 def test_samples_depend_on_the_position_in_the_training_alone(make):

@@ -6,5 +6,14 @@ from tokenlearn.callbacks.learning_curve import LearningCurve
 from tokenlearn.callbacks.prediction_writer import PredictionWriter
 from tokenlearn.callbacks.report_writer import ReportWriter
 from tokenlearn.callbacks.result_writer import ResultWriter
+from tokenlearn.callbacks.run_progress import RunProgress
 
-__all__ = ["EmbeddingExport", "ImageGrid", "LearningCurve", "PredictionWriter", "ReportWriter", "ResultWriter"]
+__all__ = [
+    "EmbeddingExport",
+    "ImageGrid",
+    "LearningCurve",
+    "PredictionWriter",
+    "ReportWriter",
+    "ResultWriter",
+    "RunProgress",
+]

@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from tokenlearn.callbacks.images import save_image, sheet, to_image
+from tokenlearn.errors import check_at_least
 
 VALIDATION = "validation"
 FINAL_SHEET = f"{VALIDATION}/final.png"
@@ -27,9 +28,13 @@ class ImageGrid(L.Callback):
     Args:
         columns: images per row at most.
         every_n_validations: how often.
+
+    Raises:
+        UserError: if a number is below 1.
     """
 
     def __init__(self, columns: int = 8, every_n_validations: int = 1) -> None:
+        check_at_least("image_grid", 1, columns=columns, every_n_validations=every_n_validations)
         self.columns, self.every_n_validations = columns, every_n_validations
         self._rows: dict[str, list[Tensor]] = {}
         self._validations = 0

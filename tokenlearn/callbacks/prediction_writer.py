@@ -13,6 +13,7 @@ from PIL import Image
 from tokenlearn.callbacks.images import save_image, sheet, to_image
 from tokenlearn.callbacks.run_folder import common_run_folder
 from tokenlearn.data.images_to_edit import generated_name
+from tokenlearn.errors import check_at_least
 from tokenlearn.generation.results import GeneratedBatch
 
 
@@ -23,9 +24,13 @@ class PredictionWriter(BasePredictionWriter):
 
     Args:
         columns: images per row of the contact sheet at most.
+
+    Raises:
+        UserError: if there would be no column.
     """
 
     def __init__(self, columns: int = 8) -> None:
+        check_at_least("predictions", 1, columns=columns)
         literal: Literal["batch"] = "batch"
         super().__init__(write_interval=literal)
         self.columns = columns

@@ -10,6 +10,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -95,7 +96,9 @@ class ReportWriter(L.Callback):
             print(f"embedding file        {path}")
         for caption, name in sheets:
             print(f"{caption:<21} {folder / name}")
-        print(f"TensorBoard log       tensorboard --logdir {folder}")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                print(f"TensorBoard log       tensorboard --logdir {logger.log_dir}")
         for name, figure in figures.items():
             print(f"{name:<21} {figure}  ({source})")
         print(f"minutes               {minutes:.1f}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokenlearn.callbacks.images import save_image, sheet, to_image
 from tokenlearn.callbacks.run_folder import common_run_folder
+from tokenlearn.errors import check_at_least
 from tokenlearn.files import atomic_write
 from tokenlearn.generation.results import (
     BEFORE,
@@ -41,9 +42,13 @@ class ResultWriter(L.Callback, ResultStore):
     Args:
         rows: images on the sheet at most.
         overwrite: edit all images again, and replace existing files.
+
+    Raises:
+        UserError: if the sheet would have no row.
     """
 
     def __init__(self, rows: int = 8, overwrite: bool = False) -> None:
+        check_at_least("results", 1, rows=rows)
         self.rows, self.overwrite = rows, overwrite
         self._run_folder = Path()
 

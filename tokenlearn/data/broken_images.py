@@ -15,6 +15,7 @@ from tokenlearn.data.prefetch import prefetch
 from tokenlearn.data.rows import row_name
 from tokenlearn.errors import reason_of
 from tokenlearn.files import atomic_write
+from tokenlearn.progress import progress
 
 
 def broken_rows(
@@ -36,7 +37,6 @@ def broken_rows(
     if found.portraits or reading.broken == "error":
         return {}
     import datasets  # type: ignore[import-untyped]
-    from tqdm import tqdm  # type: ignore[import-untyped]
 
     name = json_hash([found.fingerprint, reading.min_size])
     memo = Path(datasets.config.HF_DATASETS_CACHE) / "tokenlearn" / f"{name}.json"
@@ -53,8 +53,8 @@ def broken_rows(
 
     indices = range(len(dataset))
     faults: Iterable[str | None] = prefetch(fault, indices, workers=num_workers, depth=64)
-    progress = tqdm(faults, desc="Checking images", unit="image", total=len(indices), leave=False)
-    broken = {index: reason for index, reason in enumerate(progress) if reason is not None}
+    checked = progress(faults, "Checking images", unit="image", total=len(indices))
+    broken = {index: reason for index, reason in enumerate(checked) if reason is not None}
     with atomic_write(memo) as temporary:
         temporary.write_text(json.dumps(broken))
     return broken

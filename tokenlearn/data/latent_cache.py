@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tokenlearn.errors import UserError, check_at_least, reason_of
 from tokenlearn.files import atomic_write
+from tokenlearn.progress import Meter
 
 if TYPE_CHECKING:
     import lightning as L
@@ -96,17 +97,15 @@ class LatentCache:
             encode: gives the latents (C, h, w) of each item, None for an item without latents.
             total: number of items, for the progress bar.
         """
-        from tqdm import tqdm  # type: ignore[import-untyped]
-
         if self.complete:
             return
         count = 0
-        with tqdm(total=total, desc="Caching latents", unit="image", disable=self.rank != 0) as bar:
+        with Meter("Caching latents", total, unit="image", shown=self.rank == 0) as meter:
             for number, block in enumerate(_blocks(items, self.shard_size)):
                 if number % self.world_size == self.rank and not self._path(number).is_file():
                     self._write(number, encode(block))
                 count += len(block)
-                bar.update(len(block))
+                meter.update(len(block))
         self.barrier("latents of all processes")
         if self.rank == 0:
             with atomic_write(self.folder / "key.json") as temporary:

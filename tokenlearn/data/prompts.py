@@ -12,7 +12,7 @@ from tokenlearn.data.batches import PromptBatch, PromptKind
 from tokenlearn.data.interfaces import ClassConsumer, PromptTemplates, consumer_of, trainer_of
 from tokenlearn.data.sources import CountingSource, Item, items_below
 from tokenlearn.data.streams import BatchStream, EvaluationBatches
-from tokenlearn.errors import UserError, check_at_least, check_template
+from tokenlearn.errors import UserError, check_at_least, check_seeds, check_template
 
 VALIDATION_SEEDS = 1_000_000_000
 """Seed of the first image of a validation; training seeds are below."""
@@ -184,13 +184,15 @@ class PromptList(L.LightningDataModule):
         batch_size: images per step and device.
 
     Raises:
-        UserError: for an empty list.
+        UserError: for an empty list, or a number that is out of range.
     """
 
     def __init__(self, prompts: list[str], seeds: list[int] = [0], batch_size: int = 8) -> None:  # noqa: B006 - as above
         super().__init__()
         if not prompts or not seeds:
             raise UserError(f"data.{'seeds' if prompts else 'prompts'} is empty; give at least one")
+        check_at_least("data", 1, batch_size=batch_size)
+        check_seeds("data.seeds", seeds)
         self.prompts, self.seeds, self.batch_size = prompts, seeds, batch_size
 
     def predict_dataloader(self) -> EvaluationBatches[PromptSample, PromptBatch]:

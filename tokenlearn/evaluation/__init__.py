@@ -22,10 +22,16 @@ __all__ = [
     "Evaluation",
     "SegaEvaluation",
     "Table",
+    "evaluates",
     "evaluation_of",
 ]
 
 _DEFAULTS: tuple[type[Evaluation[Any]], ...] = (ClassTokenEvaluation, AttributeEdits)
+
+
+def evaluates(task: type) -> bool:
+    """Whether a class of tasks has an evaluation, or is one."""
+    return issubclass(task, (Evaluation, *(default.task_class for default in _DEFAULTS)))
 
 
 def evaluation_of(task: L.LightningModule, evaluation: Evaluation[Any] | None = None) -> Evaluation[Any]:

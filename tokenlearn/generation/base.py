@@ -10,7 +10,7 @@ import lightning as L
 from tokenlearn.data.images_to_edit import EditableImage, EditableImages, FolderImages, GeneratedImages
 from tokenlearn.data.sources import Item, items_below
 from tokenlearn.data.streams import EvaluationBatches
-from tokenlearn.errors import UserError
+from tokenlearn.errors import UserError, check_seeds
 from tokenlearn.generation.results import ResultPlan, ResultStore
 from tokenlearn.models import DiffusionBackbone
 from tokenlearn.pipeline import Sampling
@@ -38,13 +38,14 @@ def images_to_edit(
         sampling: settings of the sampler, for the size of generated images.
 
     Raises:
-        UserError: if there are no images.
+        UserError: if there are no images, or a seed is out of range.
     """
     side = backbone.latent_size * backbone.vae_scale_factor
     if images is not None:
         return FolderImages(images, side, backbone.vae_scale_factor)
     if not prompts:
         raise UserError("set model.images, to an image or a folder of images, or model.prompts, to generate images")
+    check_seeds("model.seeds", seeds)
     height, width = sampling.size or (side, side)
     return GeneratedImages(prompts, seeds, (width, height))
 

@@ -42,6 +42,7 @@ class Crops:
 
     def __post_init__(self) -> None:
         check_at_least("crops", 1, number=self.number)
+        check_at_least("crops", 0, seed=self.seed)
         if not 0 < self.smallest <= 1:
             raise UserError(f"crops.smallest must be above 0 and at most 1, got {self.smallest}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tokenlearn.errors import UserError, check_at_least
+from tokenlearn.errors import UserError, check_at_least, check_braces
 from tokenlearn.tokens.embeddings import Embeddings
 
 
@@ -22,7 +22,7 @@ class TokenSettings:
         hold_norms: after each step, scale token vectors into the range of norms in the vocabulary.
 
     Raises:
-        UserError: if a token would have no vector.
+        UserError: if a token would have no vector, or a text has braces other than ``{}``.
     """
 
     placeholder: str = "<{}>"
@@ -33,6 +33,8 @@ class TokenSettings:
 
     def __post_init__(self) -> None:
         check_at_least("tokens", 1, num_vectors=self.num_vectors)
+        check_braces(self.placeholder, "tokens.placeholder", "class")
+        check_braces(self.initial_words or "", "tokens.initial_words", "class")
 
     def name(self, class_name: str) -> str:
         """Placeholder of a class."""

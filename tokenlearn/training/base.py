@@ -19,6 +19,7 @@ from tokenlearn.pipeline import Sampling
 from tokenlearn.token_task import TokenTask
 from tokenlearn.tokens import TokenBank, load_embeddings, vectors_from_words, vocabulary_norm_range
 from tokenlearn.tokens.settings import TokenSettings
+from tokenlearn.training.learning_rate import lr_schedule
 
 
 def adamw(params: Any) -> AdamW:  # noqa: ANN401 - torch's type of parameters is private
@@ -91,7 +92,8 @@ class TokenTraining(TokenTask):
         tokens: settings of the tokens.
         sampling: settings of the sampler.
         optimizer: over the token vectors only.
-        lr_scheduler: stepped after every optimizer step; None keeps the learning rate.
+        lr_scheduler: stepped after every optimizer step, ReduceLROnPlateau after every validation; None keeps the
+            learning rate.
 
     Attributes:
         token_settings, optimizer, lr_scheduler: as given.
@@ -191,8 +193,18 @@ class TokenTraining(TokenTask):
         optimizer = self.optimizer(self.bank.parameters())
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        scheduler = self.lr_scheduler(optimizer)
+        schedule = lr_schedule(scheduler, self.monitor, self.trainer.check_val_every_n_epoch)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the learning rate, and the norm of the gradient of all tokens before it is clipped."""
+        if self.bank is None:
+            return
+        norms = [vectors.grad.norm() for vectors in self.bank.vectors if vectors.grad is not None]
+        if norms:
+            self.log("train/gradient_norm", torch.stack(norms).norm())
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
 
     def sample_positions(self, batch_size: int) -> range:
         """Positions of this batch's samples in the stream of all ranks, which seed their random numbers."""

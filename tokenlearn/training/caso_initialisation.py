@@ -22,6 +22,7 @@ from tokenlearn.metrics.neural_collapse import NeuralCollapse
 from tokenlearn.models.attributes import Attribute, check_class_names
 from tokenlearn.models.classifier import TimmClassifier
 from tokenlearn.pipeline import Pipeline
+from tokenlearn.progress import progress
 from tokenlearn.tokens import ClassInitialiser, class_vectors, input_embedding, with_vectors, word_ids
 from tokenlearn.tokens.settings import TokenSettings
 from tokenlearn.training.caso_edit import Edits
@@ -240,8 +241,6 @@ def starting_vectors(
     Raises:
         UserError: see :func:`tokenlearn.tokens.class_vectors`.
     """
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
     assert pipeline.tokens is not None
 
     def features(images: Edits) -> Tensor:
@@ -257,5 +256,5 @@ def starting_vectors(
         candidates=word_ids(pipeline.backbone.tokenizers[0]),
         step=settings.step,
         num_candidates=settings.words,
-        progress=partial(tqdm, desc="Starting tokens", leave=False, disable=not show_progress),
+        progress=partial(progress, description="Starting tokens", unit="batch", shown=show_progress),
     )

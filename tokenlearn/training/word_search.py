@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import trange  # type: ignore[import-untyped]
 
 from tokenlearn.diffusion import Gradient, ReversibleSolver
 from tokenlearn.errors import check_at_least
 from tokenlearn.losses.objective import Objective
 from tokenlearn.pipeline import Pipeline
+from tokenlearn.progress import Meter
 from tokenlearn.tokens import input_embedding, vectors_from_words, whole_words, with_vectors, word_ids
 from tokenlearn.tokens.class_initialisation import mean_gradients
 
@@ -65,7 +65,7 @@ def find_words(
         search: settings.
         gradient: gradient through the sampler, for the preselection.
         solver: solver of the preselection; None for that of the pipeline.
-        progress: whether to show progress bars.
+        progress: whether to show how far it is.
 
     Returns:
         Class to word.
@@ -152,8 +152,10 @@ def _log_likelihoods(
 ) -> Tensor:
     """Minus the losses (N, K), towards each of K classes, of an image of each of N prompts; ``task`` names the bar."""
     parts = []
-    for start in trange(0, len(prompts), _BATCH, desc=task, leave=False, disable=task is None):
-        batch = slice(start, start + _BATCH)
-        images = pipeline.generate(prompts[batch], seeds[batch], steps=steps)
-        parts.append(-objective.losses(images, classes))
+    with Meter(task or "", len(prompts), unit="image", shown=task is not None) as meter:
+        for start in range(0, len(prompts), _BATCH):
+            batch = slice(start, start + _BATCH)
+            images = pipeline.generate(prompts[batch], seeds[batch], steps=steps)
+            parts.append(-objective.losses(images, classes))
+            meter.update(len(images))
     return torch.cat(parts)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tokenlearn.diffusion.process import Process
 from tokenlearn.diffusion.solvers import GridSolver, ReversibleSolver, SchedulerSolver, Solver
-from tokenlearn.errors import UserError
+from tokenlearn.errors import UserError, reason_of
 from tokenlearn.models.backbones.conditioning import Conditioning
 from tokenlearn.models.frozen import FrozenModule
 from tokenlearn.tokens.bank import TokenBank
@@ -256,7 +256,7 @@ class DiffusionBackbone(FrozenModule, ABC):
             UserError: see :meth:`make_scheduler`; or if the model's noise levels do not suit a reversible solver.
         """
         if not isinstance(solver, ReversibleSolver):
-            return SchedulerSolver(self.make_scheduler(solver, steps), steps)
+            return self._scheduler_solver(solver, steps)
         config = self.make_scheduler("DDIM", steps).config
         if config.timestep_spacing != "leading":
             raise UserError(
@@ -270,6 +270,20 @@ class DiffusionBackbone(FrozenModule, ABC):
             steps_offset=config.steps_offset,
             set_alpha_to_one=config.set_alpha_to_one,
         )
+
+    def _scheduler_solver(self, name: str | None, steps: int) -> SchedulerSolver:
+        """A scheduler's solver, of which the scheduler can make the steps."""
+        try:
+            solver = SchedulerSolver(self.make_scheduler(name, steps), steps)
+            _ = solver.timesteps  # made here, so that a scheduler refuses before the first image
+        except (ArithmeticError, IndexError, TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"the scheduler {name or type(self._scheduler).__name__} cannot make {steps} steps "
+                f"({reason_of(error)}); change sampling.steps, or set sampling.solver to another one, such as DDIM"
+            ) from error
+        return solver
 
     def make_inverse_solver(self, steps: int) -> SchedulerSolver:
         """DDIM's steps backwards, at the noise levels of DDIM with as many steps."""

@@ -1,0 +1,132 @@
+"""Checks of a run before its models are loaded: the command, the checkpoint and the precision."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from tokenlearn.data.interfaces import TaskWrapper
+from tokenlearn.errors import UserError
+from tokenlearn.token_task import TokenTask
+from tokenlearn.tokens.checkpoint import checkpoint_about, read_checkpoint
+
+_STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
+_RESULTS = {
+    "fit": "learns nothing",
+    "validate": "has no validation",
+    "test": "has no test",
+    "predict": "makes no images",
+}
+_LARGEST_SEED = 2**32 - 1
+_LIGHTNING_WORDS = ("best", "last", "hpc", "registry")
+"""Values of ``ckpt_path`` that Lightning looks up in the run before, which a command does not have."""
+
+
+def check_command(
+    command: str,
+    config: Any,  # noqa: ANN401 - jsonargparse's namespace
+    evaluates: Callable[[type], bool],
+) -> None:
+    """Refuse a command that the task has nothing for, and a checkpoint or precision that it cannot use.
+
+    Args:
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        config: settings of the command; ``~`` in its ``ckpt_path`` is expanded here.
+        evaluates: whether there is an evaluation of a class of tasks.
+
+    Raises:
+        UserError: naming what to use in its place.
+    """
+    module, _, name = config.model.class_path.rpartition(".")
+    task = getattr(importlib.import_module(module), name)
+    if not isinstance(task, type):  # a function that makes the task
+        return
+    possible = commands_of(task, evaluates)
+    if command not in possible and not (command == "test" and config.get("evaluation") is not None):
+        others = " or ".join(f"'{other}'" for other in possible) or "another class"
+        raise UserError(
+            f"{name} {_RESULTS[command]}: this config is for {others}, not for '{command}'{_next_step(task, command)}"
+        )
+    check_seed(config.seed_everything)
+    if config.get("ckpt_path") is not None:
+        config.ckpt_path = checkpoint_path(config.ckpt_path, task, resumes=command == "fit")
+    check_precision(task, str(config.trainer.precision))
+
+
+def commands_of(task: type, evaluates: Callable[[type], bool]) -> list[str]:
+    """Commands that a class has something for."""
+    return [
+        command
+        for command, step in _STEPS.items()
+        if getattr(task, step) is not getattr(L.LightningModule, step) or (command == "test" and evaluates(task))
+    ]
+
+
+def _next_step(task: type, command: str) -> str:
+    if command == "predict" and issubclass(task, TokenTask):
+        return "; its tokens make images with 'predict --config portraits/generate --ckpt_path CHECKPOINT'"
+    return ""
+
+
+def checkpoint_path(path: str, task: type, *, resumes: bool) -> str:
+    """The path of a checkpoint that a task can load, with ``~`` expanded; addresses of remote files are not looked at.
+
+    Args:
+        path: value of ``ckpt_path``.
+        task: class of the task.
+        resumes: whether training continues, which takes more than the tokens.
+
+    Raises:
+        UserError: if there is no file, or it is no checkpoint for such a task.
+    """
+    if path in _LIGHTNING_WORDS:
+        name = path if path == "last" else "best-step000100"
+        raise UserError(
+            f"ckpt_path '{path}' is known within a run alone; give the file, such as "
+            f"outputs/NAME/TIME/checkpoints/{name}.ckpt"
+        )
+    if "://" in path:
+        return path
+    local = Path(path).expanduser()
+    checkpoint = read_checkpoint(local)
+    if "pytorch-lightning_version" not in checkpoint:
+        raise UserError(f"'{local}' is a checkpoint of another program; give a .ckpt file that 'tokenlearn fit' wrote")
+    if issubclass(task, TokenTask | TaskWrapper):
+        checkpoint_about(checkpoint)
+    if resumes and not {"optimizer_states", "lr_schedulers", "loops"} <= checkpoint.keys():
+        raise UserError(
+            f"checkpoint '{local}' has weights alone, so the fit cannot continue from it; start anew from its tokens "
+            "with 'tokenlearn export' and model.tokens.initial_embeddings"
+        )
+    return str(local)
+
+
+def check_seed(seed: bool | int) -> None:
+    """Refuse a seed that numpy's generator does not take.
+
+    Raises:
+        UserError: naming the range.
+    """
+    if seed is not True and not 0 <= seed <= _LARGEST_SEED:
+        raise UserError(f"seed_everything must be from 0 to {_LARGEST_SEED}, or false, got {seed}")
+
+
+def check_precision(task: type, precision: str) -> None:
+    """Refuse Lightning's true half and double precision, which would change the frozen models under the tokens.
+
+    Raises:
+        UserError: naming the precision to use in its place.
+    """
+    if not issubclass(task, TokenTask | TaskWrapper) or precision not in ("bf16-true", "16-true", "64-true", "64"):
+        return
+    instead = {"bf16-true": ("bf16-mixed", "bfloat16"), "16-true": ("16-mixed", "float16")}.get(precision)
+    way_out = (
+        f"set trainer.precision to {instead[0]}, and model.backbone.dtype to {instead[1]} for less memory"
+        if instead
+        else "set trainer.precision to 32-true"
+    )
+    raise UserError(f"trainer.precision {precision} is not possible, because tokens stay in float32; {way_out}")
