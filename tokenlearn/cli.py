@@ -25,11 +25,20 @@ import tokenlearn.guidance
 import tokenlearn.models
 import tokenlearn.objectives
 import tokenlearn.training  # noqa: F401
-from tokenlearn.callbacks import EmbeddingExport, ImageGrid, PredictionWriter, ReportWriter, ResultWriter
+from tokenlearn.callbacks import (
+    EmbeddingExport,
+    ImageGrid,
+    LastCheckpoint,
+    PredictionWriter,
+    ReportWriter,
+    ResultWriter,
+    StepGuard,
+)
 from tokenlearn.errors import UserError
 from tokenlearn.evaluation import Evaluation, evaluation_of
 from tokenlearn.files import atomic_write
 from tokenlearn.quiet import quiet
+from tokenlearn.stopping import Stopped, StopSignals
 from tokenlearn.token_task import DEFAULT_MONITOR, TokenTask
 
 
@@ -39,16 +48,21 @@ class TokenlearnCLI(LightningCLI):
     Args:
         name: name of the run, which its folder is in.
         args: command line.
+        signals: handler of signals that stop the run.
+
+    Raises:
+        Stopped: if a signal stopped the run.
     """
 
-    def __init__(self, name: str, args: list[str]) -> None:
-        self.name = name
+    def __init__(self, name: str, args: list[str], signals: StopSignals) -> None:
+        self.name, self.signals = name, signals
         super().__init__(
             L.LightningModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": [StepGuard(signals)]},
             parser_kwargs={"prog": "tokenlearn", "exit_on_error": False},
             args=args,
         )
@@ -63,6 +77,7 @@ class TokenlearnCLI(LightningCLI):
         )
         parser.add_subclass_arguments(Evaluation, "evaluation", required=False)
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(ImageGrid, "image_grid")
         parser.add_lightning_class_args(EmbeddingExport, "embedding_export")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
@@ -72,7 +87,8 @@ class TokenlearnCLI(LightningCLI):
             {
                 "checkpoint.monitor": DEFAULT_MONITOR,
                 "checkpoint.mode": "max",
-                "checkpoint.save_last": True,
+                "checkpoint.save_last": False,  # it would be the last best; LastCheckpoint writes the last
+                "checkpoint.enable_version_counter": False,  # a resumed run finds the best files that it repeats
                 "checkpoint.auto_insert_metric_name": False,
                 "checkpoint.filename": "best-step{step:06d}",
             }
@@ -105,7 +121,10 @@ class TokenlearnCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(folder, name="", version="")
         trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
         for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+            if not isinstance(callback, ModelCheckpoint):
+                continue
+            callback.save_last = False  # configs from before LastCheckpoint have true
+            if callback.dirpath is None:
                 callback.dirpath = f"{folder}/checkpoints"
         self._follow_monitor(trainer)
         return trainer
@@ -139,12 +158,12 @@ class TokenlearnCLI(LightningCLI):
         """Evaluate the best tokens, or validate them where there is no quick evaluation, and say where they are."""
         if self.trainer.interrupted:
             return
-        best = any(getattr(callback, "best_model_path", "") for callback in self.trainer.checkpoint_callbacks)
+        best = [path for callback in self.trainer.checkpoint_callbacks if (path := getattr(callback, "best_model_path", ""))]
         evaluation = self._quick_evaluation()
         if evaluation is None and not is_overridden("validation_step", self.model):  # a task from outside the package
             return
         run = self.trainer.validate if evaluation is None else self.trainer.test
-        run(evaluation or self.model, datamodule=self.datamodule, ckpt_path="best" if best else None, verbose=False)
+        run(evaluation or self.model, datamodule=self.datamodule, ckpt_path=best[0] if best else None, verbose=False)
 
     def _quick_evaluation(self) -> Evaluation[Any] | None:
         """The evaluation, if the task has one that may follow every fit, and a judge for it."""
@@ -157,9 +176,27 @@ class TokenlearnCLI(LightningCLI):
         return evaluation if evaluation.evaluate_after_fit else None
 
     def _run_subcommand(self, subcommand: str) -> None:
-        with quiet():
-            super()._run_subcommand(subcommand)
+        try:
+            with quiet():
+                super()._run_subcommand(subcommand)
+        except SystemExit:
+            if self.signals.received is None:
+                raise
+            raise Stopped(self.signals.received, self._what_is_left()) from None
         _say_where(self.run_folder)
+
+    def _what_is_left(self) -> str:
+        """How far a stopped run came, and how to continue it."""
+        fit = self.subcommand == "fit"
+        last = [callback.path for callback in self.trainer.checkpoint_callbacks if isinstance(callback, LastCheckpoint)]
+        path = next((path for path in last if path), self.config[self.subcommand].ckpt_path if fit else None)
+        if fit and path is None:
+            return f"there is no checkpoint yet, so the same command begins anew; the folder is {self.run_folder}"
+        if fit:
+            steps = self.trainer.max_steps
+            done = f"after step {self.trainer.global_step}{f' of {steps}' if steps >= 0 else ''}"
+            return f"{done}; continue with the same command and --ckpt_path {path}"
+        return f"'{self.subcommand}' is not finished"
 
 
 @rank_zero_only

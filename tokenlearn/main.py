@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 from tokenlearn.configs import combine_configs
 from tokenlearn.errors import UserError
+from tokenlearn.stopping import Stopped, StopSignals
 
 USER_ERROR = 2
 """Exit code for input that the user can correct."""
@@ -56,7 +57,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: command line without the program's name; None for the real one.
 
     Raises:
-        SystemExit: with code 2 and one line on the error stream if the user can correct the input.
+        SystemExit: with one line on the error stream; with code 2 if the user can correct the input, with 128 and the
+            number of the signal if Ctrl-C (130) or SIGTERM (143) stopped the run.
     """
     arguments = sys.argv[1:] if args is None else [str(argument) for argument in args]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -66,7 +68,11 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"tokenlearn {version('tokenlearn-diffusion')}")
         return
     try:
-        _run(arguments)
+        with StopSignals() as signals:
+            _run(arguments, signals)
+    except Stopped as stopped:
+        print(f"tokenlearn: {stopped.message}", file=sys.stderr)
+        raise SystemExit(stopped.code) from None
     except Exception as error:
         found = _mistake(error)
         if found is None:
@@ -75,7 +81,7 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(USER_ERROR) from None
 
 
-def _run(arguments: Sequence[str]) -> None:
+def _run(arguments: Sequence[str], signals: StopSignals) -> None:
     command, options = arguments[0], arguments[1:]
     if command not in COMMANDS:
         raise UserError(
@@ -93,7 +99,7 @@ def _run(arguments: Sequence[str]) -> None:
         arguments, name = combine_configs(options)
         from tokenlearn.cli import TokenlearnCLI
 
-        TokenlearnCLI(name, [command, *arguments])
+        TokenlearnCLI(name, [command, *arguments], signals)
 
 
 def _mistake(error: BaseException | None) -> BaseException | None:

@@ -2,8 +2,18 @@
 
 from tokenlearn.callbacks.embedding_export import EmbeddingExport
 from tokenlearn.callbacks.image_grid import ImageGrid
+from tokenlearn.callbacks.last_checkpoint import LastCheckpoint
 from tokenlearn.callbacks.prediction_writer import PredictionWriter
 from tokenlearn.callbacks.report_writer import ReportWriter
 from tokenlearn.callbacks.result_writer import ResultWriter
+from tokenlearn.callbacks.step_guard import StepGuard
 
-__all__ = ["EmbeddingExport", "ImageGrid", "PredictionWriter", "ReportWriter", "ResultWriter"]
+__all__ = [
+    "EmbeddingExport",
+    "ImageGrid",
+    "LastCheckpoint",
+    "PredictionWriter",
+    "ReportWriter",
+    "ResultWriter",
+    "StepGuard",
+]
