@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,19 @@ from tokenlearn.callbacks import (
     PredictionWriter,
     ReportWriter,
     ResultWriter,
+    RunConfig,
     StepGuard,
 )
+from tokenlearn.callbacks.last_checkpoint import LAST
+from tokenlearn.callbacks.run_config import recorded, settings_hash
 from tokenlearn.errors import UserError
 from tokenlearn.evaluation import Evaluation, evaluation_of
-from tokenlearn.files import atomic_write
+from tokenlearn.files import check_writable, new_folder, refuse_remote
+from tokenlearn.notices import notice
 from tokenlearn.quiet import quiet
 from tokenlearn.stopping import Stopped, StopSignals
 from tokenlearn.token_task import DEFAULT_MONITOR, TokenTask
+from tokenlearn.tokens.checkpoint import read_checkpoint
 
 
 class TokenlearnCLI(LightningCLI):
@@ -49,18 +55,22 @@ class TokenlearnCLI(LightningCLI):
         name: name of the run, which its folder is in.
         args: command line.
         signals: handler of signals that stop the run.
+        origin: what the image that is made again says about itself; None for an ordinary run.
 
     Raises:
         Stopped: if a signal stopped the run.
     """
 
-    def __init__(self, name: str, args: list[str], signals: StopSignals) -> None:
-        self.name, self.signals = name, signals
+    def __init__(
+        self, name: str, args: list[str], signals: StopSignals, origin: Mapping[str, Any] | None = None
+    ) -> None:
+        self.name, self.signals, self.origin = name, signals, origin
         super().__init__(
             L.LightningModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
+            save_config_callback=RunConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"callbacks": [StepGuard(signals)]},
             parser_kwargs={"prog": "tokenlearn", "exit_on_error": False},
@@ -95,16 +105,33 @@ class TokenlearnCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401 - Lightning's union
-        """Parse without Lightning's warning that arguments were given in Python: they are the command line's."""
+        """Parse without Lightning's warning that arguments were given in Python: they are the command line's.
+
+        Checkpoints are read here for the first time, by a function that refuses others than this package's.
+        """
         self.config = parser.parse_args(args)
+        config = self.config.get(self.config.get("subcommand"))
+        if config is None or config.get("ckpt_path") is None:
+            return
+        if config.ckpt_path == "last" and self.config.subcommand == "fit":
+            config.ckpt_path = _last_of(config.output_dir)
+        if config.ckpt_path is not None:
+            read_checkpoint(config.ckpt_path, training=self.config.subcommand == "fit")
 
     def instantiate_classes(self) -> None:
         """Check that the run folder can be written to, then make the task, the data and the trainer."""
         config = self.config[self.subcommand]
-        self.run_folder = Path(config.output_dir or Path("outputs", self.name, time.strftime("%Y-%m-%d_%H-%M-%S")))
-        with atomic_write(self.run_folder / ".writable") as temporary:  # before models are loaded, not after training
-            temporary.touch()
-        (self.run_folder / ".writable").unlink(missing_ok=True)
+        if config.output_dir is not None:
+            refuse_remote(config.output_dir)
+            self.run_folder = Path(config.output_dir).expanduser()
+        else:
+            self.run_folder = Path("outputs", self.name, time.strftime("%Y-%m-%d_%H-%M-%S"))
+            if _is_first_process():
+                self.run_folder = new_folder(self.run_folder)
+        if _is_first_process():
+            check_writable(self.run_folder)  # before models are loaded, not after training
+        if self.subcommand == "fit":
+            self._refuse_other_fit()
         if self.subcommand == "predict" and config.return_predictions is None:
             config.return_predictions = False  # callbacks write them, and memory stays flat
         with quiet():
@@ -128,6 +155,23 @@ class TokenlearnCLI(LightningCLI):
                 callback.dirpath = f"{folder}/checkpoints"
         self._follow_monitor(trainer)
         return trainer
+
+    def _refuse_other_fit(self) -> None:
+        """Refuse to write into a folder with the checkpoints of a fit with other settings, unless it continues that.
+
+        Raises:
+            UserError: naming the folder.
+        """
+        config, folder = self.config[self.subcommand], self.run_folder / "checkpoints"
+        own = config.ckpt_path is not None and Path(config.ckpt_path).resolve().parent == folder.resolve()
+        if own or not any(folder.glob("*.ckpt")):
+            return
+        self._dump_config()
+        if recorded(self.run_folder) != ("fit", settings_hash(self.config_dump)):
+            raise UserError(
+                f"output_dir '{self.run_folder}' has the checkpoints of a fit with other settings; give another "
+                f"folder, or continue that fit with --ckpt_path {folder / LAST}"
+            )
 
     def _follow_monitor(self, trainer: L.Trainer) -> None:
         """Choose the best tokens by the task's own figure where the settings name the default one.
@@ -154,16 +198,27 @@ class TokenlearnCLI(LightningCLI):
         """Test the evaluation of the task instead of the task."""
         self.model = evaluation_of(self.model, self.evaluation)
 
+    def before_predict(self) -> None:
+        """Hand the settings to the callbacks that write images."""
+        self._dump_config()
+        sections = {name: self.config_dump.get(name) for name in ("model", "data", "ckpt_path")}
+        config = {name: section for name, section in sections.items() if section is not None}
+        config["trainer"] = {"precision": self.trainer.precision}
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined] # set by the trainer's connector
+            if isinstance(callback, PredictionWriter | ResultWriter):
+                callback.config, callback.expected = config, self.origin
+
     def after_fit(self) -> None:
         """Evaluate the best tokens, or validate them where there is no quick evaluation, and say where they are."""
         if self.trainer.interrupted:
             return
-        best = [path for callback in self.trainer.checkpoint_callbacks if (path := getattr(callback, "best_model_path", ""))]
+        paths = [getattr(callback, "best_model_path", "") for callback in self.trainer.checkpoint_callbacks]
+        best = next(filter(None, paths), None)
         evaluation = self._quick_evaluation()
         if evaluation is None and not is_overridden("validation_step", self.model):  # a task from outside the package
             return
         run = self.trainer.validate if evaluation is None else self.trainer.test
-        run(evaluation or self.model, datamodule=self.datamodule, ckpt_path=best[0] if best else None, verbose=False)
+        run(evaluation or self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
 
     def _quick_evaluation(self) -> Evaluation[Any] | None:
         """The evaluation, if the task has one that may follow every fit, and a judge for it."""
@@ -187,16 +242,43 @@ class TokenlearnCLI(LightningCLI):
 
     def _what_is_left(self) -> str:
         """How far a stopped run came, and how to continue it."""
-        fit = self.subcommand == "fit"
-        last = [callback.path for callback in self.trainer.checkpoint_callbacks if isinstance(callback, LastCheckpoint)]
-        path = next((path for path in last if path), self.config[self.subcommand].ckpt_path if fit else None)
-        if fit and path is None:
-            return f"there is no checkpoint yet, so the same command begins anew; the folder is {self.run_folder}"
-        if fit:
-            steps = self.trainer.max_steps
+        if self.subcommand == "fit":
+            steps, before = self.trainer.max_steps, self.config[self.subcommand].ckpt_path
             done = f"after step {self.trainer.global_step}{f' of {steps}' if steps >= 0 else ''}"
-            return f"{done}; continue with the same command and --ckpt_path {path}"
+            for callback in self.trainer.checkpoint_callbacks:
+                if isinstance(callback, LastCheckpoint) and callback.path is not None:
+                    return (
+                        f"{done}; continue from step {callback.step} by the same command with --ckpt_path "
+                        f"{callback.path}"
+                    )
+            return f"{done}; the same command begins {'anew' if before is None else f'from {before} again'}"
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined] # set by the trainer's connector
+            if isinstance(callback, PredictionWriter | ResultWriter) and (progress := callback.progress()) is not None:
+                return (
+                    f"{progress[0]} of {progress[1]} images are done; the same command with --output_dir "
+                    f"{self.run_folder} makes the others"
+                )
         return f"'{self.subcommand}' is not finished"
+
+
+def _is_first_process() -> bool:
+    """Whether this process writes the files of the run; before there is a trainer."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _last_of(output_dir: str | None) -> str | None:
+    """The last checkpoint in a run folder; None if the fit has not got there yet.
+
+    Raises:
+        UserError: if no folder is given: a new one has none.
+    """
+    if output_dir is None:
+        raise UserError("--ckpt_path last is the last checkpoint in --output_dir; give the folder of the fit as well")
+    last = Path(output_dir).expanduser() / "checkpoints" / LAST
+    if last.is_file():
+        return str(last)
+    notice(f"there is no '{last}' yet; the fit begins at its first step")
+    return None
 
 
 @rank_zero_only

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from tokenlearn.errors import UserError
 from tokenlearn.tokens.bank import TokenBank
-from tokenlearn.tokens.checkpoint import checkpoint_about
+from tokenlearn.tokens.checkpoint import checkpoint_about, read_checkpoint
 from tokenlearn.tokens.files import EmbeddingFormat, embedding_file_name, load_embedding, save_embedding
 
 
@@ -60,12 +58,7 @@ def export(
 
 def _checkpoint_tokens(path: str) -> dict[str, tuple[list[Tensor], dict[str, str]]]:
     """Vectors and metadata of each token of a checkpoint."""
-    if not Path(path).is_file():
-        raise UserError(f"no checkpoint at '{path}'; give a .ckpt file that 'tokenlearn fit' wrote")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"checkpoint '{path}' cannot be read ({type(error).__name__}); it may be truncated") from error
+    checkpoint = read_checkpoint(path)
     about = checkpoint_about(checkpoint)
     bank = TokenBank(about["num_vectors"], about["embedding_widths"])
     state = checkpoint["state_dict"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from tokenlearn.stopping import Stopped, StopSignals
 
 USER_ERROR = 2
 """Exit code for input that the user can correct."""
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 COMMANDS = ("fit", "validate", "test", "predict", "export")
 
@@ -31,6 +34,7 @@ commands:
                tokenlearn test --config portraits/caso --ckpt_path outputs/caso/TIME/checkpoints/last.ckpt
   predict    generate, edit or optimise images
                tokenlearn predict --config portraits/sega
+               tokenlearn predict --from outputs/sega/TIME/images/all/000-a-portrait-of-a-person-seed1.png
   export     write learned tokens as embedding files for another program
                tokenlearn export --ckpt_path outputs/quickstart/TIME/checkpoints/last.ckpt --format diffusers
 
@@ -96,10 +100,41 @@ def _run(arguments: Sequence[str], signals: StopSignals) -> None:
 
         auto_cli(export, args=list(options), prog="tokenlearn export", exit_on_error=False)
     else:
+        image, options = _image_to_make_again(command, options)
         arguments, name = combine_configs(options)
         from tokenlearn.cli import TokenlearnCLI
 
+        if image is not None:
+            import json
+
+            from tokenlearn.provenance import config_of, read_origin
+
+            origin = read_origin(image)
+            arguments = ["--config", json.dumps(config_of(origin)), *arguments]
+            TokenlearnCLI("again", [command, *arguments], signals, origin)
+            return
         TokenlearnCLI(name, [command, *arguments], signals)
+
+
+def _image_to_make_again(command: str, options: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The image of ``--from``, None without one, and the other options.
+
+    Raises:
+        UserError: if it is not an option of the command, or has no value.
+    """
+    rest, images = [], []
+    remaining = iter(options)
+    for option in remaining:
+        flag, equals, value = option.partition("=")
+        if flag != "--from":
+            rest.append(option)
+        else:
+            images.append(value if equals else next(remaining, ""))
+    if not images:
+        return None, rest
+    if command != "predict" or len(images) > 1 or not images[0]:
+        raise UserError("--from makes one image again; use it as in 'tokenlearn predict --from image.png'")
+    return images[0], rest
 
 
 def _mistake(error: BaseException | None) -> BaseException | None:
@@ -113,6 +148,9 @@ def _mistake(error: BaseException | None) -> BaseException | None:
         error = error.__cause__ or error.__context__
     lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # not imported, not raised
     misconfiguration: type[Exception] = getattr(lightning, "MisconfigurationException", UserError)
+    full = next((link for link in chain if isinstance(link, OSError) and link.errno in _NO_ROOM), None)
+    if full is not None:
+        return UserError(f"{full.strerror}: '{full.filename or 'the output folder'}'; make room, or use another disk")
     for kinds in ((UserError,), (argparse.ArgumentError, misconfiguration)):
         for link in chain:
             if isinstance(link, kinds):

@@ -14,6 +14,7 @@ _WARNINGS = (
     ".*does not have many workers.*",  # batches are prompts and seeds: workers have nothing to prefetch
     ".*infer the batch indices.*",  # only callbacks that use a sample's place in its data set need them
     ".*LeafSpec.*is deprecated.*",  # Lightning's own code, which users cannot change
+    ".*Checkpoint directory .* exists and is not empty.*",  # a fit that continues; another one is refused
     ".*module\\(s\\) in eval mode.*",  # the frozen models are in eval mode on purpose
 )
 _LOG_MESSAGES = (

@@ -27,10 +27,10 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """While it is entered, Ctrl-C and SIGTERM wait for the end of the current step, and stop the run elsewhere at once.
+    """While it is entered, Ctrl-C and SIGTERM stop the run: within a step when the step is done, elsewhere at once.
 
-    The trainer looks for a SIGTERM between steps, so Ctrl-C within a step is handed on as one. A second Ctrl-C does not
-    wait. Processes that another process of the same run has started leave Ctrl-C to the one that started them.
+    The trainer looks for a SIGTERM between steps, so Ctrl-C within a step is handed on as one. A second Ctrl-C does
+    not wait. Processes that another process of the run has started leave Ctrl-C to the one that started them.
 
     Attributes:
         received: the first signal, None before.

@@ -6,6 +6,7 @@ from tokenlearn.callbacks.last_checkpoint import LastCheckpoint
 from tokenlearn.callbacks.prediction_writer import PredictionWriter
 from tokenlearn.callbacks.report_writer import ReportWriter
 from tokenlearn.callbacks.result_writer import ResultWriter
+from tokenlearn.callbacks.run_config import RunConfig
 from tokenlearn.callbacks.step_guard import StepGuard
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "PredictionWriter",
     "ReportWriter",
     "ResultWriter",
+    "RunConfig",
     "StepGuard",
 ]

@@ -30,6 +30,7 @@ class LastCheckpoint(Checkpoint):
 
     Attributes:
         path: the file, None before it is first written.
+        step: steps of the file.
 
     Raises:
         UserError: if the number of minutes is negative.
@@ -39,6 +40,7 @@ class LastCheckpoint(Checkpoint):
         check_at_least("last_checkpoint", 0, every_n_minutes=every_n_minutes)
         self.every_n_minutes = every_n_minutes
         self.path: str | None = None
+        self.step = 0
         self._written = 0.0
         self._batch: int | None = None  # that the file is of
         self._accumulates = False
@@ -62,7 +64,7 @@ class LastCheckpoint(Checkpoint):
         self._accumulates = (batch_idx + 1) % batches != 0 and not trainer.is_last_batch
         # A signal between two optimizer steps finds no moment to save, so the last one must be saved.
         due = batches > 1 or time.monotonic() - self._written >= 60 * self.every_n_minutes
-        if trainer.strategy.broadcast(due) and not self._accumulates and not _validation_may_follow(trainer, batch_idx):
+        if trainer.strategy.broadcast(due) and not _validation_may_follow(trainer, batch_idx):
             self._save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -90,9 +92,7 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
         self._repeats_validation = False
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let the trainer begin an interrupted validation again, of which no figures are in the checkpoint."""
         if self._repeats_validation:
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
@@ -101,9 +101,7 @@ class LastCheckpoint(Checkpoint):
             progress["current"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
             progress["is_last_batch"] = False
 
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Bring the best checkpoints so far into this run's folder; Lightning forgets them in another folder."""
         for callback in trainer.checkpoint_callbacks:
             if not isinstance(callback, ModelCheckpoint) or callback.dirpath is None:
@@ -127,6 +125,7 @@ class LastCheckpoint(Checkpoint):
         ]
         self.path = f"{folders[0] if folders else f'{trainer.default_root_dir}/checkpoints'}/{LAST}"
         trainer.save_checkpoint(self.path)
+        self.step = trainer.global_step
         self._written, self._batch = time.monotonic(), trainer.fit_loop.total_batch_idx
 
 

@@ -76,13 +76,19 @@ def apply_changes(
 
 
 def _of_scheduler(scheduler: LRScheduler) -> dict[str, Any]:
-    parts = {f"part {number}": _of_scheduler(part) for number, part in enumerate(getattr(scheduler, "_schedulers", ()))}
+    parts = {
+        f"part {number}": _of_scheduler(part) for number, part in enumerate(getattr(scheduler, "_schedulers", ()))
+    }
     settings = {name: value for name, value in vars(scheduler).items() if name[0] != "_" and name not in _PROGRESS}
     return {"class": type(scheduler).__name__} | _plain(settings) | parts
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items() if _is_plain(value)}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in settings.items()
+        if _is_plain(value)
+    }
 
 
 def _is_plain(value: Any) -> bool:  # noqa: ANN401 - any setting
