@@ -189,6 +189,13 @@ class TokenlearnCLI(LightningCLI):
             if isinstance(callback, ModelCheckpoint | EmbeddingExport):
                 callback.monitor, callback.mode = monitor, mode
 
+    def after_instantiate_classes(self) -> None:
+        """Hand the hash of the settings to the tables."""
+        self._dump_config()
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined] # set by the trainer's connector
+            if isinstance(callback, ReportWriter):
+                callback.settings = settings_hash(self.config_dump)
+
     def before_fit(self) -> None:
         """Refuse an evaluation that does not suit the task before the fit."""
         if self.evaluation is not None:

@@ -6,8 +6,10 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from tests.command_line import error_of
 from tokenlearn.main import main
 
 
@@ -144,3 +146,131 @@ def test_stopped_fit(fit, folder, uninterrupted, capsys, interrupt, step, place)
     if place == "new":  # the sheets of the first steps are in the first folder
         expected, found = ({name: value for name, value in r.items() if name != "sheets"} for r in (expected, found))
     assert_same(expected, found)
+
+
+def test_changed_settings_of_the_optimizer_apply(fit, folder, uninterrupted, capsys):
+    last = folder / "whole" / "checkpoints" / "last.ckpt"
+    scheduler = {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR", "init_args": {"T_max": 20}}
+    changes = {
+        "model.init_args.optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.5}},
+        "model.init_args.lr_scheduler": scheduler,
+        "trainer.max_steps": 7,
+    }
+    assert fit("faster", "--ckpt_path", last, changes=changes) == 0
+    line = next(line for line in capsys.readouterr().err.splitlines() if "from step 6 on" in line)
+    assert "model.optimizer.lr is 0.5, was 0.05; model.lr_scheduler.T_max is 20, was 6" in line
+    state = torch.load(folder / "faster" / "checkpoints" / "last.ckpt", weights_only=True)
+    expected = 0.25 * (1 + torch.tensor(7 * torch.pi / 20).cos())  # as if it had always been so
+    assert state["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(float(expected))
+    assert state["optimizer_states"][0]["state"][0]["step"] == 7  # the moments went on
+
+
+def test_a_folder_holds_one_fit(fit, folder, uninterrupted, tmp_path, capsys):
+    config = (folder / "whole" / "config.yaml").read_text()
+    assert str(folder / "whole") not in config  # it runs again elsewhere
+    changes = {"model.init_args.sampling.steps": 3}
+    assert fit("whole", changes=changes) == 2
+    assert "checkpoints of a fit with other settings" in capsys.readouterr().err
+    elsewhere = folder / "last.ckpt"
+    elsewhere.write_bytes((folder / "whole" / "checkpoints" / "last.ckpt").read_bytes())
+    assert fit("whole", "--ckpt_path", elsewhere, changes=changes) == 2
+    assert (folder / "whole" / "config.yaml").read_text() == config
+    assert_same(uninterrupted, results(folder / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("missing.ckpt", "no such file"),
+        ("folder", "a folder"),
+        ("cut.ckpt", "cannot be read"),
+        ("empty.ckpt", "cannot be read"),
+        ("foreign.ckpt", "no learned tokens"),
+        ("list.ckpt", "no learned tokens"),
+        ("damaged.ckpt", "is damaged"),
+        ("weights.ckpt", "no state of a training"),
+        ("best", "no such file"),
+        ("last", "--output_dir"),
+    ],
+)
+def test_checkpoints_that_are_none(tiny_config, folder, uninterrupted, tmp_path, capsys, path, words):
+    whole = torch.load(folder / "whole" / "checkpoints" / "last.ckpt", weights_only=True)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty.ckpt").touch()
+    (tmp_path / "cut.ckpt").write_bytes((folder / "whole" / "checkpoints" / "last.ckpt").read_bytes()[:1000])
+    torch.save({"state_dict": {"model.x": torch.zeros(1)}}, tmp_path / "foreign.ckpt")
+    torch.save([1], tmp_path / "list.ckpt")
+    torch.save(whole | {"state_dict": {"bank.vectors.0": torch.zeros(5, 16)}}, tmp_path / "damaged.ckpt")
+    torch.save({name: whole[name] for name in ("state_dict", "tokenlearn", "callbacks")}, tmp_path / "weights.ckpt")
+    config = yaml.safe_load(Path(tiny_config()).read_text())
+    del config["output_dir"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    given = path if path in ("best", "last") else tmp_path / path
+    error = error_of(["fit", "--config", tmp_path / "config.yaml", "--ckpt_path", given], capsys)
+    assert words in error
+
+
+def generation(tiny_models, target, task="Generate", **settings):
+    backbone = {"class_path": "StableDiffusion", "init_args": {"pretrained": str(tiny_models / "pipeline")}}
+    config = {
+        "model": {"class_path": task, "init_args": {"backbone": backbone, "sampling": {"steps": 3}} | settings},
+        "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "logger": False},
+    }
+    if task == "Generate":
+        config["data"] = {
+            "class_path": "PromptList",
+            "init_args": {"prompts": ["a king", "a portrait", "red"], "seeds": [1, 2], "batch_size": 2},
+        }
+    target.write_text(yaml.safe_dump(config))
+    return target
+
+
+SEGA = {
+    "prompts": ["a portrait"],
+    "seeds": [1, 2, 3, 4, 5, 6],
+    "edits": [{"concept": "red", "scale": 4.0, "warmup_steps": 1}],
+    "batch_size": 2,
+}
+
+
+def predict(config, run, *options, interrupt=None):
+    config = yaml.safe_load(config.read_text())
+    if interrupt is not None:
+        arguments = dict(zip(("hook", "calls", "what"), interrupt, strict=True))
+        config["trainer"]["callbacks"] = [{"class_path": f"{__name__}.Interrupt", "init_args": arguments}]
+    path = run.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config))
+    try:
+        main(["predict", "--config", str(path), "--output_dir", str(run), *options])
+    except SystemExit as stopped:
+        return stopped.code
+    except Crash:
+        return None
+    return 0
+
+
+@pytest.mark.parametrize(("task", "settings"), [("Generate", {}), ("Sega", SEGA)], ids=["Generate", "Sega"])
+def test_stopped_predictions(tiny_models, tmp_path, capsys, task, settings):
+    config = generation(tiny_models, tmp_path / "config.yaml", task, **settings)
+    assert predict(config, tmp_path / "whole") == 0
+    run = tmp_path / "stopped"
+    assert predict(config, run, interrupt=("on_predict_batch_start", 2, "SIGTERM")) == 143
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "stopped" in line]
+    assert "SIGTERM: 4 of 6 images are done" in line
+    assert str(run) in line
+    done = {path: path.stat().st_mtime_ns for path in run.rglob("images/**/*.png")}
+    lost = min(done)  # one of a batch
+    lost.unlink()
+    assert predict(config, run, interrupt=("on_predict_batch_start", 3, "crash")) is None
+    assert predict(config, run) == 0
+    if task == "Sega":
+        assert {path for path, when in done.items() if path.stat().st_mtime_ns != when} == {lost}
+    files = [path.relative_to(tmp_path / "whole") for path in sorted((tmp_path / "whole").rglob("*.png"))]
+    assert len(files) == (7 if task == "Generate" else 13)
+    for file in files:
+        assert (run / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_ctrl_c_before_the_first_step_stops_at_once(fit, capsys):
+    assert fit("early", interrupt=("on_fit_start", 1, "SIGINT")) == 130
+    assert "stopped by Ctrl-C: after step 0 of 6; the same command begins anew" in capsys.readouterr().err
