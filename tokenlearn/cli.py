@@ -116,6 +116,7 @@ class TokenlearnCLI(LightningCLI):
         if config.ckpt_path == "last" and self.config.subcommand == "fit":
             config.ckpt_path = _last_of(config.output_dir)
         if config.ckpt_path is not None:
+            config.ckpt_path = str(Path(config.ckpt_path).expanduser())
             read_checkpoint(config.ckpt_path, training=self.config.subcommand == "fit")
 
     def instantiate_classes(self) -> None:

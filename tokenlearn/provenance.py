@@ -142,10 +142,12 @@ class Origin:
 
 def token_hashes(bank: TokenBank | None) -> dict[str, str]:
     """Placeholder to the first 12 hexadecimal digits of the SHA-256 of its float32 vectors, of all text encoders."""
+    if bank is None:
+        return {}
     hashes: dict[str, str] = {}
-    for placeholder in () if bank is None else bank.placeholders:
+    for placeholder in bank.placeholders:
         digest = hashlib.sha256()
-        for vectors in bank.get(placeholder):  # type: ignore[union-attr] # there are no placeholders without a bank
+        for vectors in bank.get(placeholder):
             digest.update(vectors.detach().float().cpu().contiguous().numpy().tobytes())
         hashes[placeholder] = digest.hexdigest()[:12]
     return hashes

@@ -10,7 +10,9 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.command_line import error_of
+from tokenlearn.errors import UserError
 from tokenlearn.main import main
+from tokenlearn.tokens.checkpoint import read_checkpoint
 
 
 class Crash(BaseException):
@@ -178,36 +180,33 @@ def test_a_folder_holds_one_fit(fit, folder, uninterrupted, tmp_path, capsys):
     assert_same(uninterrupted, results(folder / "whole"))
 
 
-@pytest.mark.parametrize(
-    ("path", "words"),
-    [
-        ("missing.ckpt", "no such file"),
-        ("folder", "a folder"),
-        ("cut.ckpt", "cannot be read"),
-        ("empty.ckpt", "cannot be read"),
-        ("foreign.ckpt", "no learned tokens"),
-        ("list.ckpt", "no learned tokens"),
-        ("damaged.ckpt", "is damaged"),
-        ("weights.ckpt", "no state of a training"),
-        ("best", "no such file"),
-        ("last", "--output_dir"),
-    ],
-)
-def test_checkpoints_that_are_none(tiny_config, folder, uninterrupted, tmp_path, capsys, path, words):
-    whole = torch.load(folder / "whole" / "checkpoints" / "last.ckpt", weights_only=True)
+def test_checkpoints_that_are_none(tiny_config, folder, uninterrupted, tmp_path, capsys):
+    last = folder / "whole" / "checkpoints" / "last.ckpt"
+    whole = read_checkpoint(last, training=True)
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.ckpt").touch()
-    (tmp_path / "cut.ckpt").write_bytes((folder / "whole" / "checkpoints" / "last.ckpt").read_bytes()[:1000])
+    (tmp_path / "cut.ckpt").write_bytes(last.read_bytes()[:1000])
     torch.save({"state_dict": {"model.x": torch.zeros(1)}}, tmp_path / "foreign.ckpt")
     torch.save([1], tmp_path / "list.ckpt")
     torch.save(whole | {"state_dict": {"bank.vectors.0": torch.zeros(5, 16)}}, tmp_path / "damaged.ckpt")
     torch.save({name: whole[name] for name in ("state_dict", "tokenlearn", "callbacks")}, tmp_path / "weights.ckpt")
-    config = yaml.safe_load(Path(tiny_config()).read_text())
-    del config["output_dir"]
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    given = path if path in ("best", "last") else tmp_path / path
-    error = error_of(["fit", "--config", tmp_path / "config.yaml", "--ckpt_path", given], capsys)
-    assert words in error
+    assert read_checkpoint(tmp_path / "weights.ckpt")["tokenlearn"] == whole["tokenlearn"]
+    for path, words in {
+        "missing.ckpt": "no such file",
+        "folder": "a folder",
+        "cut.ckpt": "cannot be read",
+        "empty.ckpt": "cannot be read",
+        "foreign.ckpt": "no learned tokens",
+        "list.ckpt": "no learned tokens",
+        "damaged.ckpt": "is damaged",
+        "weights.ckpt": "no state of a training",
+    }.items():
+        with pytest.raises(UserError, match=words) as caught:
+            read_checkpoint(tmp_path / path, training=True)
+        assert "\n" not in str(caught.value)
+    command = ["fit", "--config", tiny_config(), "--ckpt_path"]
+    assert "no such file" in error_of([*command, "best"], capsys)
+    assert "--output_dir" in error_of([*command, "last", "--output_dir", "null"], capsys)
 
 
 def generation(tiny_models, target, task="Generate", **settings):
