@@ -115,7 +115,7 @@ class TokenlearnCLI(LightningCLI):
             return
         if config.ckpt_path == "last" and self.config.subcommand == "fit":
             config.ckpt_path = _last_of(config.output_dir)
-        if config.ckpt_path is not None:
+        if config.ckpt_path is not None and "://" not in config.ckpt_path:  # the trainer reads addresses
             config.ckpt_path = str(Path(config.ckpt_path).expanduser())
             read_checkpoint(config.ckpt_path, training=self.config.subcommand == "fit")
 

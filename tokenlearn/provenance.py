@@ -28,6 +28,20 @@ from tokenlearn.tokens import TokenBank
 CHUNK = "tokenlearn"
 A1111_CHUNK = "parameters"
 
+_A1111_SAMPLERS = {
+    "DPMSolverMultistepScheduler": "DPM++ 2M",
+    "DPMSolverSDEScheduler": "DPM++ SDE",
+    "EulerAncestralDiscreteScheduler": "Euler a",
+    "EulerDiscreteScheduler": "Euler",
+    "HeunDiscreteScheduler": "Heun",
+    "KDPM2AncestralDiscreteScheduler": "DPM2 a",
+    "KDPM2DiscreteScheduler": "DPM2",
+    "LMSDiscreteScheduler": "LMS",
+    "PNDMScheduler": "PLMS",
+    "UniPCMultistepScheduler": "UniPC",
+}
+"""Its names of diffusers' schedulers, where these differ by more than the word Scheduler."""
+
 _NOT_OF_ONE_IMAGE = ("images", "prompts", "seeds", "batch_size", "embeddings")
 """Settings of a task that say which images are made; the tokens of ``embeddings`` count by their vectors."""
 
@@ -124,7 +138,7 @@ class Origin:
         used = [(token.strip("<>"), hash_) for token, hash_ in self.tokens.items() if token in prompt]
         settings = {
             "Steps": self.sampling.steps,
-            "Sampler": self.scheduler,
+            "Sampler": _A1111_SAMPLERS.get(self.scheduler, self.scheduler.removesuffix("Scheduler")),
             "CFG scale": f"{self.guidance_scale:g}",
             "Seed": seed,
             "Size": f"{size[0]}x{size[1]}",

@@ -54,7 +54,7 @@ def test_generated_images(write, tmp_path, capsys):
     prompt, negative, settings = parameters.splitlines()
     assert (prompt, negative) == ("a <smile> king", "Negative prompt: a hat")
     token = about["tokens"]["<smile>"]
-    for words in ("Steps: 3", "Sampler: DDIMScheduler", "CFG scale: 5", "Seed: 4", "Size: 16x16", "Model: pipeline"):
+    for words in ("Steps: 3", "Sampler: DDIM", "CFG scale: 5", "Seed: 4", "Size: 16x16", "Model: pipeline"):
         assert f"{words}, " in settings
     assert f'TI hashes: "smile: {token}"' in settings
 

@@ -109,7 +109,8 @@ class LastCheckpoint(Checkpoint):
             state = checkpoint["callbacks"].get(callback.state_key)
             if state is None:
                 continue
-            if trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero:
+            local = "://" not in str(callback.dirpath)
+            if trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero and local:
                 state = _moved(state, Path(callback.dirpath), Path(str(trainer.ckpt_path)).parent)
             checkpoint["callbacks"][callback.state_key] = trainer.strategy.broadcast(state) | {
                 "dirpath": callback.dirpath
