@@ -74,8 +74,10 @@ class Origin:
         counted = {name: value for name, value in init_args.items() if name not in _NOT_OF_ONE_IMAGE}
         precision = (self.config.get("trainer") or {}).get("precision")
         task = [model.get("class_path"), counted, precision]
-        own = [self.sampling.steps, self.sampling.negative_prompt, self.scheduler, self.model, self.vocabulary]
-        object.__setattr__(self, "settings", json_hash([task, own, self.tokens]))
+        sampling = [self.sampling.steps, self.sampling.negative_prompt, self.sampling.size, self.scheduler]
+        rule = [type(self.sampling.rule).__name__, self.guidance_scale]
+        counts = [task, sampling, rule, self.model, self.vocabulary, dict(self.tokens)]
+        object.__setattr__(self, "settings", json_hash(counts))
 
     def key(self, source: str) -> str:
         """Hash of the settings, a hyphen, and the hash of what one image is made from.
