@@ -20,7 +20,7 @@ class Stopped(SystemExit):
         message: what is finished and how to continue, in one line.
     """
 
-    def __init__(self, received: signal.Signals, message: str = "nothing was written") -> None:
+    def __init__(self, received: signal.Signals, message: str = "the run had not begun") -> None:
         super().__init__(128 + received)
         self.received = received
         self.message = f"stopped by {_NAMES[received]}: {message}"
