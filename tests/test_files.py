@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from tokenlearn.errors import UserError
-from tokenlearn.files import atomic_write, check_writable, new_folder
+from tokenlearn.files import atomic_write, check_writable, new_folder, remove_leftovers
 
 
 def test_writes_in_a_new_folder_and_leaves_nothing_else(tmp_path: Path):
@@ -99,3 +99,16 @@ def test_looking_whether_a_folder_can_be_written_leaves_nothing(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
         check_writable(tmp_path / "file")
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path: Path):
+    (tmp_path / "images").mkdir()
+    names = [".a-seed1-0123456789ab.png", ".last-0123456789ab.ckpt", ".mine-0123456789.png", "b-0123456789ab.png"]
+    for name in names:
+        (tmp_path / "images" / name).touch()
+        os.utime(tmp_path / "images" / name, (0, 0))
+    young = tmp_path / ".c-0123456789ab.png"
+    young.touch()
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == sorted(names[2:])
+    assert young.exists()

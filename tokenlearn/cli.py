@@ -40,7 +40,7 @@ from tokenlearn.callbacks.last_checkpoint import LAST
 from tokenlearn.callbacks.run_config import recorded, settings_hash
 from tokenlearn.errors import UserError
 from tokenlearn.evaluation import Evaluation, evaluation_of
-from tokenlearn.files import check_writable, new_folder, refuse_remote
+from tokenlearn.files import check_writable, new_folder, refuse_remote, remove_leftovers
 from tokenlearn.notices import notice
 from tokenlearn.quiet import quiet
 from tokenlearn.stopping import Stopped, StopSignals
@@ -131,6 +131,7 @@ class TokenlearnCLI(LightningCLI):
                 self.run_folder = new_folder(self.run_folder)
         if _is_first_process():
             check_writable(self.run_folder)  # before models are loaded, not after training
+            remove_leftovers(self.run_folder)
         if self.subcommand == "fit":
             self._refuse_other_fit()
         if self.subcommand == "predict" and config.return_predictions is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from safetensors import SafetensorError
 
 from tokenlearn.errors import UserError, reason_of
 
+_TEMPORARY = re.compile(r"\..+-[0-9a-f]{12}(\.\w+)?")
+_LEFT_AFTER = 3600  # seconds
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path has one slash where an address has two
 
 
@@ -68,6 +71,13 @@ def check_writable(folder: Path) -> None:
     with atomic_write(probe) as temporary:
         temporary.touch()
     probe.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left of files that they were writing, at least an hour ago."""
+    for left in folder.rglob(".*"):
+        if _TEMPORARY.fullmatch(left.name) and left.is_file() and time.time() - left.stat().st_mtime > _LEFT_AFTER:
+            left.unlink(missing_ok=True)
 
 
 def new_folder(path: Path) -> Path:
