@@ -212,7 +212,8 @@ class TokenlearnCLI(LightningCLI):
         self._dump_config()
         sections = {name: self.config_dump.get(name) for name in ("model", "data", "ckpt_path")}
         config = {name: section for name, section in sections.items() if section is not None}
-        config["trainer"] = {"precision": self.trainer.precision}
+        accelerator = self.config_dump["trainer"]["accelerator"]
+        config["trainer"] = {"precision": self.trainer.precision, "accelerator": accelerator}
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined] # set by the trainer's connector
             if isinstance(callback, PredictionWriter | ResultWriter):
                 callback.config, callback.expected = config, self.origin

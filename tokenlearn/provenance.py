@@ -216,6 +216,7 @@ def config_of(about: Mapping[str, Any]) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(json.dumps(about["config"]))
     count = about["batch_size"]
     settings = config["model"].setdefault("init_args", {})
+    config.setdefault("trainer", {})["devices"] = 1  # several would share the batch
     if "data" in config:
         prompts = {"prompts": [about["prompt"]], "seeds": [about["seed"]] * count, "batch_size": count}
         config["data"]["init_args"] = (config["data"].get("init_args") or {}) | prompts
