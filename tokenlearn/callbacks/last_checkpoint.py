@@ -63,7 +63,8 @@ class LastCheckpoint(Checkpoint):
         batches = trainer.accumulate_grad_batches
         self._accumulates = (batch_idx + 1) % batches != 0 and not trainer.is_last_batch
         # A signal between two optimizer steps finds no moment to save, so the last one must be saved.
-        due = batches > 1 or time.monotonic() - self._written >= 60 * self.every_n_minutes
+        last_step = 0 <= trainer.max_steps <= trainer.global_step  # within an epoch, whose end would not be whole
+        due = batches > 1 or last_step or time.monotonic() - self._written >= 60 * self.every_n_minutes
         if trainer.strategy.broadcast(due) and not _validation_may_follow(trainer, batch_idx):
             self._save(trainer)
 
@@ -74,7 +75,8 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the file after an epoch and its validation."""
-        self._save(trainer)
+        if self._batch != trainer.fit_loop.total_batch_idx:
+            self._save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Write the file when a signal stops the fit between steps.
