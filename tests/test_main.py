@@ -4,6 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -133,11 +134,11 @@ def test_predict_from_checkpoint_equals_predict_from_its_embedding_file(tiny_con
     run = tmp_path / "run"
     main(["predict", "--config", generate_config([run / "embeddings" / "wizard.safetensors"])])
     image = tmp_path / "images-run" / "images" / "000-a-photo-of-a-wizard-wizard-seed1.png"
-    from_file = image.read_bytes()
+    from_file = np.asarray(Image.open(image))
     image.unlink()
     (best,) = (run / "checkpoints").glob("best-*.ckpt")
     main(["predict", "--config", generate_config(), "--ckpt_path", str(best)])
-    assert image.read_bytes() == from_file
+    assert np.array_equal(np.asarray(Image.open(image)), from_file)
 
 
 @pytest.mark.parametrize(

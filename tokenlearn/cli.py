@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-import yaml  # type: ignore[import-untyped]
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -29,19 +29,26 @@ import tokenlearn.training  # noqa: F401
 from tokenlearn.callbacks import (
     EmbeddingExport,
     ImageGrid,
+    LastCheckpoint,
     LearningCurve,
     PredictionWriter,
     ReportWriter,
     ResultWriter,
+    RunConfig,
     RunProgress,
+    StepGuard,
 )
+from tokenlearn.callbacks.last_checkpoint import LAST
+from tokenlearn.callbacks.run_config import recorded, settings_hash
 from tokenlearn.configs import asks_for_help, given_settings
 from tokenlearn.errors import UserError, reason_of
 from tokenlearn.evaluation import Evaluation, evaluates, evaluation_of
-from tokenlearn.files import atomic_write
+from tokenlearn.files import check_writable, new_folder, refuse_remote, remove_leftovers
+from tokenlearn.notices import notice
 from tokenlearn.quiet import quiet
 from tokenlearn.run_checks import check_command
 from tokenlearn.setting_checks import Section, check_settings
+from tokenlearn.stopping import Stopped, StopSignals
 from tokenlearn.token_task import DEFAULT_MONITOR, TokenTask
 
 SECTIONS = {
@@ -50,6 +57,7 @@ SECTIONS = {
     "evaluation": Section(Evaluation, named=True),
     "trainer": Section(L.Trainer, named=False),
     "checkpoint": Section(ModelCheckpoint, named=False),
+    "last_checkpoint": Section(LastCheckpoint, named=False),
     "image_grid": Section(ImageGrid, named=False),
     "embedding_export": Section(EmbeddingExport, named=False),
     "learning_curve": Section(LearningCurve, named=False),
@@ -77,16 +85,25 @@ class TokenlearnCLI(LightningCLI):
     Args:
         name: name of the run, which its folder is in.
         args: command line.
+        signals: handler of signals that stop the run.
+        origin: what the image that is made again says about itself; None for an ordinary run.
+
+    Raises:
+        Stopped: if a signal stopped the run.
     """
 
-    def __init__(self, name: str, args: list[str]) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, args: list[str], signals: StopSignals, origin: Mapping[str, Any] | None = None
+    ) -> None:
+        self.name, self.signals, self.origin = name, signals, origin
         super().__init__(
             L.LightningModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
+            save_config_callback=RunConfig,
             save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": [StepGuard(signals)]},
             parser_kwargs={"prog": "tokenlearn", "exit_on_error": False},
             args=args,
         )
@@ -108,14 +125,15 @@ class TokenlearnCLI(LightningCLI):
                 "trainer.enable_model_summary": False,  # of frozen models, with 0 FLOPs
                 "checkpoint.monitor": DEFAULT_MONITOR,
                 "checkpoint.mode": "max",
-                "checkpoint.save_last": True,
+                "checkpoint.save_last": False,  # it would be the last best; LastCheckpoint writes the last
+                "checkpoint.enable_version_counter": False,  # a resumed run finds the best files that it repeats
                 "checkpoint.auto_insert_metric_name": False,
                 "checkpoint.filename": "best-step{step:06d}",
             }
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401 - Lightning's union
-        """Parse, once the settings are known to be of the right names and types.
+        """Parse, once the settings are known to be of the right names and types, and refuse what cannot be run.
 
         Lightning would warn that arguments were given in Python, but they are the command line's.
         """
@@ -132,16 +150,26 @@ class TokenlearnCLI(LightningCLI):
                     "name a task, as in '--model ClassTokens'"
                 )
         self.config = parser.parse_args(args)
-        check_command(command, self.config[command], evaluates)
+        config = self.config[command]
+        if command == "fit" and config.ckpt_path == "last":
+            config.ckpt_path = _last_of(config.output_dir)
+        check_command(command, config, evaluates)
 
     def instantiate_classes(self) -> None:
         """Check that the run folder can be written to, then make the task, the data and the trainer."""
         config = self.config[self.subcommand]
-        default = Path("outputs", self.name, time.strftime("%Y-%m-%d_%H-%M-%S"))
-        self.run_folder = Path(config.output_dir or default).expanduser()
-        with atomic_write(self.run_folder / ".writable") as temporary:  # before models are loaded, not after training
-            temporary.touch()
-        (self.run_folder / ".writable").unlink(missing_ok=True)
+        if config.output_dir is not None:
+            refuse_remote(config.output_dir)
+            self.run_folder = Path(config.output_dir).expanduser()
+        else:
+            self.run_folder = Path("outputs", self.name, time.strftime("%Y-%m-%d_%H-%M-%S"))
+            if _is_first_process():
+                self.run_folder = new_folder(self.run_folder)
+        if _is_first_process():
+            check_writable(self.run_folder)  # before models are loaded, not after training
+            remove_leftovers(self.run_folder)
+        if self.subcommand == "fit":
+            self._refuse_other_fit()
         if self.subcommand == "test" and not self._verbose_is_given:
             config.verbose = False  # the report has the same figures
         if self.subcommand == "predict" and config.return_predictions is None:
@@ -171,10 +199,30 @@ class TokenlearnCLI(LightningCLI):
                 raise
             raise UserError(f"a setting below trainer is not possible: {reason_of(error)}") from error
         for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+            if not isinstance(callback, ModelCheckpoint):
+                continue
+            callback.save_last = False  # configs from before LastCheckpoint have true
+            if callback.dirpath is None:
                 callback.dirpath = f"{folder}/checkpoints"
         self._follow_monitor(trainer)
         return trainer
+
+    def _refuse_other_fit(self) -> None:
+        """Refuse to write into a folder with the checkpoints of a fit with other settings, unless it continues that.
+
+        Raises:
+            UserError: naming the folder.
+        """
+        config, folder = self.config[self.subcommand], self.run_folder / "checkpoints"
+        own = config.ckpt_path is not None and Path(config.ckpt_path).resolve().parent == folder.resolve()
+        if own or not any(folder.glob("*.ckpt")):
+            return
+        self._dump_config()
+        if recorded(self.run_folder) != ("fit", settings_hash(self.config_dump)):
+            raise UserError(
+                f"output_dir '{self.run_folder}' has the checkpoints of a fit with other settings; give another "
+                f"folder, or continue that fit with --ckpt_path {folder / LAST}"
+            )
 
     def _follow_monitor(self, trainer: L.Trainer) -> None:
         """Choose the best tokens by the task's own figure where the settings name the default one.
@@ -192,28 +240,46 @@ class TokenlearnCLI(LightningCLI):
             if isinstance(callback, ModelCheckpoint | EmbeddingExport):
                 callback.monitor, callback.mode = monitor, mode
 
+    def after_instantiate_classes(self) -> None:
+        """Hand the hash of the settings to the tables."""
+        self._dump_config()
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined] # set by the trainer's connector
+            if isinstance(callback, ReportWriter):
+                callback.settings = settings_hash(self.config_dump)
+
     def before_fit(self) -> None:
         """Refuse an evaluation that does not suit the task before the fit, and log all settings."""
         if self.evaluation is not None:
             evaluation_of(self.model, self.evaluation)
-        settings = yaml.safe_load(self.parser.dump(self.config))[self.subcommand]
         for logger in self.trainer.loggers:
-            logger.log_hyperparams(settings)
+            logger.log_hyperparams(self.config_dump)
 
     def before_test(self) -> None:
         """Test the evaluation of the task instead of the task."""
         self.model = evaluation_of(self.model, self.evaluation)
 
+    def before_predict(self) -> None:
+        """Hand the settings to the callbacks that write images."""
+        self._dump_config()
+        sections = {name: self.config_dump.get(name) for name in ("model", "data", "ckpt_path")}
+        config = {name: section for name, section in sections.items() if section is not None}
+        accelerator = self.config_dump["trainer"]["accelerator"]
+        config["trainer"] = {"precision": self.trainer.precision, "accelerator": accelerator}
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined] # set by the trainer's connector
+            if isinstance(callback, PredictionWriter | ResultWriter):
+                callback.config, callback.expected = config, self.origin
+
     def after_fit(self) -> None:
         """Evaluate the best tokens, or validate them where there is no quick evaluation, and say where they are."""
         if self.trainer.interrupted:
             return
-        best = any(getattr(callback, "best_model_path", "") for callback in self.trainer.checkpoint_callbacks)
+        paths = [getattr(callback, "best_model_path", "") for callback in self.trainer.checkpoint_callbacks]
+        best = next(filter(None, paths), None)
         evaluation = self._quick_evaluation()
         if evaluation is None and not is_overridden("validation_step", self.model):  # a task from outside the package
             return
         run = self.trainer.validate if evaluation is None else self.trainer.test
-        run(evaluation or self.model, datamodule=self.datamodule, ckpt_path="best" if best else None, verbose=False)
+        run(evaluation or self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
 
     def _quick_evaluation(self) -> Evaluation[Any] | None:
         """The evaluation, if the task has one that may follow every fit, and a judge for it."""
@@ -226,9 +292,54 @@ class TokenlearnCLI(LightningCLI):
         return evaluation if evaluation.evaluate_after_fit else None
 
     def _run_subcommand(self, subcommand: str) -> None:
-        with quiet():
-            super()._run_subcommand(subcommand)
+        try:
+            with quiet():
+                super()._run_subcommand(subcommand)
+        except SystemExit:
+            if self.signals.received is None:
+                raise
+            raise Stopped(self.signals.received, self._what_is_left()) from None
         _say_where(self.run_folder)
+
+    def _what_is_left(self) -> str:
+        """How far a stopped run came, and how to continue it."""
+        if self.subcommand == "fit":
+            steps, before = self.trainer.max_steps, self.config[self.subcommand].ckpt_path
+            done = f"after step {self.trainer.global_step}{f' of {steps}' if steps >= 0 else ''}"
+            for callback in self.trainer.checkpoint_callbacks:
+                if isinstance(callback, LastCheckpoint) and callback.path is not None:
+                    return (
+                        f"{done}; continue from step {callback.step} by the same command with --ckpt_path "
+                        f"{callback.path}"
+                    )
+            return f"{done}; the same command begins {'anew' if before is None else f'from {before} again'}"
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined] # set by the trainer's connector
+            if isinstance(callback, PredictionWriter | ResultWriter) and (progress := callback.progress()) is not None:
+                return (
+                    f"{progress[0]} of {progress[1]} images are done; the same command with --output_dir "
+                    f"{self.run_folder} makes the others"
+                )
+        return f"'{self.subcommand}' is not finished"
+
+
+def _is_first_process() -> bool:
+    """Whether this process writes the files of the run; before there is a trainer."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _last_of(output_dir: str | None) -> str | None:
+    """The last checkpoint in a run folder; None if the fit has not got there yet.
+
+    Raises:
+        UserError: if no folder is given: a new one has none.
+    """
+    if output_dir is None:
+        raise UserError("--ckpt_path last is the last checkpoint in --output_dir; give the folder of the fit as well")
+    last = Path(output_dir).expanduser() / "checkpoints" / LAST
+    if last.is_file():
+        return str(last)
+    notice(f"there is no '{last}' yet; the fit begins at its first step")
+    return None
 
 
 @rank_zero_only

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -11,9 +12,12 @@ from importlib.metadata import version
 
 from tokenlearn.configs import combine_configs
 from tokenlearn.errors import UserError
+from tokenlearn.stopping import Stopped, StopSignals
 
 USER_ERROR = 2
 """Exit code for input that the user can correct."""
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 COMMANDS = ("fit", "validate", "test", "predict", "export")
 
@@ -31,6 +35,7 @@ commands:
                tokenlearn test --config portraits/caso --ckpt_path outputs/caso/TIME/checkpoints/last.ckpt
   predict    generate, edit or optimise images
                tokenlearn predict --config portraits/sega
+               tokenlearn predict --from outputs/sega/TIME/images/all/000-a-portrait-of-a-person-seed1.png
   export     write learned tokens as embedding files for another program
                tokenlearn export --ckpt_path outputs/quickstart/TIME/checkpoints/last.ckpt --format diffusers
 
@@ -57,7 +62,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: command line without the program's name; None for the real one.
 
     Raises:
-        SystemExit: with code 2 and one line on the error stream if the user can correct the input.
+        SystemExit: with one line on the error stream; with code 2 if the user can correct the input, with 128 and the
+            number of the signal if Ctrl-C (130) or SIGTERM (143) stopped the run.
     """
     arguments = sys.argv[1:] if args is None else [str(argument) for argument in args]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -67,7 +73,11 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"tokenlearn {version('tokenlearn-diffusion')}")
         return
     try:
-        _run(arguments)
+        with StopSignals() as signals:
+            _run(arguments, signals)
+    except Stopped as stopped:
+        print(f"tokenlearn: {stopped.message}", file=sys.stderr)
+        raise SystemExit(stopped.code) from None
     except Exception as error:
         found = _mistake(error)
         if found is None:
@@ -76,7 +86,7 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(USER_ERROR) from None
 
 
-def _run(arguments: Sequence[str]) -> None:
+def _run(arguments: Sequence[str], signals: StopSignals) -> None:
     command, options = arguments[0], arguments[1:]
     if command not in COMMANDS:
         raise UserError(
@@ -91,10 +101,41 @@ def _run(arguments: Sequence[str]) -> None:
 
         auto_cli(export, args=list(options), prog="tokenlearn export", exit_on_error=False)
     else:
+        image, options = _image_to_make_again(command, options)
         arguments, name = combine_configs(options)
         from tokenlearn.cli import TokenlearnCLI
 
-        TokenlearnCLI(name, [command, *arguments])
+        if image is not None:
+            import json
+
+            from tokenlearn.provenance import config_of, read_origin
+
+            origin = read_origin(image)
+            arguments = ["--config", json.dumps(config_of(origin)), *arguments]
+            TokenlearnCLI("again", [command, *arguments], signals, origin)
+            return
+        TokenlearnCLI(name, [command, *arguments], signals)
+
+
+def _image_to_make_again(command: str, options: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The image of ``--from``, None without one, and the other options.
+
+    Raises:
+        UserError: if it is not an option of the command, or has no value.
+    """
+    rest, images = [], []
+    remaining = iter(options)
+    for option in remaining:
+        flag, equals, value = option.partition("=")
+        if flag != "--from":
+            rest.append(option)
+        else:
+            images.append(value if equals else next(remaining, ""))
+    if not images:
+        return None, rest
+    if command != "predict" or len(images) > 1 or not images[0]:
+        raise UserError("--from makes one image again; use it as in 'tokenlearn predict --from image.png'")
+    return images[0], rest
 
 
 def _mistake(error: BaseException | None) -> BaseException | None:
@@ -108,6 +149,9 @@ def _mistake(error: BaseException | None) -> BaseException | None:
         error = error.__cause__ or error.__context__
     lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # not imported, not raised
     misconfiguration: type[Exception] = getattr(lightning, "MisconfigurationException", UserError)
+    full = next((link for link in chain if isinstance(link, OSError) and link.errno in _NO_ROOM), None)
+    if full is not None:
+        return UserError(f"{full.strerror}: '{full.filename or 'the output folder'}'; make room, or use another disk")
     for kinds in ((UserError,), (argparse.ArgumentError, misconfiguration)):
         for link in chain:
             if isinstance(link, kinds):

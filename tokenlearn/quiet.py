@@ -14,12 +14,15 @@ _WARNINGS = (
     ".*does not have many workers.*",  # batches are prompts and seeds: workers have nothing to prefetch
     ".*infer the batch indices.*",  # only callbacks that use a sample's place in its data set need them
     ".*LeafSpec.*is deprecated.*",  # Lightning's own code, which users cannot change
+    ".*Checkpoint directory .* exists and is not empty.*",  # a fit that continues; another one is refused
     ".*module\\(s\\) in eval mode.*",  # the frozen models are in eval mode on purpose
 )
+_LOGGERS = ("utilities.rank_zero", "trainer.connectors.signal_connector")
 _LOG_MESSAGES = (
     "litlogger",  # an advertisement
     "[GTH]PU available: False",
     "`Trainer.fit` stopped: `max_(steps|epochs)=",  # the end that was asked for
+    "Received SIGTERM",  # the command line says what stopped the run
 )
 
 
@@ -29,16 +32,18 @@ def quiet() -> Iterator[None]:
 
     Warning filters, log levels and progress bars are as before after the block.
     """
-    lightning = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    loggers = [logging.getLogger(f"lightning.pytorch.{name}") for name in _LOGGERS]
     applies = partial(_applies)  # an object of this call, so that blocks may be nested
-    lightning.addFilter(applies)
+    for logger in loggers:
+        logger.addFilter(applies)
     try:
         with quiet_models(), warnings.catch_warnings():
             for message in _WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:
-        lightning.removeFilter(applies)
+        for logger in loggers:
+            logger.removeFilter(applies)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from tokenlearn.callbacks.images import save_image, sheet, to_image
+from tokenlearn.errors import UserError
 
 
 def test_to_image_rounds_as_diffusers():
@@ -55,7 +56,7 @@ def test_save_image_leaves_nothing_half_written(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(Image.Image, "save", full_disk)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"image.png' \(disk full\); make room"):
         save_image(Image.new("RGB", (4, 4), "blue"), path)
     assert [file.name for file in path.parent.iterdir()] == ["image.png"]
     assert Image.open(path).getpixel((0, 0)) == (255, 0, 0)

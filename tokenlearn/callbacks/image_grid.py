@@ -73,3 +73,11 @@ class ImageGrid(L.Callback):
             if isinstance(logger, TensorBoardLogger):
                 pixels = np.asarray(image)
                 logger.experiment.add_image(VALIDATION, pixels, trainer.global_step, dataformats="HWC")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of validations, so that a resumed run writes the same sheets."""
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the number of validations."""
+        self._validations = state_dict["validations"]

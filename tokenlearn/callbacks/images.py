@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from tokenlearn.files import atomic_write
@@ -54,8 +55,8 @@ def sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], above: Sequence[Seq
     return canvas
 
 
-def save_image(image: Image.Image, path: Path) -> Path:
-    """Write a PNG file, whole or not at all."""
+def save_image(image: Image.Image, path: Path, info: PngInfo | None = None) -> Path:
+    """Write a PNG file with text chunks, whole or not at all."""
     with atomic_write(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=info)
     return path

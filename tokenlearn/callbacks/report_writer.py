@@ -29,9 +29,14 @@ _LABEL_WIDTH = 12  # characters
 
 
 class ReportWriter(L.Callback):
-    """Write an evaluation's table to the run folder and print it; after a fit, list the fit's files too."""
+    """Write an evaluation's table to the run folder and print it; after a fit, list the fit's files too.
+
+    Attributes:
+        settings: hash of the run's settings, which each row of the tables has; None for none.
+    """
 
     def __init__(self) -> None:
+        self.settings: str | None = None
         self._fit_started: float | None = None
         self._has_fitted = False
 
@@ -50,7 +55,7 @@ class ReportWriter(L.Callback):
         if table is None:
             return
         folder = Path(trainer.default_root_dir)
-        table.write(folder)
+        table.write(folder, self.settings)
         _plot(table, folder / "table.png")
         for name, rows in table.images.items():
             if rows:

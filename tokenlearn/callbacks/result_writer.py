@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenlearn.callbacks.images import save_image, sheet, to_image
+from tokenlearn.callbacks.origins import origin_of, say_what_is_not_of_the_run
 from tokenlearn.callbacks.run_folder import common_run_folder
-from tokenlearn.errors import check_at_least
+from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.files import atomic_write
 from tokenlearn.generation.results import (
     BEFORE,
@@ -26,6 +28,7 @@ from tokenlearn.generation.results import (
     ResultPlan,
     ResultStore,
 )
+from tokenlearn.provenance import Origin, key_of
 
 _TILE = 160
 
@@ -37,11 +40,16 @@ class ResultWriter(L.Callback, ResultStore):
     ``before_after.png`` (of semantic guidance ``contact_sheet.png``) the sheet. Generated images are in
     ``images/before/``, recorded guidance in ``guidance/<edit>/seed<seed>.safetensors``. Optimised latents are in
     ``latents/<name>.safetensors``, and the steps of their optimisation in ``losses/<name>.csv``. An image that has all
-    of its files is not edited again, so an interrupted run resumes with the same ``--output_dir``.
+    of its files, made with the same settings and tokens from the same image, is not edited again, so an interrupted
+    run resumes with the same ``--output_dir``. An image that cannot be read is reported when all others are done.
 
     Args:
         rows: images on the sheet at most.
         overwrite: edit all images again, and replace existing files.
+
+    Attributes:
+        config: the run's config, for the text chunks of the images.
+        expected: what an image that is made again says about itself; None otherwise.
 
     Raises:
         UserError: if the sheet would have no row.
@@ -50,19 +58,51 @@ class ResultWriter(L.Callback, ResultStore):
     def __init__(self, rows: int = 8, overwrite: bool = False) -> None:
         check_at_least("results", 1, rows=rows)
         self.rows, self.overwrite = rows, overwrite
+        self.config: Mapping[str, Any] = {}
+        self.expected: Mapping[str, Any] | None = None
         self._run_folder = Path()
+        self._task: L.LightningModule | None = None
+        self._indices: dict[str, int] = {}
+        self._unreadable: dict[str, str] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Agree on the run folder."""
+        self._task = None
         if isinstance(pl_module, EditTask):
             self._run_folder = common_run_folder(trainer)
+            self._task = pl_module
+            self._indices = {name: index for index, name in enumerate(pl_module.images.names)}
+            self._unreadable = {}
+            self.__dict__.pop("_origin", None)
+
+    @cached_property
+    def _origin(self) -> Origin:
+        """Known once the tokens are loaded."""
+        assert self._task is not None
+        return origin_of(self._task, self.config, self.expected)
 
     def is_done(self, plan: ResultPlan, name: str) -> bool:
         """See :class:`tokenlearn.generation.results.ResultStore`."""
         return not self.overwrite and self._is_complete(plan, name)
 
+    def leave_out(self, name: str, reason: str) -> None:
+        """See :class:`tokenlearn.generation.results.ResultStore`."""
+        self._unreadable[name] = reason
+
+    def progress(self) -> tuple[int, int] | None:
+        """How many images are done, and how many there are; None if the task makes none for this callback."""
+        if not isinstance(self._task, EditTask):
+            return None
+        plan, names = self._task.plan, self._task.images.names
+        return sum(self._is_complete(plan, name) for name in names), len(names)
+
     def _is_complete(self, plan: ResultPlan, name: str) -> bool:
-        return all((self._run_folder / path).is_file() for path in plan.files(name).values())
+        paths = [self._run_folder / path for path in plan.files(name).values()]
+        return all(path.is_file() for path in paths) and all(key_of(path) == self._key(name) for path in paths)
+
+    def _key(self, name: str) -> str:
+        assert isinstance(self._task, EditTask)
+        return self._origin.key(self._task.images.identity(self._indices[name]))
 
     def on_predict_batch_end(
         self,
@@ -76,40 +116,60 @@ class ResultWriter(L.Callback, ResultStore):
         """Write the files of images."""
         if isinstance(pl_module, EditTask):
             for result in outputs:
-                self._write(pl_module.plan, result)
+                self._write(pl_module, result, len(outputs))
 
-    def _write(self, plan: ResultPlan, result: EditResult) -> None:
+    def _write(self, task: EditTask, result: EditResult, batch_size: int) -> None:
         """Write the files of one image; recorded guidance first, because the others mean that the image is done."""
+        plan, made_of, key = task.plan, result.image, self._key(result.image.name)
         for name, vectors in result.guidance.items():
-            _save(vectors, "guidance", self._run_folder / "guidance" / name / f"seed{result.image.seed}.safetensors")
+            _save(vectors, "guidance", self._run_folder / "guidance" / name / f"seed{made_of.seed}.safetensors", key)
         images = dict(zip(plan.captions, result.edits, strict=True)) | {BEFORE: result.before}
-        for kind, relative in plan.files(result.image.name).items():
+        photo = task.images.path(self._indices[made_of.name])
+        for kind, relative in plan.files(made_of.name).items():
             path = self._run_folder / relative
-            if path.is_file() and not self.overwrite:
+            if not self.overwrite and path.is_file() and key_of(path) == key:
                 continue
             if kind == STRIP:
-                save_image(_strip(plan, result), path)
+                save_image(_strip(plan, result), path, self._origin.png_info(key))
             elif kind == LATENTS:
                 assert result.latents is not None
-                _save(result.latents, "latents", path)
+                _save(result.latents, "latents", path, key)
             elif kind == LOSSES:
-                _write_csv(result.history, path)
+                _write_csv([{**row, "key": key} for row in result.history], path)
             else:
-                image = to_image(images[kind])
-                save_image(image.resize(result.image.size, Image.Resampling.LANCZOS), path)
+                image = to_image(images[kind]).resize(made_of.size, Image.Resampling.LANCZOS)
+                info = self._origin.png_info(
+                    key,
+                    prompt=made_of.prompt if made_of.image is None else None,
+                    seed=made_of.seed,
+                    size=image.size,
+                    image=None if photo is None else str(photo.resolve()),
+                    batch_size=batch_size,
+                    note="" if kind == BEFORE else kind,
+                )
+                save_image(image, path, info)
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the sheet: a row per image, a column per edit."""
         if not isinstance(pl_module, EditTask):
             return
         trainer.strategy.barrier("edits of all processes")
-        plan = pl_module.plan
-        if not trainer.is_global_zero or not plan.captions:
-            return
-        rows = list(self._sheet_rows(pl_module))
+        if trainer.is_global_zero:
+            self._write_sheet(pl_module)
+        if self._unreadable:
+            count, reason = len(self._unreadable), next(iter(self._unreadable.values()))
+            others = f"; {count} images cannot be read, all others are done" if count > 1 else "; all others are done"
+            raise UserError(f"{reason}{others}")
+
+    def _write_sheet(self, task: EditTask) -> None:
+        plan = task.plan
+        rows = list(self._sheet_rows(task)) if plan.captions else []
         if rows:
             above = [[plan.first_caption, *plan.captions.values()]]
-            save_image(sheet(rows, above=above), self._run_folder / plan.sheet)
+            info = self._origin.png_info(self._origin.key("sheet"))
+            save_image(sheet(rows, above=above), self._run_folder / plan.sheet, info)
+        files = (self._run_folder / path for name in task.images.names for path in plan.files(name).values())
+        say_what_is_not_of_the_run(self._run_folder, ["images", "strips"], files)
 
     def _sheet_rows(self, task: EditTask) -> Iterator[tuple[str, list[Image.Image]]]:
         for index, name in enumerate(task.images.names[: self.rows]):
@@ -131,12 +191,12 @@ def _strip(plan: ResultPlan, result: EditResult) -> Image.Image:
     return sheet(rows, [[BEFORE, *plan.strips[caption]] for caption in result.strips])
 
 
-def _save(tensor: Tensor, name: str, path: Path) -> None:
+def _save(tensor: Tensor, name: str, path: Path, key: str) -> None:
     with atomic_write(path) as temporary:
-        save_file({name: tensor.contiguous().cpu()}, temporary)
+        save_file({name: tensor.contiguous().cpu()}, temporary, metadata={"key": key})
 
 
-def _write_csv(rows: Sequence[Mapping[str, float]], path: Path) -> None:
+def _write_csv(rows: Sequence[Mapping[str, float | str]], path: Path) -> None:
     with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -52,6 +53,12 @@ class EditableImages(Protocol):
     def __getitem__(self, index: int) -> EditableImage:
         """One image."""
 
+    def path(self, index: int) -> Path | None:
+        """File of an image, None if it is in memory or to be generated."""
+
+    def identity(self, index: int) -> str:
+        """Text that differs for different images: a hash of the content, or prompt, seed and size."""
+
 
 class FolderImages:
     """Images of a folder in any depth, or images in memory, resized to a size near the model's.
@@ -94,6 +101,17 @@ class FolderImages:
         resized = image.resize((width, height), Image.Resampling.LANCZOS)
         return EditableImage(self.names[index], image.size, unit_range([rgb_pixels(resized)]))
 
+    def path(self, index: int) -> Path | None:
+        """File of an image, None if it is in memory."""
+        source = self.images[index]
+        return source if isinstance(source, Path) else None
+
+    def identity(self, index: int) -> str:
+        """Hash of an image's file, or of its pixels."""
+        source = self.images[index]
+        content = source.read_bytes() if isinstance(source, Path) else source.tobytes()
+        return hashlib.blake2b(content, digest_size=12).hexdigest()
+
 
 class GeneratedImages:
     """Images to generate: every prompt with every seed.
@@ -118,6 +136,15 @@ class GeneratedImages:
         """One image, as a prompt and a seed."""
         prompt, seed = self.specified[index]
         return EditableImage(self.names[index], self.size, None, prompt, seed)
+
+    def path(self, index: int) -> Path | None:
+        """None: there are no files."""
+        return None
+
+    def identity(self, index: int) -> str:
+        """Prompt, seed and size."""
+        prompt, seed = self.specified[index]
+        return f"{seed} {self.size[0]}x{self.size[1]} {prompt}"
 
 
 def _read(path: Path) -> Image.Image:

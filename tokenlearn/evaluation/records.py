@@ -98,11 +98,12 @@ class Records(Metric):
         return [Record(*json.loads(line)) for line in lines]
 
 
-def write_records(records: Sequence[Record], path: Path) -> None:
-    """Write records as a CSV file with a header, whole or not at all."""
+def write_records(records: Sequence[Record], path: Path, settings: str | None = None) -> None:
+    """Write records as a CSV file with a header, whole or not at all; a column ``settings`` is last if it is given."""
+    last = {} if settings is None else {"settings": settings}
     with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(Record._fields)
+        writer.writerow([*Record._fields, *last])
         for record in records:
-            entries = record._asdict() | {"value": f"{record.value:.9g}"}
+            entries = record._asdict() | {"value": f"{record.value:.9g}"} | last
             writer.writerow(["" if entry is None else entry for entry in entries.values()])

@@ -154,15 +154,22 @@ class Table:
         summary = separator.join(f"{name} {figure}" for name, figure in self.summary.items())
         return "\n".join([f"{self.title}, with 95 % intervals", *aligned, summary])
 
-    def write(self, folder: Path) -> None:
-        """Write ``table.csv`` and ``records.csv`` to a folder, each whole or not at all."""
+    def write(self, folder: Path, settings: str | None = None) -> None:
+        """Write ``table.csv`` and ``records.csv`` to a folder, each whole or not at all.
+
+        Args:
+            folder: the folder.
+            settings: hash of the run's settings for a last column of both; None for no such column.
+        """
+        last = [] if settings is None else [settings]
         with atomic_write(folder / "table.csv") as temporary, temporary.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow([self.heading, *(name for column in self.columns for name in column.header)])
+            names = [name for column in self.columns for name in column.header]
+            writer.writerow([self.heading, *names, *(["settings"] if last else [])])
             for row in self.rows:
                 entries = (column.entries(row.cells.get(column.name)) for column in self.columns)
-                writer.writerow([row.name, *itertools.chain.from_iterable(entries)])
-        write_records(self.records, folder / "records.csv")
+                writer.writerow([row.name, *itertools.chain.from_iterable(entries), *last])
+        write_records(self.records, folder / "records.csv", settings)
 
 
 class _Groups(NamedTuple):

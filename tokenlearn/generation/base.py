@@ -63,18 +63,34 @@ def batches_to_edit(
     """
     callbacks: Sequence[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     stores = [callback for callback in callbacks if isinstance(callback, ResultStore)]
+    indices = {name: index for index, name in enumerate(images.names)}
 
     # Finished images count too: a process that had no image left would not meet the others at the end.
     def load(item: Item) -> EditableImage | str:
         name = images.names[item.index]
-        return name if any(store.is_done(plan, name) for store in stores) else images[item.index]
+        if any(store.is_done(plan, name) for store in stores):
+            return name
+        try:
+            return images[item.index]
+        except UserError as error:
+            if not stores:
+                raise
+            for store in stores:
+                store.leave_out(name, str(error))
+            return name
+
+    def collate(samples: Sequence[EditableImage | str]) -> list[EditableImage | str]:
+        """A batch, whole if any of it is to be made: part of one would be computed with other roundings."""
+        if batch_size == 1 or all(isinstance(sample, str) for sample in samples):
+            return list(samples)
+        return [images[indices[sample]] if isinstance(sample, str) else sample for sample in samples]
 
     count = len(images.names)
     return EvaluationBatches(
         partial(items_below, count),
         count,
         load,
-        list,
+        collate,
         batch_size=batch_size,
         rank=trainer.global_rank,
         world_size=trainer.world_size,

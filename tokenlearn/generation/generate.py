@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from tokenlearn.data.batches import PromptBatch
-from tokenlearn.generation.results import GeneratedBatch
+from tokenlearn.generation.results import BatchStore, GeneratedBatch
 from tokenlearn.models import DiffusionBackbone
 from tokenlearn.pipeline import Sampling
 from tokenlearn.token_task import TokenTask
@@ -35,6 +37,11 @@ class Generate(TokenTask):
         self.load_embeddings(embeddings)
 
     def predict_step(self, batch: PromptBatch) -> GeneratedBatch:
-        """Images of a batch of prompts and seeds."""
+        """Images of a batch of prompts and seeds; none if a callback of the trainer has stored them all."""
+        # Part of a batch would be computed with other roundings than the whole.
+        callbacks = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
+        stores = [callback for callback in callbacks if isinstance(callback, BatchStore)]
+        if any(store.is_batch_done(batch.templates, batch.seeds, batch.class_indices) for store in stores):
+            return GeneratedBatch(torch.empty(0, 3, 1, 1), [], [], [])
         images = self.pipeline.generate(batch.templates, batch.seeds).clamp(0, 1)
         return GeneratedBatch(images, batch.templates, batch.seeds, batch.class_indices)

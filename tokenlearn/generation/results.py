@@ -112,6 +112,24 @@ class ResultStore(ABC):
     def is_done(self, plan: ResultPlan, name: str) -> bool:
         """Whether all results of an image are stored, so that the task leaves it out."""
 
+    @abstractmethod
+    def leave_out(self, name: str, reason: str) -> None:
+        """Remember that an image cannot be read, so that it is reported when all others are done."""
+
+
+class BatchStore(ABC):
+    """A callback that stores generated images, and knows which are there already from an earlier, interrupted run."""
+
+    @abstractmethod
+    def is_batch_done(self, prompts: Sequence[str], seeds: Sequence[int], indices: Sequence[int]) -> bool:
+        """Whether all images of a batch are stored, so that the task leaves it out.
+
+        Args:
+            prompts: B prompts.
+            seeds: B seeds.
+            indices: B positions in the list of prompts.
+        """
+
 
 def file_stem(text: str) -> str:
     """Words and tokens as part of a file's name: ``<no-smile>`` gives ``no-smile``."""

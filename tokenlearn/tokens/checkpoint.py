@@ -15,7 +15,6 @@ from tokenlearn.errors import UserError
 CHECKPOINT_KEY = "tokenlearn"
 """Key of the entry about tokens, which has base_model, vocabulary_hash, num_vectors, embedding_widths and metadata."""
 
-
 _ENTRIES: dict[str, type | tuple[type, ...]] = {
     "base_model": str,
     "vocabulary_hash": str,
@@ -71,7 +70,8 @@ def checkpoint_about(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
                 f"the checkpoint's entry about its tokens has no '{name}'; it is damaged, give another one"
             )
     counts, widths = about["num_vectors"].values(), about["embedding_widths"]
-    if all(isinstance(number, int) for number in (*counts, *widths)):
+    named = about["num_vectors"].keys() <= about["metadata"].keys()
+    if named and all(isinstance(number, int) for number in (*counts, *widths)):
         shapes = [(sum(counts), width) for width in widths]
         vectors = [checkpoint["state_dict"].get(f"bank.vectors.{index}") for index in range(len(widths))]
         if [tuple(tensor.shape) if isinstance(tensor, Tensor) else None for tensor in vectors] == shapes:

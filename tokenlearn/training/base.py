@@ -7,19 +7,26 @@ from typing import Any, Protocol
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from tokenlearn.data.batches import ImageBatch
 from tokenlearn.diffusion import Gradient, Reversible, ReversibleSolver, Stored
 from tokenlearn.errors import UserError
 from tokenlearn.guidance import GuidanceRule, SafeGuidance, SemanticGuidance, require_differentiable
 from tokenlearn.models import DiffusionBackbone
+from tokenlearn.notices import notice
 from tokenlearn.pipeline import Sampling
 from tokenlearn.token_task import TokenTask
 from tokenlearn.tokens import TokenBank, load_embeddings, vectors_from_words, vocabulary_norm_range
 from tokenlearn.tokens.settings import TokenSettings
 from tokenlearn.training.learning_rate import lr_schedule
+from tokenlearn.training.optimizer_settings import apply_changes, changes, settings_of
+
+_OPTIMIZER_KEY = "optimizer_settings"
 
 
 def adamw(params: Any) -> AdamW:  # noqa: ANN401 - torch's type of parameters is private
@@ -146,10 +153,27 @@ class TokenTraining(TokenTask):
         encoders = zip(self.backbone.tokenizers, self.backbone.text_encoders, strict=True)
         return [vectors_from_words(words, *encoder, count) for encoder in encoders]
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the settings of optimizer and schedule, of which the trainer saves only the state."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[_OPTIMIZER_KEY] = settings_of(*self._new_optimizer())
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check the checkpoint, and remember that the tokens need no start."""
+        """Check the checkpoint, remember that the tokens need no start, and apply changed settings of the optimizer.
+
+        Raises:
+            UserError: see :class:`TokenTask`; or if a changed schedule is over before the checkpoint's step.
+        """
         super().on_load_checkpoint(checkpoint)
         self.resumed = True
+        fits = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if not fits or _OPTIMIZER_KEY not in checkpoint:
+            return
+        optimizer, scheduler = self._new_optimizer()
+        changed = changes(checkpoint[_OPTIMIZER_KEY], settings_of(optimizer, scheduler))
+        if changed:
+            apply_changes(checkpoint, checkpoint[_OPTIMIZER_KEY], optimizer, scheduler)
+            rank_zero_only(notice)(f"from step {checkpoint['global_step']} on, {'; '.join(changed)}")
 
     def require_finite(self, loss: Tensor) -> Tensor:
         """The loss, if it is finite on all devices.
@@ -181,21 +205,28 @@ class TokenTraining(TokenTask):
             for part in parts:
                 part.mul_((gradient_clip_val / (norm + 1e-6)).clamp(max=1))
 
-    def on_train_batch_end(self, *args: Any) -> None:  # noqa: ANN401 - no argument is used
-        """Hold the vectors in the vocabulary's range of norms, if the settings ask for it."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - handed on
+        """A step of the optimizer; then hold the vectors in the vocabulary's range of norms, if the settings say so.
+
+        Within the step, so that checkpoints of callbacks, which come after it, have these vectors.
+        """
+        super().optimizer_step(*args, **kwargs)
         if self.token_settings.hold_norms and self.bank is not None:
             low, high = zip(*self._norm_ranges, strict=True)
             self.bank.renormalise_(low, high)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's union of forms
         """Optimizer of the token vectors, and the scheduler of its learning rate."""
-        assert self.bank is not None
-        optimizer = self.optimizer(self.bank.parameters())
-        if self.lr_scheduler is None:
+        optimizer, scheduler = self._new_optimizer()
+        if scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
         schedule = lr_schedule(scheduler, self.monitor, self.trainer.check_val_every_n_epoch)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _new_optimizer(self) -> tuple[Optimizer, LRScheduler | None]:
+        assert self.bank is not None
+        optimizer = self.optimizer(self.bank.parameters())
+        return optimizer, None if self.lr_scheduler is None else self.lr_scheduler(optimizer)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the learning rate, and the norm of the gradient of all tokens before it is clipped."""
