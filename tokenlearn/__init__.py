@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from tokenlearn.pipeline import Sampling as Sampling
     from tokenlearn.tokens import LearnedTokens as LearnedTokens
     from tokenlearn.tokens import load_embedding as load_embedding
+    from tokenlearn.tokens.directions import PairTemplates as PairTemplates
+    from tokenlearn.tokens.directions import direction as direction
     from tokenlearn.tokens.settings import TokenSettings as TokenSettings
     from tokenlearn.training import Caso as Caso
     from tokenlearn.training import ClassTokens as ClassTokens
@@ -74,6 +76,7 @@ _NAMES = {
     "objectives": "AestheticLoss ClassifierLoss CLIPImageLoss CLIPTextLoss SymmetryLoss",
     "pipeline": "Pipeline Sampling",
     "tokens": "LearnedTokens load_embedding",
+    "tokens.directions": "PairTemplates direction",
     "tokens.settings": "TokenSettings",
     "training": "Caso ClassTokens Initialisation TextualInversion TrainingEdit WordSearch",
 }

@@ -8,7 +8,10 @@ from typing import Any
 from tokenlearn.errors import UserError
 
 CHECKPOINT_KEY = "tokenlearn"
-"""Key of the entry about tokens, which has base_model, vocabulary_hash, num_vectors, embedding_widths and metadata."""
+"""Key of the entry about tokens, which has base_model, vocabulary_hash, num_vectors, embedding_widths and metadata.
+
+It also has spaces, without which all tokens are of the input space, as in version 0.1.0.
+"""
 
 
 def checkpoint_about(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,7 +69,11 @@ def load_bank(
             another model of the same width.
     """
     files = load_embeddings(embeddings)
-    bank = TokenBank({file.token: len(file.vectors[0]) for file in files}, embedding_widths)
+    bank = TokenBank(
+        {file.token: len(file.vectors[0]) for file in files},
+        embedding_widths,
+        {file.token: file.space for file in files},
+    )
     for file in files:
         bank.set(file.token, file.vectors)
         if vocabulary is not None and file.metadata.get("vocabulary_hash", vocabulary) != vocabulary:
@@ -96,6 +100,28 @@ class LearnedTokens:
     def placeholders(self) -> tuple[str, ...]:
         """The tokens as they are written in prompts."""
         return self.bank.placeholders
+
+    def __or__(self, other: LearnedTokens) -> LearnedTokens:
+        """The tokens of both.
+
+        Raises:
+            UserError: if both have a token of one name, or are for models of different widths.
+        """
+        first, second = self.bank, other.bank
+        if twice := sorted(first.num_vectors.keys() & second.num_vectors.keys()):
+            raise UserError(f"both have a token '{twice[0]}'; rename one of them")
+        if first.embedding_widths != second.embedding_widths:
+            raise UserError(
+                f"tokens of widths {first.embedding_widths} and {second.embedding_widths} are for different models; "
+                "put tokens of one model together"
+            )
+        bank = TokenBank(
+            first.num_vectors | second.num_vectors, first.embedding_widths, first.spaces | second.spaces
+        )
+        for source in (first, second):
+            for token in source.placeholders:
+                bank.set(token, [part.detach() for part in source.get(token)])
+        return LearnedTokens(bank, self.metadata | other.metadata)
 
     def save(
         self, folder: str | os.PathLike[str], format: EmbeddingFormat = "a1111", scale: float = 1.0
@@ -124,6 +150,7 @@ class LearnedTokens:
                 self.metadata.get(token, {}),
                 format,
                 scale,
+                self.bank.spaces[token],
             )
             for name, token in tokens.items()
         ]
