@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
 
 from tokenlearn.configs import combine_configs
@@ -14,7 +15,14 @@ from tokenlearn.errors import UserError
 USER_ERROR = 2
 """Exit code for input that the user can correct."""
 
-COMMANDS = ("fit", "validate", "test", "predict", "export")
+COMMANDS = ("fit", "validate", "test", "predict", "directions", "calibrate", "export")
+
+_FUNCTIONS = {
+    "directions": ("direction_files", "directions"),
+    "calibrate": ("calibration", "calibrate_file"),
+    "export": ("export", "export"),
+}
+"""Commands that need no trainer: module and name of the function that does each."""
 
 HELP = """\
 usage: tokenlearn COMMAND [--config NAME_OR_FILE]... [--setting VALUE]...
@@ -30,6 +38,10 @@ commands:
                tokenlearn test --config portraits/caso --ckpt_path outputs/caso/TIME/checkpoints/last.ckpt
   predict    generate, edit or optimise images
                tokenlearn predict --config portraits/sega
+  directions tokens without training, from pairs of prompts
+               tokenlearn directions --config directions/portraits
+  calibrate  strengths of a token at which equal steps change images equally
+               tokenlearn calibrate --file embeddings/smile.safetensors --images photos --classifier FOLDER
   export     write learned tokens as embedding files for another program
                tokenlearn export --ckpt_path outputs/quickstart/TIME/checkpoints/last.ckpt --format diffusers
 
@@ -83,12 +95,13 @@ def _run(arguments: Sequence[str]) -> None:
         )
     if os.environ.get("LOCAL_RANK", "0") == "0":  # the trainer starts this program once per device
         print(f"tokenlearn {command}: loading ...", file=sys.stderr, flush=True)
-    if command == "export":
+    if command in _FUNCTIONS:
         from jsonargparse import auto_cli
 
-        from tokenlearn.export import export
-
-        auto_cli(export, args=list(options), prog="tokenlearn export", exit_on_error=False)
+        module, name = _FUNCTIONS[command]
+        arguments, _ = combine_configs(options)
+        function = getattr(import_module(f"tokenlearn.{module}"), name)
+        auto_cli(function, args=arguments, prog=f"tokenlearn {command}", exit_on_error=False)
     else:
         arguments, name = combine_configs(options)
         from tokenlearn.cli import TokenlearnCLI

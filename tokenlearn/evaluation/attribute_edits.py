@@ -167,16 +167,22 @@ class AttributeEdits(Evaluation[Caso]):
         return conditions
 
     def random_bank(self) -> TokenBank:
-        """Random tokens with the names of the task's tokens: Gaussian vectors of the usual length of words."""
+        """Random tokens with the names of the task's tokens: Gaussian vectors of the usual length of words.
+
+        Those of the output space, where words have no place, are as long as the task's.
+        """
         learned = self.task.bank
         assert learned is not None
         generator = torch.Generator().manual_seed(self.task.seed)
-        bank = TokenBank(learned.num_vectors, learned.embedding_widths)
+        bank = TokenBank(learned.num_vectors, learned.embedding_widths, learned.spaces)
         lengths = [sum(vocabulary_norm_range(encoder)) / 2 for encoder in self.task.backbone.text_encoders]
         for token, count in bank.num_vectors.items():
             vectors = [torch.randn(count, width, generator=generator) for width in bank.embedding_widths]
+            of_token: Sequence[float | Tensor] = lengths
+            if bank.spaces[token] != "input":
+                of_token = [part.detach().norm(dim=1, keepdim=True).cpu() for part in learned.get(token)]
             bank.set(
-                token, [length * functional.normalize(part) for length, part in zip(lengths, vectors, strict=True)]
+                token, [length * functional.normalize(part) for length, part in zip(of_token, vectors, strict=True)]
             )
         return bank
 

@@ -75,7 +75,6 @@ def difference_of_means(positive: Tensor, negative: Tensor) -> Direction:
     return Direction(vector, (low, high), reached, len(positive))
 
 
-@torch.no_grad()
 def find_direction(
     pipeline: Pipeline, positive: Sequence[str], negative: Sequence[str], positions: Positions = "all"
 ) -> Direction:
@@ -97,18 +96,39 @@ def find_direction(
             f"a direction needs as many negative prompts as positive ones, at least one, got {len(positive)} positive "
             f"and {len(negative)} negative; write them as pairs that differ in the attribute alone"
         )
-    means = [mean_outputs(pipeline, prompts, positions) for prompts in (positive, negative)]
+    means = [mean_outputs(pipeline, prompts, _SPACES[positions]) for prompts in (positive, negative)]
     return difference_of_means(*means)
 
 
-def mean_outputs(pipeline: Pipeline, prompts: Sequence[str], positions: Positions = "all") -> Tensor:
-    """Mean of the encoders' outputs over positions: (n, D) for n prompts."""
+@torch.no_grad()
+def mean_outputs(pipeline: Pipeline, prompts: Sequence[str], space: Space = "output") -> Tensor:
+    """Mean of the encoders' outputs over the positions of a space: (n, D) for n prompts.
+
+    Args:
+        pipeline: frozen model.
+        prompts: n prompts.
+        space: ``output`` or ``output_content``.
+    """
     means = []
     for start in range(0, len(prompts), _BATCH):
         states = pipeline.encode(prompts[start : start + _BATCH]).prompt_embeds
-        mask = pipeline.backbone.output_mask(states.shape[1], _SPACES[positions])
+        mask = pipeline.backbone.output_mask(states.shape[1], space)
         means.append((states * mask).sum(dim=1) / mask.sum(dim=0))
     return torch.cat(means).float()
+
+
+def vectors_of_outputs(pipeline: Pipeline, words: str, space: Space) -> list[Tensor]:
+    """Vectors (1, width) for each encoder, from the mean output for the empty prompt to that for words.
+
+    A token of the output space that has these vectors is, alone in a prompt and in the mean over positions, the words.
+
+    Args:
+        pipeline: frozen model.
+        words: word or words.
+        space: ``output`` or ``output_content``.
+    """
+    empty, shown = mean_outputs(pipeline, ["", words], space)
+    return parts_of(shown - empty, pipeline)
 
 
 def direction(
@@ -139,11 +159,11 @@ def direction(
     """
     found = find_direction(pipeline, positive, negative, positions)
     bank = TokenBank({token: 1}, pipeline.backbone.output_widths, {token: _SPACES[positions]})
-    bank.set(token, _parts(found.unit * found.vector, pipeline))
+    bank.set(token, parts_of(found.unit * found.vector, pipeline))
     return LearnedTokens(bank, {token: direction_metadata(found, pipeline)})
 
 
-def _parts(vector: Tensor, pipeline: Pipeline) -> list[Tensor]:
+def parts_of(vector: Tensor, pipeline: Pipeline) -> list[Tensor]:
     """A vector (D,) as one of (1, width) for each encoder."""
     return list(vector[None].split(list(pipeline.backbone.output_widths), dim=1))
 
@@ -231,6 +251,7 @@ def class_directions(
     attributes: Sequence[Sequence[str]],
     prompts: Mapping[str, str],
     templates: PairTemplates,
+    positions: Positions = "all",
 ) -> Iterator[tuple[str, Direction]]:
     """Each class of attributes with its direction, see :meth:`PairTemplates.pairs`.
 
@@ -239,8 +260,9 @@ def class_directions(
         attributes: the classes of each attribute.
         prompts: class to a prompt that asks for it.
         templates: how pairs are made.
+        positions: positions of the encoders' outputs whose mean is taken.
     """
     for class_names in attributes:
         for name in class_names:
             others = [other for other in class_names if other != name]
-            yield name, find_direction(pipeline, *templates.pairs(name, others, prompts))
+            yield name, find_direction(pipeline, *templates.pairs(name, others, prompts), positions)
