@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tokenlearn.calibration import calibrate as calibrate
     from tokenlearn.data import GeneratedDataModule as GeneratedDataModule
     from tokenlearn.data import HeldOut as HeldOut
     from tokenlearn.data import ImageDataModule as ImageDataModule
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from tokenlearn.training import WordSearch as WordSearch
 
 _NAMES = {
+    "calibration": "calibrate",
     "data": "GeneratedDataModule HeldOut ImageDataModule PromptDataModule",
     "diffusion": "EDICT OBELM Checkpointed Detached LastK Leapfrog Reversible Stored",
     "diffusion.latent_optimisation": "LatentOptimisation",

@@ -163,7 +163,9 @@ def test_success_and_untouched_attributes_by_hand(make):
 
 
 def test_doing_nothing_is_a_row_by_hand(make):
-    measured = make({"ours": [SMILE, HAT]}, attributes={"smile": None, "hat": None}, watched=["red"], editor=LossyWorld())
+    measured = make(
+        {"ours": [SMILE, HAT]}, attributes={"smile": None, "hat": None}, watched=["red"], editor=LossyWorld()
+    )
     measured.measure(images_of([-1, 1, 0, 0, 1], [-1, 5, 0, 0, 1], [2, -1, 0, 0, 1]))
     row = cells(measured.table())["do nothing"]
     # The first image loses its hat; all other classes stay.

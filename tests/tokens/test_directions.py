@@ -198,7 +198,7 @@ def test_edits_and_guidance_take_directions_as_they_take_learned_tokens(sd):
     for rule in (tl.SEGA([concept], guidance_scale=3.0), ComposableGuidance([3.0, 4.0], ["<glasses>"])):
         assert pipe("a king", seeds=[1], guidance=rule)[0].tobytes() != plain
     assert pipe("a king <glasses>", seeds=[1])[0].tobytes() != plain
-    with pytest.raises(UserError, match="'<glasses>'.*not loaded"):
+    with pytest.raises(UserError, match=r"'<glasses>'.*not loaded"):
         sd("a king", guidance=tl.SEGA([concept]))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenlearn.errors import UserError
-
+from tokenlearn.tokens.calibration import Calibration
 
 Space = Literal["input", "output", "output_content"]
 """Where the vectors of a token live.
@@ -44,6 +44,7 @@ class TokenBank(nn.Module):
         num_vectors: number of vectors per placeholder.
         embedding_widths: one width per text encoder.
         spaces: where the vectors of each placeholder live.
+        calibrations: even strengths of the placeholders that have been calibrated.
         vectors: one (total vectors, width) float32 parameter per text encoder.
 
     Raises:
@@ -81,6 +82,7 @@ class TokenBank(nn.Module):
         self.num_vectors = dict(num_vectors)
         self.embedding_widths = tuple(embedding_widths)
         self.spaces: dict[str, Space] = {name: (spaces or {}).get(name, "input") for name in num_vectors}
+        self.calibrations: dict[str, Calibration] = {}
         total = sum(num_vectors.values())
         self.vectors = nn.ParameterList(nn.Parameter(torch.zeros(total, width)) for width in self.embedding_widths)
 

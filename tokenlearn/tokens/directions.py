@@ -203,9 +203,7 @@ class PairTemplates:
         for template in self.templates:
             check_template(template, "directions.templates", "description")
 
-    def pairs(
-        self, class_name: str, others: Sequence[str], prompts: Mapping[str, str]
-    ) -> tuple[list[str], list[str]]:
+    def pairs(self, class_name: str, others: Sequence[str], prompts: Mapping[str, str]) -> tuple[list[str], list[str]]:
         """Positive and negative prompts for a class against the other classes of its attribute, in every template.
 
         Args:

@@ -59,7 +59,7 @@ class Initialisation:
     words: int = 32
     collapse_batches: int = 8
     prompts: dict[str, str] = field(default_factory=dict)
-    directions: PairTemplates = PairTemplates()
+    directions: PairTemplates = field(default_factory=PairTemplates)
 
     def __post_init__(self) -> None:
         if bool(self.prompts) != (self.kind == "direction"):
@@ -127,8 +127,8 @@ def check_space(tokens: TokenSettings, settings: Initialisation) -> None:
     """
     if settings.kind == "direction" and tokens.space == "input":
         raise UserError(
-            "initialisation.kind direction is a start in the output space, but tokens.space is input; set tokens.space "
-            "to output, or initialisation.kind to vocabulary"
+            "initialisation.kind direction is a start in the output space, but tokens.space is input; set "
+            "tokens.space to output, or initialisation.kind to vocabulary"
         )
     if settings.kind not in ("words", "direction") and tokens.space != "input":
         raise UserError(
@@ -308,7 +308,8 @@ def starting_vectors(
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    assert pipeline.tokens is not None and settings.kind != "direction"
+    assert pipeline.tokens is not None
+    assert settings.kind != "direction"
 
     def features(images: Edits) -> Tensor:
         return classifier.features(pipeline.backbone.decode_latents(images.edited([prompt] * len(images))))

@@ -114,9 +114,10 @@ class DiffusionBackbone(FrozenModule, ABC):
         """Encode prompts, padded to :attr:`max_prompt_length` in training as in inference.
 
         Equal prompts of a batch are encoded once. Placeholders of the output space are taken out of the prompts, and
-        their vectors added to the states of what is left, as often as each stood there. Gradients reach the token bank, unless the caller disables them. A
-        batch without any placeholder gives a conditioning that requires no gradient, so encode the empty prompt apart
-        from prompts with placeholders.
+        their vectors added to the states of what is left, as often as each stood there.
+
+        Gradients reach the token bank, unless the caller disables them. A batch without any placeholder gives a
+        conditioning that requires no gradient, so encode the empty prompt apart from prompts with placeholders.
 
         Args:
             prompts: B prompts.

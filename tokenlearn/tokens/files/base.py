@@ -35,6 +35,7 @@ from tokenlearn.errors import UserError
 from tokenlearn.files import atomic_write
 from tokenlearn.paths import resolve
 from tokenlearn.tokens.bank import Space
+from tokenlearn.tokens.calibration import CALIBRATION
 from tokenlearn.tokens.files import a1111, diffusers, onetrainer, outputs, pickles, sdxl
 from tokenlearn.tokens.files.family import Content, Family, Found
 
@@ -49,7 +50,13 @@ _FAMILIES: dict[EmbeddingFormat, Family] = {
     "diffusers": diffusers,
     "onetrainer": onetrainer,
 }
-_READERS: tuple[Family, ...] = (outputs, onetrainer, sdxl, a1111, diffusers)  # diffusers' key can be anything, so it is last
+_READERS: tuple[Family, ...] = (
+    outputs,
+    onetrainer,
+    sdxl,
+    a1111,
+    diffusers,
+)  # diffusers' key can be anything, so it is last
 
 
 @dataclass
@@ -127,9 +134,27 @@ def save_embedding(
         family, entries = outputs, entries | {"space": space}
     if scale != 1.0:
         entries["scale"] = str(scale)
+        entries.pop(CALIBRATION, None)  # it is of the vectors as they were
     with atomic_write(target) as temporary:
         save_file(family.tensors(token, copies), temporary, metadata=entries)
     return target
+
+
+def add_metadata(path: Path, entries: Mapping[str, str]) -> None:
+    """Add text entries to an embedding file, or replace them, and leave its vectors as they are.
+
+    Args:
+        path: a ``.safetensors`` file.
+        entries: the entries.
+
+    Raises:
+        UserError: if the file is of another kind, damaged, or cannot be written.
+    """
+    if path.suffix != SAFETENSORS:
+        raise UserError(f"'{path}' cannot take entries; convert it by 'tokenlearn export --embedding {path}' first")
+    content = _read_safetensors(path)
+    with atomic_write(path) as temporary:
+        save_file(dict(content.tensors), temporary, metadata={**content.metadata, **entries})
 
 
 def load_embedding(path: str | os.PathLike[str], token: str | None = None) -> EmbeddingFile:
