@@ -75,8 +75,9 @@ class Calibration:
         try:
             content = json.loads(text)
             strengths, lengths = (tuple(map(float, content[name])) for name in ("strengths", "lengths"))
-            uneven = content.get("unevenness")
-            found = cls(strengths, lengths, float(content["bound"]), tuple(map(float, uneven)) if uneven else None)
+            before, after = content.get("unevenness") or (None, None)
+            measured = None if before is None else (float(before), float(after))
+            found = cls(strengths, lengths, float(content["bound"]), measured)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
                 f"'{source}' has a calibration that cannot be read ({error}); calibrate it again"
