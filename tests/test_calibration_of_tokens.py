@@ -120,7 +120,7 @@ def test_directions_and_calibration_by_the_command_line(tiny_models, classifier,
     photo().save("photo.png")
     editing = [f"--editing.{name}={value}" for name, value in SETTINGS.items()]
     words = ["--file", "made/glasses.safetensors", "--images", "photo.png", "--classifier", classifier]
-    main(["calibrate", *words, "--strengths=[-20,20]", "--points=5", "--compared=3", "--bound=2", *editing])
+    main(["calibrate", *words, "--strengths=[0,20]", "--points=5", "--compared=3", "--bound=2", *editing])
     assert "unevenness" in capsys.readouterr().out
     calibrated = load_embedding("made/glasses.safetensors")
     assert torch.equal(calibrated.vectors[0], made.vectors[0])
@@ -146,7 +146,7 @@ def test_directions_and_calibration_by_the_command_line(tiny_models, classifier,
     )
     with torch.no_grad():
         (ours,), (theirs,) = (task.edit_images([task.images[0]]) for task in (edit, plain))
-    torch.testing.assert_close(ours.edits, theirs.edits)
+    torch.testing.assert_close(ours.edits, theirs.edits, rtol=1e-3, atol=1e-3)  # batches of 3 and of 1
     # Other vectors have another path.
     path = save_embedding(
         tmp_path / "twice.safetensors", "<g>", calibrated.vectors, calibrated.metadata, scale=2.0, space="output"
