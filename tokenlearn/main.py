@@ -101,7 +101,7 @@ def _run(arguments: Sequence[str]) -> None:
         module, name = _FUNCTIONS[command]
         arguments, _ = combine_configs(options)
         function = getattr(import_module(f"tokenlearn.{module}"), name)
-        auto_cli(function, args=arguments, prog=f"tokenlearn {command}", exit_on_error=False)
+        auto_cli(function, args=arguments, as_positional=False, prog=f"tokenlearn {command}", exit_on_error=False)
     else:
         arguments, name = combine_configs(options)
         from tokenlearn.cli import TokenlearnCLI
