@@ -180,9 +180,9 @@ def test_the_command_leaves_a_table_and_images(tiny_models, classifiers, faces, 
         assert 0 <= summary[f"{method}_untouched_kept"] <= 1
     with (folder / "table.csv").open() as file:
         rows = {row["direction"]: row for row in csv.DictReader(file)}
-    assert list(rows) == ["smile", "hat", "other pictures", "smile + hat"]
+    assert list(rows) == ["smile", "hat", "do nothing", "other pictures", "smile + hat"]
     counted = {name: sum(int(row[f"{side}_images"] or 0) for side in ("add", "remove")) for name, row in rows.items()}
-    assert counted == {"smile": 3, "hat": 3, "other pictures": 4, "smile + hat": 3}
+    assert counted == {"smile": 3, "hat": 3, "do nothing": 2 * 3, "other pictures": 4, "smile + hat": 3}
     for name in ("edits.png", "table.png", "records.csv"):
         assert (folder / name).is_file()
     assert "rank_correlation" in out

@@ -240,7 +240,7 @@ def test_classes_of_many_and_transfer_by_group(make):
     measured.protocol.measure_transfer(images, images, ["a", "b"], ["sketch", "night"])
     table = measured.table()
     rows = cells(table)
-    assert list(rows) == ["black", "brown", "red", "sketch", "night"]
+    assert list(rows) == ["black", "brown", "red", "do nothing", "sketch", "night"]
     assert (rows["black"]["add"], rows["black"]["add_images"], rows["black"]["remove_images"]) == (0, 1, 1)
     assert (rows["red"]["add"], rows["red"]["add_images"], rows["red"]["remove"]) == (1, 1, 0)
     assert summary(table)["transfer_sketch"] == 1
