@@ -9,7 +9,8 @@ from tokenlearn.errors import UserError
 from tokenlearn.generation import Edit, Sega
 from tokenlearn.guidance import SEGA, SemanticEdit
 from tokenlearn.image_functions import edit_images, read_images
-from tokenlearn.pipeline import Pipeline, Sampling, to_images
+from tokenlearn.pasting import pasted_image
+from tokenlearn.pipeline import Pipeline, Sampling
 from tokenlearn.tokens import TokenBank
 
 EXACT = {"inversion": "edit_friendly", "steps": 5, "timestep": 601}
@@ -46,7 +47,7 @@ def test_a_photo_is_edited_as_by_the_task_at_its_size(pipe, bank, files):
     task = Edit(pipe.backbone, images=str(files[0]), edits=[edit], editing=Editing(**EXACT))
     task.use_bank(bank)
     (result,) = task.edit_images([task.images[0]])
-    expected = to_images(result.edits)[0].resize((30, 20), Image.Resampling.LANCZOS)
+    expected = pasted_image(photo(), result.edits[0], result.unedited)
     for image in (photo(), files[0], str(files[0])):
         edited = pipe.edit(image, edit, **EXACT)
         assert edited.size == (30, 20)
@@ -62,7 +63,7 @@ def test_a_guidance_rule_edits_as_semantic_guidance_of_photos_does(pipe, files):
     concepts = [SemanticEdit(concept="a hat", scale=5.0, warmup_steps=1)]
     task = Sega(pipe.backbone, images=str(files[0]), edits=concepts, editing=Editing(**EXACT))
     (result,) = task.edit_images([task.images[0]])
-    expected = to_images(result.edits)[0].resize((30, 20), Image.Resampling.LANCZOS)
+    expected = pasted_image(photo(), result.edits[0], result.unedited)
     assert pipe.edit(photo(), SEGA(concepts, guidance_scale=1), **EXACT).tobytes() == expected.tobytes()
     assert pipe.edit(photo(), SEGA(concepts, 1), **(EXACT | {"inversion": OBELM()})).size == (30, 20)
 

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tokenlearn.calibration import calibrate as calibrate
     from tokenlearn.data import GeneratedDataModule as GeneratedDataModule
     from tokenlearn.data import HeldOut as HeldOut
     from tokenlearn.data import ImageDataModule as ImageDataModule
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
     from tokenlearn.pipeline import Sampling as Sampling
     from tokenlearn.tokens import LearnedTokens as LearnedTokens
     from tokenlearn.tokens import load_embedding as load_embedding
+    from tokenlearn.tokens.directions import PairTemplates as PairTemplates
+    from tokenlearn.tokens.directions import direction as direction
     from tokenlearn.tokens.settings import TokenSettings as TokenSettings
     from tokenlearn.training import Caso as Caso
     from tokenlearn.training import ClassTokens as ClassTokens
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
     from tokenlearn.training import WordSearch as WordSearch
 
 _NAMES = {
+    "calibration": "calibrate",
     "data": "GeneratedDataModule HeldOut ImageDataModule PromptDataModule",
     "diffusion": "EDICT OBELM Checkpointed Detached LastK Leapfrog Reversible Stored",
     "diffusion.latent_optimisation": "LatentOptimisation",
@@ -74,6 +78,7 @@ _NAMES = {
     "objectives": "AestheticLoss ClassifierLoss CLIPImageLoss CLIPTextLoss SymmetryLoss",
     "pipeline": "Pipeline Sampling",
     "tokens": "LearnedTokens load_embedding",
+    "tokens.directions": "PairTemplates direction",
     "tokens.settings": "TokenSettings",
     "training": "Caso ClassTokens Initialisation TextualInversion TrainingEdit WordSearch",
 }

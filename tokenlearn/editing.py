@@ -23,6 +23,7 @@ from tokenlearn.models import Conditioning, DiffusionBackbone
 
 if TYPE_CHECKING:
     from tokenlearn.pipeline import Pipeline
+    from tokenlearn.tokens import TokenBank
 
 
 Inversion = Literal["ddim", "edit_friendly"] | ReversibleSolver
@@ -193,6 +194,33 @@ class ImageEditor:
                 edited = self.denoise_towards(noisy.expand(len(part)), source, conditions, scales)
                 images |= zip(part, edited, strict=True)
         return torch.stack([images[index] for index in range(len(edits))])
+
+
+def strengths_of(
+    edit: Mapping[str, float], tokens: TokenBank | None, calibrated: bool, setting: str = "calibrated"
+) -> dict[str, float]:
+    """Strengths of an edit, from calibrated ones if these are given.
+
+    Args:
+        edit: token or words to strength.
+        tokens: bank with the calibrations.
+        calibrated: whether the strengths are calibrated ones.
+        setting: name of the setting in messages.
+
+    Raises:
+        UserError: if a token has not been calibrated, or a strength is out of its range.
+    """
+    if not calibrated:
+        return dict(edit)
+    calibrations = {} if tokens is None else tokens.calibrations
+    for token in edit:
+        if token not in calibrations:
+            raise UserError(
+                f"{setting} is true, but '{token}' has no calibrated strengths, only "
+                f"{', '.join(calibrations) or 'none'} have; run 'tokenlearn calibrate' on its file, or set {setting} "
+                "to false"
+            )
+    return {token: calibrations[token].strength(strength) for token, strength in edit.items()}
 
 
 def source_of(pipeline: Pipeline, editing: Editing) -> Conditioning:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor
-
 from tokenlearn.errors import UserError
 from tokenlearn.tokens.bank import TokenBank
 from tokenlearn.tokens.checkpoint import checkpoint_about, read_checkpoint
-from tokenlearn.tokens.files import EmbeddingFormat, embedding_file_name, load_embedding, save_embedding
+from tokenlearn.tokens.files import (
+    EmbeddingFile,
+    EmbeddingFormat,
+    embedding_file_name,
+    load_embedding,
+    save_embedding,
+)
 
 
 def export(
@@ -41,7 +45,7 @@ def export(
         raise UserError("give either --ckpt_path or --embedding, the source of the tokens")
     if embedding is not None:
         file = load_embedding(embedding)
-        sources = {file.token: (file.vectors, file.metadata)}
+        sources = {file.token: file}
     else:
         sources = _checkpoint_tokens(str(ckpt_path))
     for token in tokens or []:
@@ -49,18 +53,23 @@ def export(
             raise UserError(f"no token '{token}' in '{ckpt_path or embedding}'; it has {', '.join(sources)}")
     written = []
     for token in tokens or sources:
-        vectors, metadata = sources[token]
+        file = sources[token]
         path = Path(output_dir).expanduser() / embedding_file_name(token)
-        written.append(save_embedding(path, token, vectors, metadata, format, scale))
+        written.append(save_embedding(path, token, file.vectors, file.metadata, format, scale, file.space))
         print(path)
     return written
 
 
-def _checkpoint_tokens(path: str) -> dict[str, tuple[list[Tensor], dict[str, str]]]:
-    """Vectors and metadata of each token of a checkpoint."""
+def _checkpoint_tokens(path: str) -> dict[str, EmbeddingFile]:
+    """The tokens of a checkpoint, each as its file will be."""
     checkpoint = read_checkpoint(Path(path).expanduser())
     about = checkpoint_about(checkpoint)
-    bank = TokenBank(about["num_vectors"], about["embedding_widths"])
+    bank = TokenBank(about["num_vectors"], about["embedding_widths"], about.get("spaces"))
     state = checkpoint["state_dict"]
     bank.load_state_dict({key.removeprefix("bank."): value for key, value in state.items() if key.startswith("bank.")})
-    return {token: ([v.detach() for v in bank.get(token)], about["metadata"][token]) for token in bank.placeholders}
+    return {
+        token: EmbeddingFile(
+            token, [part.detach() for part in bank.get(token)], about["metadata"][token], space=bank.spaces[token]
+        )
+        for token in bank.placeholders
+    }

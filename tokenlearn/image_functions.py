@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from PIL import Image
@@ -14,12 +14,13 @@ from torch import Tensor
 
 from tokenlearn.diffusion import Gradient
 from tokenlearn.diffusion.latent_optimisation import LatentOptimisation
-from tokenlearn.editing import Editing, ImageEditor, source_of
+from tokenlearn.editing import Editing, ImageEditor, source_of, strengths_of
 from tokenlearn.errors import UserError, check_template
 from tokenlearn.guidance import GuidanceRule, check_tokens
 from tokenlearn.latent_optimiser import History, LatentOptimiser, Start, sampling_for
 from tokenlearn.losses.objective import Objective, as_objective
 from tokenlearn.models import DiffusionBackbone
+from tokenlearn.pasting import Paste, is_pasted, pasted_image
 from tokenlearn.pipeline import Pipeline, to_images
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def edit_images(
     seeds: Sequence[int] = (0,),
     template: str = "{}",
     editing: Editing | None = None,
+    paste: Paste = "larger",
+    calibrated: bool = False,
     **changes: Any,  # noqa: ANN401 - fields of Editing
 ) -> list[Image.Image]:
     """Edit images, or images that are generated first.
@@ -51,6 +54,9 @@ def edit_images(
         seeds: seeds of the initial latents.
         template: prompt with ``{}`` where a token goes.
         editing: settings of the edit.
+        paste: images onto which the edit is pasted as a difference, so that the rest keeps its details: those that
+            are ``larger`` than the model's size, ``always``, or ``never``.
+        calibrated: whether strengths are calibrated ones, see :func:`tokenlearn.calibration.calibrate`.
         changes: changed settings of the edit, such as ``inversion="edit_friendly"``.
 
     Returns:
@@ -64,23 +70,33 @@ def edit_images(
     check_template(template, "template")
     known = () if pipeline.tokens is None else pipeline.tokens.placeholders
     check_tokens(edit.concept_prompts if isinstance(edit, GuidanceRule) else list(edit), known)
+    if isinstance(edit, GuidanceRule) and calibrated:
+        raise UserError("calibrated strengths are of tokens; give token to strength, or set calibrated to false")
+    if paste not in get_args(Paste):
+        raise UserError(f"paste is {paste!r}; use {', '.join(get_args(Paste))}")
+    strengths = {} if isinstance(edit, GuidanceRule) else strengths_of(edit, pipeline.tokens, calibrated)
     editor = ImageEditor(pipeline.backbone, editing)
     source = source_of(pipeline, editing)
     edited: list[Image.Image] = []
 
-    def add(latents: Tensor, size: tuple[int, int] | None) -> None:
+    def add(latents: Tensor, read: EditableImage | None) -> None:
         noisy = editor.invert(latents, source)
         if isinstance(edit, GuidanceRule):
             made = editor.denoise(noisy, pipeline.guided_model(source, edit))
         else:
-            made = editor.edit(noisy, [edit], pipeline=pipeline, source=source, template=template)
-        edited.extend(_resized(made, size))
+            made = editor.edit(noisy, [strengths], pipeline=pipeline, source=source, template=template)
+        height, width = made.shape[-2:]
+        if read is None or read.original is None or not is_pasted(paste, read.size, (width, height)):
+            edited.extend(_resized(made, None if read is None else read.size))
+            return
+        unedited = editor.denoise_towards(noisy, source, [], [])
+        edited.append(pasted_image(read.original, made[0], unedited[0]))
 
     with torch.no_grad():
         if images is not None:
             for read in read_images(images, pipeline.backbone):
                 assert read.image is not None
-                add(pipeline.backbone.encode_images(read.image.to(pipeline.backbone.device)), read.size)
+                add(pipeline.backbone.encode_images(read.image.to(pipeline.backbone.device)), read)
             return edited
         for prompt in [prompts] if isinstance(prompts, str) else prompts:
             for seed in seeds:

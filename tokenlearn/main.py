@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
 
 from tokenlearn.configs import combine_configs
@@ -19,7 +20,14 @@ USER_ERROR = 2
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
-COMMANDS = ("fit", "validate", "test", "predict", "export")
+COMMANDS = ("fit", "validate", "test", "predict", "directions", "calibrate", "export")
+
+_FUNCTIONS = {
+    "directions": ("direction_files", "directions"),
+    "calibrate": ("calibration", "calibrate_file"),
+    "export": ("export", "export"),
+}
+"""Commands that need no trainer: module and name of the function that does each."""
 
 HELP = """\
 usage: tokenlearn COMMAND [--config NAME_OR_FILE]... [--setting VALUE]...
@@ -36,6 +44,10 @@ commands:
   predict    generate, edit or optimise images
                tokenlearn predict --config portraits/sega
                tokenlearn predict --from outputs/sega/TIME/images/all/000-a-portrait-of-a-person-seed1.png
+  directions tokens without training, from pairs of prompts
+               tokenlearn directions --config directions/portraits
+  calibrate  strengths of a token at which equal steps change images equally
+               tokenlearn calibrate --file embeddings/smile.safetensors --images photos --classifier FOLDER
   export     write learned tokens as embedding files for another program
                tokenlearn export --ckpt_path outputs/quickstart/TIME/checkpoints/last.ckpt --format diffusers
 
@@ -94,12 +106,13 @@ def _run(arguments: Sequence[str], signals: StopSignals) -> None:
         )
     if os.environ.get("LOCAL_RANK", "0") == "0":  # the trainer starts this program once per device
         print(f"tokenlearn {command}: loading ...", file=sys.stderr, flush=True)
-    if command == "export":
+    if command in _FUNCTIONS:
         from jsonargparse import auto_cli
 
-        from tokenlearn.export import export
-
-        auto_cli(export, args=list(options), prog="tokenlearn export", exit_on_error=False)
+        module, name = _FUNCTIONS[command]
+        arguments, _ = combine_configs(options)
+        function = getattr(import_module(f"tokenlearn.{module}"), name)
+        auto_cli(function, args=arguments, as_positional=False, prog=f"tokenlearn {command}", exit_on_error=False)
     else:
         image, options = _image_to_make_again(command, options)
         arguments, name = combine_configs(options)

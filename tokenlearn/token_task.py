@@ -99,6 +99,7 @@ class TokenTask(L.LightningModule, ImageConsumer):
             "vocabulary_hash": self.vocabulary_hash,
             "num_vectors": dict(self.bank.num_vectors),
             "embedding_widths": list(self.bank.embedding_widths),
+            "spaces": dict(self.bank.spaces),
             "metadata": self.token_metadata(),
         }
         checkpoint["rng"] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
@@ -117,12 +118,19 @@ class TokenTask(L.LightningModule, ImageConsumer):
                 f"the checkpoint's tokens were learned on '{about['base_model']}', whose text encoder differs from "
                 f"that of '{self.backbone.pretrained}'; set model.backbone to the model of the checkpoint"
             )
+        spaces = about.get("spaces") or dict.fromkeys(about["num_vectors"], "input")
+        if self.bank is not None and not self.takes_checkpoint_tokens and spaces != self.bank.spaces:
+            found, expected = (", ".join(dict.fromkeys(item.values())) for item in (spaces, self.bank.spaces))
+            raise UserError(
+                f"the tokens of the checkpoint are of the space {found}, those of this run of {expected}; set "
+                f"model.tokens.space to {found}, or leave out --ckpt_path"
+            )
         if "rng" in checkpoint:
             torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())
             if len(checkpoint["rng"]["cuda"]) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all([state.cpu() for state in checkpoint["rng"]["cuda"]])
         if self.takes_checkpoint_tokens:
-            self.use_bank(TokenBank(about["num_vectors"], about["embedding_widths"]).to(self.device))
+            self.use_bank(TokenBank(about["num_vectors"], about["embedding_widths"], spaces).to(self.device))
 
     @property
     def image_size(self) -> int:

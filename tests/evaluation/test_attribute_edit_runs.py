@@ -19,6 +19,7 @@ from tokenlearn.evaluation import AttributeEdits, evaluation_of
 from tokenlearn.main import main
 from tokenlearn.models import StableDiffusion
 from tokenlearn.tokens import load_embedding, save_embedding, vocabulary_norm_range
+from tokenlearn.tokens.directions import PairTemplates
 from tokenlearn.training import Caso
 
 LABELS = ["smile", "hat", "black", "brown", "red"]
@@ -86,15 +87,21 @@ def test_the_default_evaluation_of_a_task(make, faces):
 def test_every_image_counts_in_every_direction(make, faces):
     settings = AttributeEdits(editing=Editing(timestep=601, steps=5), strengths=[1.0, 3.0], strength=3.0)
     table = run(settings.of(make()), held_out(faces))
-    assert [row.name for row in table.rows] == ["smile", "black", "brown", "red"]
-    for row in table.rows:
+    assert [row.name for row in table.rows] == ["smile", "black", "brown", "red", "do nothing"]
+    for row in table.rows[:-1]:
         assert row.cells["add"].images + row.cells["remove"].images == 3
         assert row.cells["random_token_add"].images == row.cells["add"].images
         assert row.cells["psnr"].value > 0
     names = {record.seed for record in table.records}
     assert len(names) == 3
     assert {record.method for record in table.records} == {"caso", "random token", "reconstruction"}
-    assert {record.strength for record in table.records if record.measure == "success"} == {1.0, 3.0}
+    edits = [record for record in table.records if record.method != "reconstruction"]
+    assert {record.strength for record in edits if record.measure == "success"} == {1.0, 3.0}
+    nothing = table.rows[-1].cells
+    assert set(nothing) == {"add", "remove", "untouched_kept", "psnr", "perceptual_distance"}
+    assert nothing["add"].images + nothing["remove"].images == 3 * 4
+    assert nothing["untouched_kept"].images == 3 * 2
+    assert table.summary["reconstruction_psnr"].value == nothing["psnr"].value
 
 
 def test_a_judge_and_a_known_group_are_needed(make, faces):
@@ -173,9 +180,9 @@ def test_the_command_leaves_a_table_and_images(tiny_models, classifiers, faces, 
         assert 0 <= summary[f"{method}_untouched_kept"] <= 1
     with (folder / "table.csv").open() as file:
         rows = {row["direction"]: row for row in csv.DictReader(file)}
-    assert list(rows) == ["smile", "hat", "other pictures", "smile + hat"]
+    assert list(rows) == ["smile", "hat", "do nothing", "other pictures", "smile + hat"]
     counted = {name: sum(int(row[f"{side}_images"] or 0) for side in ("add", "remove")) for name, row in rows.items()}
-    assert counted == {"smile": 3, "hat": 3, "other pictures": 4, "smile + hat": 3}
+    assert counted == {"smile": 3, "hat": 3, "do nothing": 2 * 3, "other pictures": 4, "smile + hat": 3}
     for name in ("edits.png", "table.png", "records.csv"):
         assert (folder / name).is_file()
     assert "rank_correlation" in out
@@ -184,3 +191,45 @@ def test_the_command_leaves_a_table_and_images(tiny_models, classifiers, faces, 
     error = capsys.readouterr().err
     assert "evaluation.prompts" in error
     assert "'smile', only for hat" in error
+
+
+PROMPTS = {
+    "smile": "a portrait of a smiling man",
+    "black": "a portrait of a king",
+    "brown": "a portrait of a queen",
+    "red": "a portrait of a clown",
+}
+
+
+def test_directions_are_made_of_the_prompts_and_judged_beside_the_others(make, faces):
+    task = make()
+    templates = PairTemplates(["a portrait of {}", "a photo of {}"], "a portrait of a man")
+    settings = AttributeEdits(
+        editing=Editing(timestep=601, steps=5),
+        strengths=[2.0],
+        strength=2.0,
+        prompts=PROMPTS,
+        directions=templates,
+        random_tokens=False,
+    )
+    conditions = settings.of(task).conditions()
+    assert list(conditions) == ["caso", "prompt editing", "direction"]
+    source = task.pipeline.unconditional().prompt_embeds
+    means = {
+        name: task.backbone.encode_prompts([f"a portrait of a {name}", f"a photo of a {name}"]).prompt_embeds
+        for name in ("smiling man", "man", "king", "queen", "clown")
+    }
+    means = {name: states.mean(dim=(0, 1)) for name, states in means.items()}
+    smile, black, *_ = conditions["direction"]
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(smile.present.prompt_embeds, source + means["smiling man"] - means["man"], **close)
+    torch.testing.assert_close(smile.absent.prompt_embeds, source - means["smiling man"] + means["man"], **close)
+    others = (means["queen"] + means["clown"]) / 2
+    torch.testing.assert_close(black.present.prompt_embeds, source + means["king"] - others, **close)
+
+    table = run(settings, held_out(faces))
+    for row in table.rows[:-1]:
+        assert row.cells["direction_add"].images == row.cells["add"].images
+    assert {"direction_add_success", "direction_remove_success", "direction_untouched_kept"} <= table.summary.keys()
+    with pytest.raises(UserError, match=r"evaluation\.prompts"):
+        AttributeEdits(directions=templates)

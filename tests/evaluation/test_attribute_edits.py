@@ -29,6 +29,13 @@ class World:
         return edited
 
 
+class LossyWorld(World):
+    """An editor that takes 2 from a hat in every image."""
+
+    def denoise_towards(self, noisy, source, conditions, scales):
+        return super().denoise_towards(noisy - towards(0, 2, 0, 0, 0).prompt_embeds.reshape(-1, 1, 1), source, [], [])
+
+
 class Judge(TimmClassifier):
     """A judge for whom an image is five logits."""
 
@@ -64,7 +71,7 @@ class Measured:
         self.groups, self.records, self.image_rows = groups, Records(), ImageRows()
         self.combinations = settings.pop("combinations", [])
         self.protocol = EditProtocol(
-            editor=World(),
+            editor=settings.pop("editor", World()),
             source=towards(*[0] * 5),
             conditions=conditions,
             attributes=resolve_attributes(attributes, judge),
@@ -155,6 +162,20 @@ def test_success_and_untouched_attributes_by_hand(make):
     assert {caption for caption, _ in measured.image_rows.rows()} == {"image", "smile", "hat"}
 
 
+def test_doing_nothing_is_a_row_by_hand(make):
+    measured = make(
+        {"ours": [SMILE, HAT]}, attributes={"smile": None, "hat": None}, watched=["red"], editor=LossyWorld()
+    )
+    measured.measure(images_of([-1, 1, 0, 0, 1], [-1, 5, 0, 0, 1], [2, -1, 0, 0, 1]))
+    row = cells(measured.table())["do nothing"]
+    # The first image loses its hat; all other classes stay.
+    assert (row["add"], row["add_images"]) == (0, 3)
+    assert (row["remove"], row["remove_images"]) == (1 / 3, 3)
+    assert row["untouched_kept"] == pytest.approx(8 / 9)
+    assert row["perceptual_distance"] > 0
+    assert summary(measured.table())["reconstruction_untouched_kept"] == pytest.approx(8 / 9)
+
+
 def test_records_name_the_image_the_strength_and_the_judged_label(make):
     measured = make(
         {"ours": [SMILE, Conditions(towards(0.6, 1, 0, 0, 0), None)]}, attributes={"smile": None, "hat": None}
@@ -219,7 +240,7 @@ def test_classes_of_many_and_transfer_by_group(make):
     measured.protocol.measure_transfer(images, images, ["a", "b"], ["sketch", "night"])
     table = measured.table()
     rows = cells(table)
-    assert list(rows) == ["black", "brown", "red", "sketch", "night"]
+    assert list(rows) == ["black", "brown", "red", "do nothing", "sketch", "night"]
     assert (rows["black"]["add"], rows["black"]["add_images"], rows["black"]["remove_images"]) == (0, 1, 1)
     assert (rows["red"]["add"], rows["red"]["add_images"], rows["red"]["remove"]) == (1, 1, 0)
     assert summary(table)["transfer_sketch"] == 1
@@ -236,7 +257,7 @@ def test_combinations_change_everything_at_once(make):
     assert found["combination_1_all"] == 0.5
     assert found["combination_1_each"] == 0.75
     assert found["combination_2_all"] == 0.5
-    assert [row.name for row in table.rows[2:]] == ["smile + hat", "hat"]
+    assert [row.name for row in table.rows[2:]] == ["do nothing", "smile + hat", "hat"]
     assert cells(table)["smile + hat"] == {"add": 0.5, "add_images": 2}
 
 

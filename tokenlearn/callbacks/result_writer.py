@@ -28,6 +28,7 @@ from tokenlearn.generation.results import (
     ResultPlan,
     ResultStore,
 )
+from tokenlearn.pasting import pasted_image
 from tokenlearn.provenance import Origin, key_of
 
 _TILE = 160
@@ -36,8 +37,9 @@ _TILE = 160
 class ResultWriter(L.Callback, ResultStore):
     """Write edits of images to the run folder as soon as they are there, and a sheet of the first ones at the end.
 
-    ``images/<edit>/<name>.png`` is an edit at the image's size, ``strips/<name>.png`` its interpolations,
-    ``before_after.png`` (of semantic guidance ``contact_sheet.png``) the sheet. Generated images are in
+    ``images/<edit>/<name>.png`` is an edit at the image's size, pasted onto the image where the task says so,
+    ``strips/<name>.png`` its interpolations, ``before_after.png`` (of semantic guidance ``contact_sheet.png``) the
+    sheet. Generated images are in
     ``images/before/``, recorded guidance in ``guidance/<edit>/seed<seed>.safetensors``. Optimised latents are in
     ``latents/<name>.safetensors``, and the steps of their optimisation in ``losses/<name>.csv``. An image that has all
     of its files, made with the same settings and tokens from the same image, is not edited again, so an interrupted
@@ -137,7 +139,7 @@ class ResultWriter(L.Callback, ResultStore):
             elif kind == LOSSES:
                 _write_csv([{**row, "key": key} for row in result.history], path)
             else:
-                image = to_image(images[kind]).resize(made_of.size, Image.Resampling.LANCZOS)
+                image = _at_size(result, images[kind])
                 info = self._origin.png_info(
                     key,
                     prompt=made_of.prompt if made_of.image is None else None,
@@ -180,6 +182,13 @@ class ResultWriter(L.Callback, ResultStore):
             before = Image.open(self._run_folder / files[BEFORE]) if read is None else to_image(read[0])
             edits = [Image.open(self._run_folder / files[edit]) for edit in task.plan.captions]
             yield name, [_tile(image) for image in (before, *edits)]
+
+
+def _at_size(result: EditResult, edited: Tensor) -> Image.Image:
+    """An edit (3, H, W) at the size of its image: pasted onto the original, or resized."""
+    if result.unedited is not None and result.image.original is not None:
+        return pasted_image(result.image.original, edited, result.unedited)
+    return to_image(edited).resize(result.image.size, Image.Resampling.LANCZOS)
 
 
 def _strip(plan: ResultPlan, result: EditResult) -> Image.Image:

@@ -32,6 +32,7 @@ class EditableImage(NamedTuple):
         image: (1, 3, H, W) in [0, 1] at a size that the model takes; None if the image is to be generated.
         prompt: prompt of an image that is to be generated.
         seed: seed of its initial latents.
+        original: the image at its own size, upright and in RGB; None if it is to be generated.
     """
 
     name: str
@@ -39,6 +40,7 @@ class EditableImage(NamedTuple):
     image: Tensor | None
     prompt: str = ""
     seed: int = 0
+    original: Image.Image | None = None
 
 
 class EditableImages(Protocol):
@@ -99,7 +101,7 @@ class FolderImages:
         scale = self.short_side / min(image.size)
         width, height = (max(1, round(side * scale / self.multiple)) * self.multiple for side in image.size)
         resized = image.resize((width, height), Image.Resampling.LANCZOS)
-        return EditableImage(self.names[index], image.size, unit_range([rgb_pixels(resized)]))
+        return EditableImage(self.names[index], image.size, unit_range([rgb_pixels(resized)]), original=image)
 
     def path(self, index: int) -> Path | None:
         """File of an image, None if it is in memory."""

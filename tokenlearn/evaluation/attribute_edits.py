@@ -21,6 +21,7 @@ from tokenlearn.models import TimmClassifier
 from tokenlearn.models.attributes import resolve_attributes
 from tokenlearn.pipeline import Pipeline
 from tokenlearn.tokens import Embeddings, TokenBank, load_bank, vocabulary_norm_range
+from tokenlearn.tokens.directions import PairTemplates, find_direction
 from tokenlearn.training.caso import Caso
 
 _OTHER_IMAGES = "other pictures"  # a row of tables
@@ -41,6 +42,9 @@ class AttributeEdits(Evaluation[Caso]):
             class, where an attribute has two (``opposite``), or by half of each, so that the common part of both
             tokens cancels (``difference``).
         prompts: class to a prompt that asks for it; adds the method prompt editing.
+        directions: how pairs of prompts are made from these prompts; adds the method direction, which needs no
+            training: the difference of the text encoder's mean outputs, added to its output for the source prompt,
+            and taken away from it for the opposite class. Null leaves it out.
         embeddings: embedding files of textual inversion, with the class in their metadata; adds this method.
         random_tokens: whether to add random tokens as a method.
         watched: labels of the judge that edits should leave alone, besides the task's attributes.
@@ -48,7 +52,8 @@ class AttributeEdits(Evaluation[Caso]):
         group_column: label of the images that names the groups of other images, such as ``style``.
 
     Raises:
-        UserError: if ``strength`` is not among ``strengths``, or a strength is not positive.
+        UserError: if ``strength`` is not among ``strengths``, a strength is not positive, or there are directions
+            without prompts.
     """
 
     task_class = Caso
@@ -61,6 +66,7 @@ class AttributeEdits(Evaluation[Caso]):
         strength: float = 4.0,
         removal: Removal = "negative",
         prompts: dict[str, str] = {},  # noqa: B006 - read only
+        directions: PairTemplates | None = None,
         embeddings: Embeddings = [],  # noqa: B006 - read only
         random_tokens: bool = True,
         watched: list[str] = [],  # noqa: B006 - read only
@@ -75,6 +81,9 @@ class AttributeEdits(Evaluation[Caso]):
                 f"evaluation.strength {strength} is not among evaluation.strengths {strengths}; add it there"
             )
         self.editing, self.strengths, self.strength, self.removal = editing, strengths, strength, removal
+        if directions is not None and not prompts:
+            raise UserError("evaluation.directions needs a prompt for each class; give them in evaluation.prompts")
+        self.directions = directions
         self.prompts, self.embeddings, self.random_tokens = prompts, embeddings, random_tokens
         self.watched, self.combinations, self.group_column = watched, combinations, group_column
         self.groups: tuple[str, ...] = ()
@@ -154,6 +163,8 @@ class AttributeEdits(Evaluation[Caso]):
         conditions = {"caso": self._encoded(task.pipeline, tokens, "the task")}
         if self.prompts:
             conditions["prompt editing"] = self._encoded(task.pipeline, self.prompts, "evaluation.prompts")
+        if self.directions is not None:
+            conditions["direction"] = self._of_directions(self.directions)
         if self.embeddings:
             bank, files = load_bank(self.embeddings, task.backbone.embedding_widths, task.vocabulary_hash)
             prompts = {
@@ -167,16 +178,22 @@ class AttributeEdits(Evaluation[Caso]):
         return conditions
 
     def random_bank(self) -> TokenBank:
-        """Random tokens with the names of the task's tokens: Gaussian vectors of the usual length of words."""
+        """Random tokens with the names of the task's tokens: Gaussian vectors of the usual length of words.
+
+        Those of the output space, where words have no place, are as long as the task's.
+        """
         learned = self.task.bank
         assert learned is not None
         generator = torch.Generator().manual_seed(self.task.seed)
-        bank = TokenBank(learned.num_vectors, learned.embedding_widths)
+        bank = TokenBank(learned.num_vectors, learned.embedding_widths, learned.spaces)
         lengths = [sum(vocabulary_norm_range(encoder)) / 2 for encoder in self.task.backbone.text_encoders]
         for token, count in bank.num_vectors.items():
             vectors = [torch.randn(count, width, generator=generator) for width in bank.embedding_widths]
+            of_token: Sequence[float | Tensor] = lengths
+            if bank.spaces[token] != "input":
+                of_token = [part.detach().norm(dim=1, keepdim=True).cpu() for part in learned.get(token)]
             bank.set(
-                token, [length * functional.normalize(part) for length, part in zip(lengths, vectors, strict=True)]
+                token, [length * functional.normalize(part) for length, part in zip(of_token, vectors, strict=True)]
             )
         return bank
 
@@ -201,6 +218,18 @@ class AttributeEdits(Evaluation[Caso]):
                     None if opposite is None else pipeline.encode([opposite]),
                 )
             )
+        return encoded
+
+    def _of_directions(self, templates: PairTemplates) -> list[Conditions]:
+        """Conditions of each direction: the source moved by one natural unit, forwards and backwards."""
+        task = self.task
+        source, encoded = source_of(task.pipeline, self.editing), []
+        for direction in directions_of(task.attributes):
+            others = [name for name in task.attributes[direction.attribute].class_names if name != direction.name]
+            found = find_direction(task.pipeline, *templates.pairs(direction.name, others, self.prompts))
+            unit = found.unit * found.vector[None]
+            moved = [task.backbone.add_to_outputs(source, sign * unit, "output") for sign in (1, -1)]
+            encoded.append(Conditions(*moved))
         return encoded
 
     def _groups(self) -> tuple[str, ...]:

@@ -33,6 +33,9 @@ Removal = Literal["negative", "opposite", "difference"]
 RECONSTRUCTION = "reconstruction"
 """Method of the records of images that are inverted and denoised without an edit."""
 
+DO_NOTHING = "do nothing"
+"""Item of these records: the row that every edit is to be compared with."""
+
 
 class Direction(NamedTuple):
     """A class of an attribute, which edits add to images or remove from them.
@@ -178,7 +181,7 @@ class EditProtocol:
         noisy = self.editor.invert(latents, self.source)
         before, trunk = self.classes(images), self.judge.trunk_features(images)
         unedited = self.edit(noisy, [])
-        self.records.update("psnr", _psnr(unedited, images), names, method=RECONSTRUCTION)
+        self._measure_reconstruction(unedited, images, names, before=before, trunk=trunk)
         self.image_rows.add("image", images)
         for method, conditions in self.conditions.items():
             for direction, of_direction in zip(self.directions, conditions, strict=True):
@@ -208,6 +211,21 @@ class EditProtocol:
                     all_scales = torch.cat([torch.zeros_like(scales[:, :1]), scales, -scales], dim=1)
                     self._measure_ranks(tried, all_scales, direction, present, names)
         self._measure_combinations(noisy, before, names)
+
+    def _measure_reconstruction(
+        self, unedited: Tensor, images: Tensor, names: Sequence[str], *, before: Tensor, trunk: Tensor
+    ) -> None:
+        """Measure the round trip of images (B, 3, H, W) as if it were an edit in every direction."""
+        record = partial(self.records.update, seeds=names, method=RECONSTRUCTION, item=DO_NOTHING)
+        after = self.classes(unedited)
+        for direction in self.directions:
+            present = before[:, direction.attribute] == direction.target
+            changed = (after[:, direction.attribute] == direction.target) != present
+            record("success", changed, side=_sides(present), label=direction.name)
+        for index, attribute in enumerate(self.attributes):
+            record("kept", after[:, index] == before[:, index], label=attribute.name)
+        record("psnr", _psnr(unedited, images))
+        record("perceptual_distance", perceptual_distance(self.judge.trunk_features(unedited), trunk))
 
     def measure_transfer(self, images: Tensor, latents: Tensor, names: Sequence[str], groups: Sequence[str]) -> None:
         """Edit images of other groups (B) than the tokens were learned from; other arguments as in :meth:`measure`."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tokenlearn.evaluation.edit_protocol import RECONSTRUCTION
+from tokenlearn.evaluation.edit_protocol import DO_NOTHING, RECONSTRUCTION
 from tokenlearn.evaluation.records import Record
 from tokenlearn.evaluation.table import Column, Figure, Pivot, Row, Table
 
@@ -48,11 +48,11 @@ def edit_table(
         summary |= {f"{prefix}{side}_success": pivot.figure(f"{prefix}{side}") for side in _SIDES}
         summary |= {f"{prefix}{name}": pivot.figure(f"{prefix}{name}") for name in _SIDE_EFFECTS}
     summary |= {rank: pivot.figure(rank) for rank in _RANKS}
-    reconstruction = Column(name="psnr", kind="decibels", measure="psnr", method=RECONSTRUCTION)
-    summary["reconstruction_psnr"] = Pivot(records, [""], [reconstruction]).figure("psnr")
+    reconstruction = Pivot(records, [DO_NOTHING], list(_columns(RECONSTRUCTION, RECONSTRUCTION, None)))
+    summary |= {f"reconstruction_{name}": reconstruction.figure(name) for name in _SIDE_EFFECTS}
     curves = {method: _curve(records, method, directions, strengths) for method in methods}
     summary |= _at_equal_kept(curves, tested, summary["untouched_kept"].value)
-    rows = pivot.rows()
+    rows = pivot.rows() + reconstruction.rows()
     rows += _transfer_rows(records, groups, directions, tested, summary)
     rows += _combination_rows(records, combinations, tested, summary)
     return Table(title=title, heading="direction", columns=columns, rows=rows, summary=summary, curves=curves)
@@ -62,7 +62,7 @@ def _prefix(method: str, tested: str) -> str:
     return "" if method == tested else f"{method.replace(' ', '_')}_"
 
 
-def _columns(method: str, tested: str, strength: float) -> Iterator[Column]:
+def _columns(method: str, tested: str, strength: float | None) -> Iterator[Column]:
     """Success of both sides, and side effects, of a method."""
     prefix = _prefix(method, tested)
     for side in _SIDES:

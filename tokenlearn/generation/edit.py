@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from tokenlearn.data.images_to_edit import EditableImage
-from tokenlearn.editing import Editing, ImageEditor, source_of
+from tokenlearn.editing import Editing, ImageEditor, source_of, strengths_of
 from tokenlearn.errors import UserError, check_at_least, check_template
 from tokenlearn.generation.base import ImageBatches, batches_to_edit, images_to_edit, unfinished
 from tokenlearn.generation.results import EditResult, EditTask, ResultPlan, file_stem
 from tokenlearn.models import DiffusionBackbone
+from tokenlearn.pasting import Paste, is_pasted
 from tokenlearn.pipeline import Sampling
 from tokenlearn.token_task import TokenTask
 from tokenlearn.tokens import Embeddings
@@ -37,10 +38,14 @@ class Edit(TokenTask, EditTask):
         editing: settings of inversion and denoising.
         sampling: settings of the sampler for generated images.
         batch_size: images to denoise at once.
+        paste: images onto which edits are pasted as differences, so that the rest keeps its details: those that are
+            ``larger`` than the model's size, ``always``, or ``never``. Generated images are at the model's size.
+        calibrated: whether all strengths are calibrated ones, whose equal steps change images equally: from -1 to 1
+            at most, see ``tokenlearn calibrate``.
 
     Attributes:
         images, plan: see :class:`EditTask`.
-        edits, interpolations, template, editing, batch_size: as given.
+        edits, interpolations, template, editing, batch_size, paste, calibrated: as given.
 
     Raises:
         UserError: if there are no images or edits, an edit is there twice, or a number is out of range.
@@ -62,8 +67,11 @@ class Edit(TokenTask, EditTask):
         editing: Editing = Editing(),  # noqa: B008 - frozen
         sampling: Sampling = Sampling(solver="DDIM"),  # noqa: B008 - frozen
         batch_size: int = 8,
+        paste: Paste = "larger",
+        calibrated: bool = False,
     ) -> None:
         super().__init__(backbone, sampling)
+        self.paste, self.calibrated = paste, calibrated
         self.load_embeddings(embeddings)
         self.images = images_to_edit(images, prompts, seeds, backbone=backbone, sampling=sampling)
         _check_edits(edits, interpolations)
@@ -94,6 +102,12 @@ class Edit(TokenTask, EditTask):
                     f"no token '{token}' to edit with, only {', '.join(known) or 'none at all'}; give its file in "
                     "model.embeddings, or --ckpt_path"
                 )
+        self._true_edits()  # refuses now what would fail at the first image
+
+    def _true_edits(self) -> list[dict[str, float]]:
+        """All edits and then the images of all strips, as token to the strength to edit with."""
+        strips = [{token: scale} for token, scales in self.interpolations.items() for scale in scales]
+        return [strengths_of(edit, self.bank, self.calibrated, "model.calibrated") for edit in [*self.edits, *strips]]
 
     def predict_step(self, batch: list[EditableImage | str]) -> list[EditResult]:
         """Edit the images of a batch that are not done."""
@@ -110,16 +124,23 @@ class Edit(TokenTask, EditTask):
         else:
             latents, before = self.backbone.encode_images(image.image), image.image
         source = source_of(self.pipeline, self.editing)
+        inverted = self.editor.invert(latents, source)
         edited = self.editor.edit(
-            self.editor.invert(latents, source),
-            [*self.edits, *({token: scale} for token, scales in self.interpolations.items() for scale in scales)],
+            inverted,
+            self._true_edits(),
             pipeline=self.pipeline,
             source=source,
             template=self.template,
             batch_size=self.batch_size,
         )
         edits, *strips = torch.split(edited, [len(self.edits), *map(len, self.interpolations.values())])
-        return EditResult(image, before[0], edits, dict(zip(self.interpolations, strips, strict=True)))
+        height, width = before.shape[-2:]
+        unedited = None
+        if image.original is not None and is_pasted(self.paste, image.size, (width, height)):
+            unedited = self.editor.denoise_towards(inverted, source, [], [])[0]
+        return EditResult(
+            image, before[0], edits, dict(zip(self.interpolations, strips, strict=True)), unedited=unedited
+        )
 
 
 def edit_name(edit: Mapping[str, float]) -> str:

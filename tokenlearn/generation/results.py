@@ -43,6 +43,8 @@ class EditResult(NamedTuple):
         guidance: name of an edit to its recorded guidance (T, C, h, w).
         latents: optimised latents (C, h, w) or (2, C, h, w).
         history: a row for each step of an optimisation, all with the same columns.
+        unedited: (3, H, W) in [0, 1], the image inverted and denoised without an edit, if edits are pasted onto the
+            original as differences from it.
     """
 
     image: EditableImage
@@ -52,6 +54,7 @@ class EditResult(NamedTuple):
     guidance: Mapping[str, Tensor] = {}
     latents: Tensor | None = None
     history: Sequence[Mapping[str, float]] = ()
+    unedited: Tensor | None = None
 
 
 @dataclass(frozen=True)

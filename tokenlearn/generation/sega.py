@@ -18,6 +18,7 @@ from tokenlearn.generation.results import EditResult, EditTask, ResultPlan, file
 from tokenlearn.guidance import SEGA, GuidedModel, RecordedGuidance, SemanticEdit, check_tokens
 from tokenlearn.guidance.semantic import ThresholdOver
 from tokenlearn.models import Conditioning, DiffusionBackbone
+from tokenlearn.pasting import Paste, is_pasted
 from tokenlearn.pipeline import Sampling
 from tokenlearn.token_task import TokenTask
 from tokenlearn.tokens import Embeddings
@@ -48,6 +49,8 @@ class Sega(TokenTask, EditTask):
         recorded_guidance: folder ``guidance`` of an earlier run with ``record_guidance``, whose edits are applied to
             these prompts instead of evaluating concepts; the seeds must be among those of that run.
         batch_size: images to generate at once.
+        paste: photos onto which edits are pasted as differences, so that the rest keeps its details: those that are
+            ``larger`` than the model's size, ``always``, or ``never``.
 
     Attributes:
         images, plan: see :class:`EditTask`.
@@ -75,8 +78,10 @@ class Sega(TokenTask, EditTask):
         record_guidance: bool = False,
         recorded_guidance: str | None = None,
         batch_size: int = 8,
+        paste: Paste = "larger",
     ) -> None:
         super().__init__(backbone, sampling)
+        self.paste = paste
         self.load_embeddings(embeddings)
         self.images = images_to_edit(images, prompts, seeds, backbone=backbone, sampling=sampling)
         check_at_least("model", 1, batch_size=batch_size)
@@ -169,7 +174,11 @@ class Sega(TokenTask, EditTask):
         # At scale 1, the source prompt gives the image back; only concepts move it.
         models = [self.pipeline.guided_model(source, self._rule(edits, 1.0)) for edits in self._columns.values()]
         edited = torch.cat([editor.denoise(inverted, model) for model in models])
-        return EditResult(image, image.image[0], edited)
+        height, width = image.image.shape[-2:]
+        unedited = None
+        if image.original is not None and is_pasted(self.paste, image.size, (width, height)):
+            unedited = editor.denoise_towards(inverted, source, [], [])[0]
+        return EditResult(image, image.image[0], edited, unedited=unedited)
 
     def _rule(self, edits: Sequence[SemanticEdit], guidance_scale: float) -> SEGA:
         return SEGA(list(edits), guidance_scale, threshold_over=self.threshold_over, record=self.record_guidance)

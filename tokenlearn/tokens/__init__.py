@@ -1,6 +1,6 @@
 """Learned tokens: bank, their place in prompts, their start and their files."""
 
-from tokenlearn.tokens.bank import TokenBank
+from tokenlearn.tokens.bank import Space, TokenBank
 from tokenlearn.tokens.class_initialisation import (
     ClassInitialiser,
     class_vectors,
@@ -27,6 +27,7 @@ __all__ = [
     "Embeddings",
     "LearnedTokens",
     "PlaceholderVocabulary",
+    "Space",
     "TokenBank",
     "class_vectors",
     "embedding_file_name",

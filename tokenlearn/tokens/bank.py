@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import permutations
-from typing import Self, cast
+from typing import Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from tokenlearn.errors import UserError
+from tokenlearn.tokens.calibration import Calibration
+
+Space = Literal["input", "output", "output_content"]
+"""Where the vectors of a token live.
+
+``input``
+    In place of the placeholder's embedding, as in textual inversion: what other programs know.
+``output``
+    Added to the text encoders' outputs at all positions, each time that the placeholder stands in the prompt.
+``output_content``
+    The same from the first content token on: not at the begin of the text, which encoders of the CLIP kind put first.
+"""
 
 
 class TokenBank(nn.Module):
@@ -25,19 +37,27 @@ class TokenBank(nn.Module):
     Args:
         num_vectors: placeholder, as written in prompts, to its number of vectors (at least 1).
         embedding_widths: width of the input embedding of each text encoder, one for Stable Diffusion 1 and 2.
+        spaces: placeholder to where its vectors live; ``input`` for those that are not named.
 
     Attributes:
         placeholders: the placeholders in the order of their rows.
         num_vectors: number of vectors per placeholder.
         embedding_widths: one width per text encoder.
+        spaces: where the vectors of each placeholder live.
+        calibrations: even strengths of the placeholders that have been calibrated.
         vectors: one (total vectors, width) float32 parameter per text encoder.
 
     Raises:
-        UserError: for an empty bank, a placeholder that is empty, holds spaces or contains another one, or a number of
-            vectors below 1.
+        UserError: for an empty bank, a placeholder that is empty, holds spaces or contains another one, a number of
+            vectors below 1, or above 1 for a token that is added to outputs.
     """
 
-    def __init__(self, num_vectors: Mapping[str, int], embedding_widths: Sequence[int]) -> None:
+    def __init__(
+        self,
+        num_vectors: Mapping[str, int],
+        embedding_widths: Sequence[int],
+        spaces: Mapping[str, Space] | None = None,
+    ) -> None:
         super().__init__()
         if not num_vectors:
             raise UserError("no placeholder token given; name at least one, such as '<wizard>'")
@@ -46,6 +66,14 @@ class TokenBank(nn.Module):
                 raise UserError(f"placeholder token '{placeholder}' must be one visible word, such as '<wizard>'")
             if count < 1:
                 raise UserError(f"placeholder token '{placeholder}' has {count} vectors; give it at least 1")
+            space = (spaces or {}).get(placeholder, "input")
+            if space not in get_args(Space):
+                raise UserError(f"the space of '{placeholder}' is '{space}'; use {', '.join(get_args(Space))}")
+            if space != "input" and count > 1:
+                raise UserError(
+                    f"placeholder token '{placeholder}' has {count} vectors, but one that is added to the text "
+                    "encoder's output has 1; set tokens.num_vectors to 1, or tokens.space to input"
+                )
         # Prompts are expanded by replacing placeholders, here as in diffusers, so one must not be inside another.
         for inner, outer in permutations(num_vectors, 2):
             if inner.casefold() in outer.casefold():
@@ -53,6 +81,8 @@ class TokenBank(nn.Module):
         self.placeholders = tuple(num_vectors)
         self.num_vectors = dict(num_vectors)
         self.embedding_widths = tuple(embedding_widths)
+        self.spaces: dict[str, Space] = {name: (spaces or {}).get(name, "input") for name in num_vectors}
+        self.calibrations: dict[str, Calibration] = {}
         total = sum(num_vectors.values())
         self.vectors = nn.ParameterList(nn.Parameter(torch.zeros(total, width)) for width in self.embedding_widths)
 
@@ -105,6 +135,16 @@ class TokenBank(nn.Module):
                 raise UserError(f"the embedding for '{placeholder}' holds values that are not finite")
         for parameter, new in zip(self.vectors, vectors, strict=True):
             parameter[rows] = new.to(parameter)
+
+    @property
+    def input_placeholders(self) -> list[str]:
+        """Placeholders whose vectors stand in prompts, in the order of their rows."""
+        return [placeholder for placeholder, space in self.spaces.items() if space == "input"]
+
+    @property
+    def output_placeholders(self) -> list[str]:
+        """Placeholders whose vectors are added to the text encoders' outputs, in the order of their rows."""
+        return [placeholder for placeholder, space in self.spaces.items() if space != "input"]
 
     def unit_names(self, placeholder: str) -> list[str]:
         """Vocabulary units of a placeholder: ``<wizard>``, ``<wizard>_1``, ..., as diffusers names them."""

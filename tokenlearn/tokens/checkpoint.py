@@ -13,7 +13,10 @@ from torch import Tensor
 from tokenlearn.errors import UserError
 
 CHECKPOINT_KEY = "tokenlearn"
-"""Key of the entry about tokens, which has base_model, vocabulary_hash, num_vectors, embedding_widths and metadata."""
+"""Key of the entry about tokens, which has base_model, vocabulary_hash, num_vectors, embedding_widths and metadata.
+
+It also has spaces, without which all tokens are of the input space, as in version 0.1.0.
+"""
 
 _ENTRIES: dict[str, type | tuple[type, ...]] = {
     "base_model": str,
@@ -70,7 +73,7 @@ def checkpoint_about(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
                 f"the checkpoint's entry about its tokens has no '{name}'; it is damaged, give another one"
             )
     counts, widths = about["num_vectors"].values(), about["embedding_widths"]
-    named = about["num_vectors"].keys() <= about["metadata"].keys()
+    named = about["num_vectors"].keys() <= about["metadata"].keys() and isinstance(about.get("spaces", {}), dict)
     if named and all(isinstance(number, int) for number in (*counts, *widths)):
         shapes = [(sum(counts), width) for width in widths]
         vectors = [checkpoint["state_dict"].get(f"bank.vectors.{index}") for index in range(len(widths))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from tokenlearn.errors import UserError
 from tokenlearn.paths import resolve
 from tokenlearn.tokens.bank import TokenBank
+from tokenlearn.tokens.calibration import CALIBRATION, Calibration
 from tokenlearn.tokens.files import (
     EmbeddingFile,
     EmbeddingFormat,
@@ -69,9 +71,15 @@ def load_bank(
             another model of the same width.
     """
     files = load_embeddings(embeddings)
-    bank = TokenBank({file.token: len(file.vectors[0]) for file in files}, embedding_widths)
+    bank = TokenBank(
+        {file.token: len(file.vectors[0]) for file in files},
+        embedding_widths,
+        {file.token: file.space for file in files},
+    )
     for file in files:
         bank.set(file.token, file.vectors)
+        if CALIBRATION in file.metadata:
+            bank.calibrations[file.token] = Calibration.from_json(file.metadata[CALIBRATION], file.path)
         if vocabulary is not None and file.metadata.get("vocabulary_hash", vocabulary) != vocabulary:
             raise UserError(
                 f"'{file.path}' was learned on '{file.metadata.get('base_model', 'another model')}', whose text "
@@ -96,6 +104,39 @@ class LearnedTokens:
     def placeholders(self) -> tuple[str, ...]:
         """The tokens as they are written in prompts."""
         return self.bank.placeholders
+
+    def __or__(self, other: LearnedTokens) -> LearnedTokens:
+        """The tokens of both.
+
+        Raises:
+            UserError: if both have a token of one name, or are for models of different widths.
+        """
+        first, second = self.bank, other.bank
+        if twice := sorted(first.num_vectors.keys() & second.num_vectors.keys()):
+            raise UserError(f"both have a token '{twice[0]}'; rename one of them")
+        if first.embedding_widths != second.embedding_widths:
+            raise UserError(
+                f"tokens of widths {first.embedding_widths} and {second.embedding_widths} are for different models; "
+                "put tokens of one model together"
+            )
+        bank = TokenBank(first.num_vectors | second.num_vectors, first.embedding_widths, first.spaces | second.spaces)
+        for source in (first, second):
+            for token in source.placeholders:
+                bank.set(token, [part.detach() for part in source.get(token)])
+        bank.calibrations = first.calibrations | second.calibrations
+        return LearnedTokens(bank, self.metadata | other.metadata)
+
+    def calibrated(self, token: str, calibration: Calibration) -> LearnedTokens:
+        """The same tokens with the even strengths of one of them, see :func:`tokenlearn.calibration.calibrate`.
+
+        Raises:
+            UserError: if there is no such token.
+        """
+        bank = copy.deepcopy(self.bank)
+        bank.rows(token)
+        bank.calibrations[token] = calibration
+        entries = self.metadata.get(token, {}) | {CALIBRATION: calibration.to_json()}
+        return LearnedTokens(bank, self.metadata | {token: entries})
 
     def save(
         self, folder: str | os.PathLike[str], format: EmbeddingFormat = "a1111", scale: float = 1.0
@@ -124,6 +165,7 @@ class LearnedTokens:
                 self.metadata.get(token, {}),
                 format,
                 scale,
+                self.bank.spaces[token],
             )
             for name, token in tokens.items()
         ]

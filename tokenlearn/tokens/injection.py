@@ -77,7 +77,8 @@ def learned_embeddings(rows: Tensor, vectors: Tensor) -> Iterator[None]:
 class PlaceholderVocabulary:
     """Tokenizers that know the placeholders of a bank besides their words.
 
-    The units of all placeholders are added to copies of the tokenizers. Words keep their ids.
+    The units of the placeholders of the input space are added to copies of the tokenizers. Words keep their ids.
+    Placeholders of the output space are no part of what is tokenized, see :meth:`without_outputs`.
 
     Args:
         bank: token bank.
@@ -85,6 +86,7 @@ class PlaceholderVocabulary:
 
     Attributes:
         tokenizers: the copies.
+        outputs: placeholders of the output space.
 
     Raises:
         UserError: if the bank is for another number of text encoders, a placeholder means something already, or a
@@ -97,16 +99,24 @@ class PlaceholderVocabulary:
                 f"the embedding is for {len(bank.embedding_widths)} text encoder(s), this backbone has "
                 f"{len(tokenizers)}; use one that was made for this model family"
             )
-        units = [unit for placeholder in bank.placeholders for unit in bank.unit_names(placeholder)]
+        inputs, self.outputs = bank.input_placeholders, bank.output_placeholders
+        units = [unit for placeholder in inputs for unit in bank.unit_names(placeholder)]
         for tokenizer in tokenizers:
-            _check_new(tokenizer, units)
+            _check_new(tokenizer, [*units, *self.outputs])
         self.tokenizers = [copy.deepcopy(tokenizer) for tokenizer in tokenizers]
-        self._ids = [torch.tensor(_add_units(tokenizer, units)) for tokenizer in self.tokenizers]
+        self._ids = [
+            torch.tensor(_add_units(tokenizer, units), dtype=torch.long) if units else torch.empty(0, dtype=torch.long)
+            for tokenizer in self.tokenizers
+        ]
+        self._rows = torch.tensor(
+            [row for name in inputs for row in range(bank.rows(name).start, bank.rows(name).stop)], dtype=torch.long
+        )
         # Longest first: a unit before the placeholder it starts with, and a whole expansion before its first unit.
-        expansions = {name: " ".join(bank.unit_names(name)) for name in bank.placeholders}
+        expansions = {name: " ".join(bank.unit_names(name)) for name in inputs}
         self._expansions = {name.casefold(): expansion for name, expansion in expansions.items()}
         texts = sorted({*units, *expansions.values()}, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, texts)), re.IGNORECASE)
+        self._output_pattern = re.compile(rf"\s*({'|'.join(map(re.escape, self.outputs))})", re.IGNORECASE)
 
     def expand(self, prompt: str) -> str:
         """Replace each placeholder by its units, ``<wizard>`` by ``<wizard> <wizard>_1 ...``.
@@ -125,12 +135,29 @@ class PlaceholderVocabulary:
         def expansion(found: re.Match[str]) -> str:
             return self._expansions.get(found[0].casefold(), found[0])
 
-        return self._pattern.sub(expansion, prompt)
+        return self._pattern.sub(expansion, prompt) if self._expansions else prompt
+
+    def without_outputs(self, prompt: str) -> tuple[str, list[int]]:
+        """Take the placeholders of the output space out of a prompt, with the white space before them.
+
+        Args:
+            prompt: any text.
+
+        Returns:
+            The rest of the prompt, and how often each of :attr:`outputs` stood in it.
+        """
+        if not self.outputs:
+            return prompt, []
+        found = [match.casefold() for match in self._output_pattern.findall(prompt)]
+        counts = [found.count(name.casefold()) for name in self.outputs]
+        return (self._output_pattern.sub("", prompt).strip(), counts) if found else (prompt, counts)
 
     def rows(self, ids: Tensor, encoder_index: int) -> Tensor:
         """Row (B, L) of the bank's vectors for each of the ids (B, L), -1 for words."""
+        if not len(self._rows):
+            return torch.full_like(ids, -1)
         matches = ids[..., None] == self._ids[encoder_index].to(ids.device)
-        return torch.where(matches.any(dim=-1), matches.int().argmax(dim=-1), -1)
+        return torch.where(matches.any(dim=-1), self._rows.to(ids.device)[matches.int().argmax(dim=-1)], -1)
 
 
 def _check_new(tokenizer: PreTrainedTokenizerBase, units: Iterable[str]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tokenlearn.errors import UserError, check_at_least, check_braces
+from tokenlearn.tokens.bank import Space
 from tokenlearn.tokens.embeddings import Embeddings
 
 
@@ -20,9 +21,13 @@ class TokenSettings:
             word per class, where the method can.
         initial_embeddings: embedding files to start from instead, for the tokens in them.
         hold_norms: after each step, scale token vectors into the range of norms in the vocabulary.
+        space: where the vectors live: ``input``, in place of the placeholder's embedding, so that other programs can
+            use them; ``output``, added to the text encoder's output at all positions; or ``output_content``, added
+            from the first content token on.
 
     Raises:
-        UserError: if a token would have no vector, or a text has braces other than ``{}``.
+        UserError: if a token would have no vector, a text has braces other than ``{}``, or a setting is of the input
+            space alone.
     """
 
     placeholder: str = "<{}>"
@@ -30,11 +35,15 @@ class TokenSettings:
     initial_words: str | None = "a"
     initial_embeddings: Embeddings = field(default_factory=list)
     hold_norms: bool = False
+    space: Space = "input"
 
     def __post_init__(self) -> None:
         check_at_least("tokens", 1, num_vectors=self.num_vectors)
         check_braces(self.placeholder, "tokens.placeholder", "class")
         check_braces(self.initial_words or "", "tokens.initial_words", "class")
+        if self.space != "input" and (self.hold_norms or self.num_vectors != 1):
+            name, value = ("hold_norms", "false") if self.hold_norms else ("num_vectors", "1")
+            raise UserError(f"tokens.{name} is for the input space; set it to {value}, or tokens.space to input")
 
     def name(self, class_name: str) -> str:
         """Placeholder of a class."""

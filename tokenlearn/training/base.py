@@ -22,6 +22,7 @@ from tokenlearn.notices import notice
 from tokenlearn.pipeline import Sampling
 from tokenlearn.token_task import TokenTask
 from tokenlearn.tokens import TokenBank, load_embeddings, vectors_from_words, vocabulary_norm_range
+from tokenlearn.tokens.directions import vectors_of_outputs
 from tokenlearn.tokens.settings import TokenSettings
 from tokenlearn.training.learning_rate import lr_schedule
 from tokenlearn.training.optimizer_settings import apply_changes, changes, settings_of
@@ -106,7 +107,13 @@ class TokenTraining(TokenTask):
         token_settings, optimizer, lr_scheduler: as given.
         loaded: placeholders whose vectors are from ``tokens.initial_embeddings``.
         resumed: whether the vectors are from a checkpoint, so that they need no start.
+        learns_outputs: whether the task can learn tokens of the output space.
+
+    Raises:
+        UserError: if the settings ask for tokens of the output space, which the task cannot learn.
     """
+
+    learns_outputs = False
 
     def __init__(
         self,
@@ -118,6 +125,11 @@ class TokenTraining(TokenTask):
         lr_scheduler: LRSchedulerCallable | None,
     ) -> None:
         super().__init__(backbone, sampling)
+        if tokens.space != "input" and not self.learns_outputs:
+            raise UserError(
+                f"{type(self).__name__} learns tokens of the input space alone, got tokens.space {tokens.space}; set "
+                "it to input, or use Caso"
+            )
         self.token_settings, self.optimizer, self.lr_scheduler = tokens, optimizer, lr_scheduler
         self.loaded: frozenset[str] = frozenset()
         self.resumed = False
@@ -133,11 +145,21 @@ class TokenTraining(TokenTask):
             UserError: if words are not in the vocabulary, placeholders are not usable, or an embedding file cannot be
                 read or does not fit its token.
         """
-        bank = TokenBank(dict.fromkeys(words, self.token_settings.num_vectors), self.backbone.embedding_widths)
+        settings = self.token_settings
+        bank = TokenBank(
+            dict.fromkeys(words, settings.num_vectors),
+            self.backbone.embedding_widths,
+            dict.fromkeys(words, settings.space),
+        )
         for token, start in words.items():
             bank.set(token, self.vectors_of(start))
-        files = load_embeddings(self.token_settings.initial_embeddings)
+        files = load_embeddings(settings.initial_embeddings)
         for file in files:
+            if file.space != bank.spaces.get(file.token, file.space):
+                raise UserError(
+                    f"'{file.path}' has a token of the space {file.space}, this run learns {settings.space}; set "
+                    f"tokens.space to {file.space}, or give another file in tokens.initial_embeddings"
+                )
             bank.set(file.token, file.vectors)
         self.loaded = frozenset(file.token for file in files)
         return bank
@@ -145,10 +167,14 @@ class TokenTraining(TokenTask):
     def vectors_of(self, words: str, num_vectors: int | None = None) -> list[Tensor]:
         """Vectors (num_vectors, width) of words for each text encoder, see :func:`vectors_from_words`.
 
+        In the output space, they lead from the mean output for no words to that for the words.
+
         Args:
             words: word or words.
             num_vectors: None for the number of vectors in the settings.
         """
+        if self.token_settings.space != "input":
+            return vectors_of_outputs(self.pipeline, words, self.token_settings.space)
         count = num_vectors or self.token_settings.num_vectors
         encoders = zip(self.backbone.tokenizers, self.backbone.text_encoders, strict=True)
         return [vectors_from_words(words, *encoder, count) for encoder in encoders]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,6 +28,8 @@ from tokenlearn.training.caso_initialisation import (
     ClassMeans,
     Initialisation,
     check_data_classes,
+    check_space,
+    direction_vectors,
     first_batches,
     initial_words,
     log_collapse,
@@ -75,9 +77,11 @@ class Caso(TokenTraining):
         template, initialisation, edit, objective, targets, seed: as given.
 
     Raises:
-        UserError: if a classifier lacks a class or is missing, both classifiers are the same, or a setting is out of
-            range.
+        UserError: if a classifier lacks a class or is missing, both classifiers are the same, the initialisation is in
+            another space than the tokens, or a setting is out of range.
     """
+
+    learns_outputs = True
 
     def __init__(
         self,
@@ -115,7 +119,11 @@ class Caso(TokenTraining):
 
         self._classes = [(index, k) for index, item in enumerate(self.attributes) for k in range(len(item.classes))]
         self.placeholders = [token for item in self.attributes for token in item.placeholders]
+        check_space(tokens, initialisation)
         self.use_bank(self.make_bank(initial_words(tokens, initialisation, self.attributes)))
+        if initialisation.kind == "direction":
+            starts = direction_vectors(initialisation, self.attributes, self.pipeline, tokens.space)
+            self._set_starts(starts)
         check_tokens(edit.rule.concept_prompts, self.placeholders)
         self.editor = Editor(self.pipeline, edit)
         self.class_means = [ClassMeans.of_head(attribute) for attribute in self.attributes]
@@ -137,7 +145,7 @@ class Caso(TokenTraining):
                 self.attributes, batches, lambda batch: self.classifier.features(self.clean_images(batch)), self.device
             )
             log_collapse(self.attributes, self.class_means, self.loggers, self.global_step)
-            if settings.kind != "words" and not self.resumed:
+            if settings.kind not in ("words", "direction") and not self.resumed:
                 self._start_tokens(first_batches(data, settings.batches, self.device))
 
     def training_step(self, batch: ImageBatch) -> Tensor:
@@ -251,6 +259,7 @@ class Caso(TokenTraining):
             "guidance": type(guidance).__name__ if isinstance(guidance, GuidanceRule) else guidance,
             "initial_words": self.token_settings.initial_words,
             "initialisation": self.initialisation.kind,
+            "space": self.token_settings.space,
             "negative_prompt": self.sampling.negative_prompt,
         }
         if self.edit.gradient is not None:
@@ -301,6 +310,12 @@ class Caso(TokenTraining):
             classifier=self.classifier,
             show_progress=self.global_rank == 0 and self.trainer.progress_bar_callback is not None,
         )
-        for name, start in zip(self.placeholders, self.trainer.strategy.broadcast(vectors.cpu()), strict=True):
+        starts = zip(self.placeholders, self.trainer.strategy.broadcast(vectors.cpu()), strict=True)
+        self._set_starts({name: start.split(list(self.bank.embedding_widths), dim=1) for name, start in starts})
+
+    def _set_starts(self, starts: Mapping[str, Sequence[Tensor]]) -> None:
+        """Start tokens at vectors, those from embedding files excepted."""
+        assert self.bank is not None
+        for name, vectors in starts.items():
             if name not in self.loaded:
-                self.bank.set(name, start.split(list(self.bank.embedding_widths), dim=1))
+                self.bank.set(name, vectors)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from tokenlearn.models.attributes import Attribute, check_class_names
 from tokenlearn.models.classifier import TimmClassifier
 from tokenlearn.pipeline import Pipeline
 from tokenlearn.progress import progress
-from tokenlearn.tokens import ClassInitialiser, class_vectors, input_embedding, with_vectors, word_ids
+from tokenlearn.tokens import ClassInitialiser, Space, class_vectors, input_embedding, with_vectors, word_ids
+from tokenlearn.tokens.directions import PairTemplates, class_directions, parts_of
 from tokenlearn.tokens.settings import TokenSettings
 from tokenlearn.training.caso_edit import Edits
 
@@ -35,26 +37,38 @@ class Initialisation:
     """Where tokens start.
 
     Attributes:
-        kind: ``words`` starts at ``tokens.initial_words``. The others go from there to where the class means of the
-            classifier point to, see :mod:`tokenlearn.tokens.class_initialisation`.
-        batches: training batches whose images the other kinds edit.
+        kind: ``words`` starts at ``tokens.initial_words``. ``direction`` starts at the difference of the text
+            encoder's mean outputs for prompts with the class and prompts without it, for tokens of the output space.
+            The others go from the words to where the class means of the classifier point to, see
+            :mod:`tokenlearn.tokens.class_initialisation`, for tokens of the input space.
+        batches: training batches whose images these others edit.
         step: step of ``pull_back``, in units of the vocabulary's median norm.
         words: number of words whose edits are evaluated: per class for ``vocabulary``, in all for ``ridge``.
         collapse_batches: training batches whose labelled images give the class means of the classifier's features, and
             measures of how far the features have collapsed to the means. Without labels, the rows of the classifier's
             head replace the means.
+        prompts: class to a prompt that asks for it, for ``direction``.
+        directions: how pairs of prompts are made from these, for ``direction``.
 
     Raises:
-        UserError: if a number is out of range.
+        UserError: if a number is out of range, or prompts are missing or of no use.
     """
 
-    kind: ClassInitialiser = "words"
+    kind: ClassInitialiser | Literal["direction"] = "words"
     batches: int = 1
     step: float = 1.0
     words: int = 32
     collapse_batches: int = 8
+    prompts: dict[str, str] = field(default_factory=dict)
+    directions: PairTemplates = field(default_factory=PairTemplates)
 
     def __post_init__(self) -> None:
+        if bool(self.prompts) != (self.kind == "direction"):
+            raise UserError(
+                f"initialisation.kind is {self.kind} and initialisation.prompts "
+                f"{'has ' + ', '.join(self.prompts) if self.prompts else 'is empty'}; prompts are for the kind "
+                "direction, which needs them"
+            )
         check_at_least("initialisation", 1, batches=self.batches, words=self.words)
         check_at_least("initialisation", 0, collapse_batches=self.collapse_batches)
 
@@ -94,7 +108,7 @@ def initial_words(tokens: TokenSettings, settings: Initialisation, attributes: S
     words = tokens.initial_words
     if words is None:
         raise UserError("tokens.initial_words is null; name a word, and set initialisation.kind to vocabulary")
-    if "{}" in words and settings.kind != "words":
+    if "{}" in words and settings.kind not in ("words", "direction"):
         raise UserError(
             f"tokens.initial_words '{words}' differs between classes, but initialisation.kind {settings.kind} starts "
             "from one word; name one, or set initialisation.kind to words"
@@ -104,6 +118,58 @@ def initial_words(tokens: TokenSettings, settings: Initialisation, attributes: S
         for attribute in attributes
         for token, name in zip(attribute.placeholders, attribute.class_names, strict=True)
     }
+
+
+def check_space(tokens: TokenSettings, settings: Initialisation) -> None:
+    """Refuse a start that is not in the space of the tokens.
+
+    Raises:
+        UserError: naming both settings and the ways out.
+    """
+    if settings.kind == "direction" and tokens.space == "input":
+        raise UserError(
+            "initialisation.kind direction is a start in the output space, but tokens.space is input; set "
+            "tokens.space to output, or initialisation.kind to vocabulary"
+        )
+    if settings.kind not in ("words", "direction") and tokens.space != "input":
+        raise UserError(
+            f"initialisation.kind {settings.kind} is a start in the input space, but tokens.space is {tokens.space}; "
+            "set initialisation.kind to direction or words, or tokens.space to input"
+        )
+
+
+def direction_vectors(
+    settings: Initialisation, attributes: Sequence[Attribute], pipeline: Pipeline, space: Space
+) -> dict[str, list[Tensor]]:
+    """Vectors (1, width) for each text encoder of the token of each class: one natural unit of its direction.
+
+    Args:
+        settings: prompts, and how pairs are made of them.
+        attributes: the attributes.
+        pipeline: frozen model.
+        space: space of the tokens.
+
+    Raises:
+        UserError: for a prompt of an unknown class, or see :func:`tokenlearn.tokens.directions.class_directions`.
+    """
+    token_of = {
+        name: token
+        for attribute in attributes
+        for name, token in zip(attribute.class_names, attribute.placeholders, strict=True)
+    }
+    for name in settings.prompts:
+        if name not in token_of:
+            raise UserError(
+                f"initialisation.prompts has '{name}', which is no class; the classes are {', '.join(token_of)}"
+            )
+    found = class_directions(
+        pipeline,
+        [attribute.class_names for attribute in attributes],
+        settings.prompts,
+        settings.directions,
+        "content" if space == "output_content" else "all",
+    )
+    return {token_of[name]: parts_of(of_class.unit * of_class.vector, pipeline) for name, of_class in found}
 
 
 def check_data_classes(attributes: Sequence[Attribute], data: LabelledImages | None) -> None:
@@ -242,6 +308,7 @@ def starting_vectors(
         UserError: see :func:`tokenlearn.tokens.class_vectors`.
     """
     assert pipeline.tokens is not None
+    assert settings.kind != "direction"
 
     def features(images: Edits) -> Tensor:
         return classifier.features(pipeline.backbone.decode_latents(images.edited([prompt] * len(images))))

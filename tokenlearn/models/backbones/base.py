@@ -7,6 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -18,7 +19,7 @@ from tokenlearn.diffusion.solvers import GridSolver, ReversibleSolver, Scheduler
 from tokenlearn.errors import UserError, reason_of
 from tokenlearn.models.backbones.conditioning import Conditioning
 from tokenlearn.models.frozen import FrozenModule
-from tokenlearn.tokens.bank import TokenBank
+from tokenlearn.tokens.bank import Space, TokenBank
 from tokenlearn.tokens.injection import (
     PlaceholderVocabulary,
     accept_learned_embeddings,
@@ -112,9 +113,11 @@ class DiffusionBackbone(FrozenModule, ABC):
     def encode_prompts(self, prompts: Sequence[str], tokens: TokenBank | None = None) -> Conditioning:
         """Encode prompts, padded to :attr:`max_prompt_length` in training as in inference.
 
-        Equal prompts of a batch are encoded once. Gradients reach the token bank, unless the caller disables them. A
-        batch without any placeholder gives a conditioning that requires no gradient, so encode the empty prompt apart
-        from prompts with placeholders.
+        Equal prompts of a batch are encoded once. Placeholders of the output space are taken out of the prompts, and
+        their vectors added to the states of what is left, as often as each stood there.
+
+        Gradients reach the token bank, unless the caller disables them. A batch without any placeholder gives a
+        conditioning that requires no gradient, so encode the empty prompt apart from prompts with placeholders.
 
         Args:
             prompts: B prompts.
@@ -127,11 +130,71 @@ class DiffusionBackbone(FrozenModule, ABC):
             UserError: if the bank does not fit the model, or a placeholder does not fit into the prompt length. A
                 prompt of words that is too long is cut with a warning.
         """
+        if tokens is None or not tokens.output_placeholders:
+            return self._encode_once(prompts, tokens)
+        vocabulary = self.vocabulary(tokens)
+        texts, counts = zip(*(vocabulary.without_outputs(prompt) for prompt in prompts), strict=True)
+        conditioning = self._encode_once(texts, tokens)
+        # Column by column, so that tokens that no prompt has stay out of the graph.
+        for placeholder, of_prompts in zip(vocabulary.outputs, zip(*counts, strict=True), strict=True):
+            if any(of_prompts):
+                vector = torch.cat(tokens.get(placeholder), dim=1)
+                weights = torch.tensor(of_prompts, device=vector.device, dtype=vector.dtype)
+                conditioning = self.add_to_outputs(conditioning, weights[:, None] * vector, tokens.spaces[placeholder])
+        return conditioning
+
+    def _encode_once(self, prompts: Sequence[str], tokens: TokenBank | None) -> Conditioning:
+        """Encode equal prompts once."""
         different = list(dict.fromkeys(prompts))
         conditioning = self._encode(different, tokens)
         if len(different) == len(prompts):
             return conditioning
         return conditioning[torch.tensor([different.index(prompt) for prompt in prompts], device=self.device)]
+
+    @property
+    def output_widths(self) -> Sequence[int]:
+        """Widths of the parts of the prompts' states, one for each text encoder, side by side."""
+        return self.embedding_widths
+
+    def output_mask(self, length: int, space: Space) -> Tensor:
+        """Where the vectors of a space are added: (L, D) of 1 and 0 over positions and the widths of all encoders.
+
+        Args:
+            length: L, number of positions.
+            space: ``output``, or ``output_content``, which leaves out an encoder's begin of the text.
+
+        Raises:
+            ValueError: for the input space.
+        """
+        if space == "input":
+            raise ValueError("tokens of the input space are not added to outputs")
+        mask = torch.ones(length, sum(self.output_widths), device=self.device)
+        if space == "output_content":
+            parts = mask.split(list(self.output_widths), dim=1)
+            for tokenizer, part in zip(self.tokenizers, parts, strict=True):
+                if tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+                    part[0] = 0
+        return mask
+
+    def add_to_outputs(self, conditioning: Conditioning, vectors: Tensor, space: Space) -> Conditioning:
+        """A conditioning with vectors added to the prompts' states; pooled states stay as they are.
+
+        Args:
+            conditioning: B rows.
+            vectors: (B, D) or (1, D), the widths of all encoders side by side.
+            space: see :meth:`output_mask`.
+
+        Raises:
+            UserError: if the states have another width than the encoders side by side.
+        """
+        states = conditioning.prompt_embeds
+        if vectors.shape[-1] != states.shape[-1]:
+            raise UserError(
+                f"a token of the output space has width {vectors.shape[-1]}, the states of a prompt of "
+                f"'{self.pretrained}' have {states.shape[-1]}; use a token of the input space"
+            )
+        mask = self.output_mask(states.shape[1], space)
+        return replace(conditioning, prompt_embeds=states + vectors[:, None].to(states) * mask)
 
     @abstractmethod
     def _encode(self, prompts: Sequence[str], tokens: TokenBank | None) -> Conditioning:

@@ -11,6 +11,8 @@ diffusers                            the token      the key
 OneTrainer                           ``emp_params`` a setting of the program (it reads no other key)
 ==================================== ============== ===========================================================
 
+Tokens of the output space have a form of their own, see :mod:`tokenlearn.tokens.files.outputs`.
+
 With two text encoders (Stable Diffusion XL) all of them use the keys ``clip_l`` and ``clip_g``. A second copy under
 another key cannot share a file: AUTOMATIC1111 and diffusers refuse files with two keys. Every file written here also
 names its token in the metadata.
@@ -23,7 +25,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -32,7 +34,9 @@ from torch import Tensor
 from tokenlearn.errors import UserError
 from tokenlearn.files import atomic_write
 from tokenlearn.paths import resolve
-from tokenlearn.tokens.files import a1111, diffusers, onetrainer, pickles, sdxl
+from tokenlearn.tokens.bank import Space
+from tokenlearn.tokens.calibration import CALIBRATION
+from tokenlearn.tokens.files import a1111, diffusers, onetrainer, outputs, pickles, sdxl
 from tokenlearn.tokens.files.family import Content, Family, Found
 
 EmbeddingFormat = Literal["a1111", "comfyui", "invokeai", "kohya", "diffusers", "onetrainer"]
@@ -46,7 +50,13 @@ _FAMILIES: dict[EmbeddingFormat, Family] = {
     "diffusers": diffusers,
     "onetrainer": onetrainer,
 }
-_READERS: tuple[Family, ...] = (onetrainer, sdxl, a1111, diffusers)  # diffusers' key can be anything, so it is last
+_READERS: tuple[Family, ...] = (
+    outputs,
+    onetrainer,
+    sdxl,
+    a1111,
+    diffusers,
+)  # diffusers' key can be anything, so it is last
 
 
 @dataclass
@@ -58,12 +68,14 @@ class EmbeddingFile:
         vectors: (n, width) float32 on the CPU per text encoder; CLIP-L before CLIP-G if there are two.
         metadata: text entries of the file, for instance the base model.
         path: the file.
+        space: where the vectors live.
     """
 
     token: str
     vectors: list[Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
     path: Path | None = None
+    space: Space = "input"
 
 
 def embedding_file_name(token: str) -> str:
@@ -87,6 +99,7 @@ def save_embedding(
     metadata: Mapping[str, str],
     format: EmbeddingFormat = "a1111",
     scale: float = 1.0,
+    space: Space = "input",
 ) -> Path:
     """Write an embedding file, whole or not at all.
 
@@ -96,8 +109,9 @@ def save_embedding(
         vectors: (n, width) per text encoder; CLIP-L before CLIP-G if there are two.
         metadata: text entries of the file; ``token`` and ``format`` are added.
         format: the program that will load the file; see the table at the top of this module. The first four formats
-            are the same file.
+            are the same file. A token of the output space has one form only, whatever the format.
         scale: factor on the vectors, which makes the token stronger or weaker in programs without weights.
+        space: where the vectors live.
 
     Returns:
         The path written.
@@ -114,13 +128,33 @@ def save_embedding(
     copies = [(tensor.detach() * scale).to("cpu").float().contiguous().clone() for tensor in vectors]
     if not all(tensor.isfinite().all() for tensor in copies):
         raise UserError(f"the vectors of '{token}' are not finite; '{target}' was not written")
-    family = _FAMILIES[format] if len(copies) == 1 else sdxl
+    family: Family = sdxl if len(copies) > 1 else _FAMILIES[format]
     entries = {**metadata, "token": token, "format": "pt"}
+    if space != "input":
+        family, entries = outputs, entries | {"space": space}
     if scale != 1.0:
         entries["scale"] = str(scale)
+        entries.pop(CALIBRATION, None)  # it is of the vectors as they were
     with atomic_write(target) as temporary:
         save_file(family.tensors(token, copies), temporary, metadata=entries)
     return target
+
+
+def add_metadata(path: Path, entries: Mapping[str, str]) -> None:
+    """Add text entries to an embedding file, or replace them, and leave its vectors as they are.
+
+    Args:
+        path: a ``.safetensors`` file.
+        entries: the entries.
+
+    Raises:
+        UserError: if the file is of another kind, damaged, or cannot be written.
+    """
+    if path.suffix != SAFETENSORS:
+        raise UserError(f"'{path}' cannot take entries; convert it by 'tokenlearn export --embedding {path}' first")
+    content = _read_safetensors(path)
+    with atomic_write(path) as temporary:
+        save_file(dict(content.tensors), temporary, metadata={**content.metadata, **entries})
 
 
 def load_embedding(path: str | os.PathLike[str], token: str | None = None) -> EmbeddingFile:
@@ -153,6 +187,8 @@ def load_embedding(path: str | os.PathLike[str], token: str | None = None) -> Em
     found = _find(frozenset(content.tensors), source)
     name = token or content.metadata.get("token") or found.token or content.token or _token_from_name(source)
     vectors = [_as_vectors(content.tensors[key], key, source) for key in found.keys]
+    if outputs.VERSION_KEY in content.tensors:
+        return EmbeddingFile(name, vectors, content.metadata, source, _output_space(content, source))
     if len({len(tensor) for tensor in vectors}) > 1:
         raise UserError(f"'{source}' has {len(vectors[0])} vectors for CLIP-L but {len(vectors[1])} for CLIP-G")
     return EmbeddingFile(name, vectors, content.metadata, source)
@@ -189,6 +225,18 @@ def _find(keys: frozenset[str], source: Path) -> Found:
     raise UserError(
         f"'{source}' has the keys {', '.join(sorted(keys)[:6])}; expected one tensor, or {' and '.join(sdxl.KEYS)}"
     )
+
+
+def _output_space(content: Content, source: Path) -> Space:
+    """The space of a file whose vectors are added to outputs."""
+    version, space = content.tensors[outputs.VERSION_KEY].tolist(), content.metadata.get("space")
+    spaces = [name for name in get_args(Space) if name != "input"]
+    if version != [outputs.VERSION] or space not in spaces:
+        raise UserError(
+            f"'{source}' is of version {version} and space {space}; expected version [{outputs.VERSION}] and "
+            f"{' or '.join(spaces)}: update tokenlearn, or make the file anew"
+        )
+    return cast(Space, space)
 
 
 def _token_from_name(source: Path) -> str:
