@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tokenlearn.generation import Generate as Generate
     from tokenlearn.generation import Sega as Sega
     from tokenlearn.guidance import SEGA as SEGA
+    from tokenlearn.guidance import TFG as TFG
     from tokenlearn.guidance import ClassifierFreeGuidance as ClassifierFreeGuidance
     from tokenlearn.guidance import ClassifierGuidance as ClassifierGuidance
     from tokenlearn.guidance import ComposableGuidance as ComposableGuidance
@@ -66,7 +67,7 @@ _NAMES = {
     "editing": "Editing",
     "errors": "UserError",
     "generation": "Doodl Edit Generate Sega",
-    "guidance": "SEGA ClassifierFreeGuidance ClassifierGuidance ComposableGuidance SafeGuidance SemanticEdit",
+    "guidance": "SEGA TFG ClassifierFreeGuidance ClassifierGuidance ComposableGuidance SafeGuidance SemanticEdit",
     "image_functions": "optimise_latents",
     "learning": "evaluate learn",
     "losses": "CasoObjective Crops",
