@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tokenlearn.guidance import ComposableGuidance as ComposableGuidance
     from tokenlearn.guidance import SafeGuidance as SafeGuidance
     from tokenlearn.guidance import SemanticEdit as SemanticEdit
+    from tokenlearn.guidance import TFGSettings as TFGSettings
     from tokenlearn.image_functions import optimise_latents as optimise_latents
     from tokenlearn.learning import evaluate as evaluate
     from tokenlearn.learning import learn as learn
@@ -67,7 +68,8 @@ _NAMES = {
     "editing": "Editing",
     "errors": "UserError",
     "generation": "Doodl Edit Generate Sega",
-    "guidance": "SEGA TFG ClassifierFreeGuidance ClassifierGuidance ComposableGuidance SafeGuidance SemanticEdit",
+    "guidance": "SEGA TFG ClassifierFreeGuidance ClassifierGuidance ComposableGuidance SafeGuidance SemanticEdit "
+    "TFGSettings",
     "image_functions": "optimise_latents",
     "learning": "evaluate learn",
     "losses": "CasoObjective Crops",

@@ -9,7 +9,7 @@ import torch
 from tests.diffusion.networks import DDIM, EMPTY, FunctionNetwork, conditioning, gaussian
 from tokenlearn.diffusion import EDICT, FlowProcess, SchedulerSolver, sample
 from tokenlearn.errors import UserError
-from tokenlearn.guidance import TFG, GuidedModel
+from tokenlearn.guidance import TFG, GuidedModel, TFGSettings
 from tokenlearn.guidance.tfg import climb, smoothed, strengths
 from tokenlearn.losses import Objective
 from tokenlearn.models import StableDiffusion
@@ -108,7 +108,7 @@ def test_dps():
         x0, noise, through, _ = gradients(latents, timestep, a)
         return ddim(x0, noise, a_next) + 0.05 * through / math.sqrt(a / a_next)
 
-    rule = TFG.dps(Toward(), 0.05, guidance_scale=SCALE)
+    rule = TFG(Toward(), TFGSettings.dps(0.05), SCALE)
     torch.testing.assert_close(by_rule(rule), written_out(step), rtol=1e-4, atol=1e-5)
 
 
@@ -118,7 +118,7 @@ def test_lgd():
         x0, noise, through, _ = gradients(latents, timestep, a, offsets)
         return ddim(x0, noise, a_next) + 0.05 * through / math.sqrt(a / a_next)
 
-    rule = TFG.lgd(Toward(), 0.05, smoothing=0.3, samples=3, guidance_scale=SCALE)
+    rule = TFG(Toward(), TFGSettings.lgd(0.05, smoothing=0.3, samples=3), SCALE)
     torch.testing.assert_close(by_rule(rule), written_out(step), rtol=1e-4, atol=1e-5)
 
 
@@ -127,7 +127,7 @@ def test_mpgd():
         x0, noise, _, direct = gradients(latents, timestep, a)
         return ddim(x0 + 0.1 * direct, noise, a_next)
 
-    rule = TFG.mpgd(Toward(), 0.1, guidance_scale=SCALE)
+    rule = TFG(Toward(), TFGSettings.mpgd(0.1), SCALE)
     torch.testing.assert_close(by_rule(rule), written_out(step), rtol=1e-4, atol=1e-5)
 
 
@@ -141,7 +141,7 @@ def test_freedom():
             arrived = ddim(x0, noise, a_next) + 0.05 * through / math.sqrt(a / a_next)
         return arrived
 
-    rule = TFG.freedom(Toward(), 0.05, recurrence=3, guidance_scale=SCALE)
+    rule = TFG(Toward(), TFGSettings.freedom(0.05, recurrence=3), SCALE)
     # The last step's prediction starts from the latents before it, whatever its recurrences did in between.
     torch.testing.assert_close(by_rule(rule), written_out(step), rtol=1e-4, atol=1e-5)
 
@@ -159,7 +159,7 @@ def test_ugd():
             arrived = ddim(x0, noise, a_next)
         return arrived
 
-    rule = TFG.ugd(Toward(), 0.1, iterations=3, recurrence=2, guidance_scale=SCALE)
+    rule = TFG(Toward(), TFGSettings.ugd(0.1, iterations=3, recurrence=2), SCALE)
     torch.testing.assert_close(by_rule(rule), written_out(step), rtol=1e-4, atol=1e-5)
 
 
@@ -182,11 +182,9 @@ def test_everything_at_once_with_schedules():
             arrived = ddim(x0, noise, a_next) + rho * through / math.sqrt(a / a_next)
         return arrived
 
-    rule = TFG(
-        Toward(),
+    settings = TFGSettings(
         rho=0.02,
         mu=0.1,
-        guidance_scale=SCALE,
         recurrence=2,
         iterations=2,
         samples=2,
@@ -194,7 +192,7 @@ def test_everything_at_once_with_schedules():
         mu_schedule="decrease",
         smoothing_schedule="constant",
     )
-    torch.testing.assert_close(by_rule(rule), written_out(step), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(by_rule(TFG(Toward(), settings, SCALE)), written_out(step), rtol=1e-4, atol=1e-5)
 
 
 def test_without_strength_it_is_classifier_free_guidance():
@@ -202,21 +200,21 @@ def test_without_strength_it_is_classifier_free_guidance():
         x0, noise, _, _ = gradients(latents, timestep, a)
         return ddim(x0, noise, a_next)
 
-    rule = TFG(Toward(), rho=0.0, mu=0.0, guidance_scale=SCALE)
+    rule = TFG(Toward(), TFGSettings(rho=0.0, mu=0.0), SCALE)
     torch.testing.assert_close(by_rule(rule), written_out(step), rtol=1e-4, atol=1e-5)
 
 
 def test_more_recurrence_meets_the_objective_better():
     losses = [
-        Toward()(by_rule(TFG.freedom(Toward(), 0.05, recurrence=recurrence, guidance_scale=1.0))).mean()
+        Toward()(by_rule(TFG(Toward(), TFGSettings.freedom(0.05, recurrence=recurrence), 1.0))).mean()
         for recurrence in (1, 4)
     ]
-    plain = Toward()(by_rule(TFG(Toward(), rho=0.0, mu=0.0, guidance_scale=1.0))).mean()
+    plain = Toward()(by_rule(TFG(Toward(), TFGSettings(rho=0.0, mu=0.0), 1.0))).mean()
     assert losses[1] < losses[0] < plain
 
 
 def test_an_image_does_not_depend_on_its_batch():
-    rule = TFG(Toward(), rho=0.02, mu=0.05, recurrence=2, iterations=1, samples=2, smoothing=0.2)
+    rule = TFG(Toward(), TFGSettings(rho=0.02, mu=0.05, recurrence=2, iterations=1, samples=2, smoothing=0.2))
     together = by_rule(rule)
     latents, generators = start()
     model = GuidedModel(Decoding(curved), rule, rule.conditionings(EMPTY, PROMPT))
@@ -250,7 +248,7 @@ def test_climbing_a_parabola():
 def test_flow_models_step_to_the_guided_latents():
     """One Euler step from noise to image: the result is the climbed x0."""
     process = FlowProcess()
-    rule = TFG.mpgd(Toward(), 0.1, guidance_scale=1.0)
+    rule = TFG(Toward(), TFGSettings.mpgd(0.1), 1.0)
     model = GuidedModel(Decoding(lambda z, t, rows: z - 0.5, process), rule, [PROMPT])
     latents, _ = start()
     model.begin(torch.tensor([1000.0]))
@@ -263,17 +261,17 @@ def test_flow_models_step_to_the_guided_latents():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"rho": math.nan}, "rho of TFG"),
-        ({"recurrence": 0}, r"TFG\.recurrence"),
-        ({"iterations": -1}, r"TFG\.iterations"),
-        ({"samples": 3}, r"TFG\.samples 3.*TFG\.smoothing"),
-        ({"mu_schedule": "rising"}, r"TFG\.mu_schedule.*'rising'"),
-        ({"smoothing_schedule": "increase"}, r"TFG\.smoothing_schedule.*'increase'"),
+        ({"rho": math.nan}, r"tfg\.rho"),
+        ({"recurrence": 0}, r"tfg\.recurrence"),
+        ({"iterations": -1}, r"tfg\.iterations"),
+        ({"samples": 3}, r"tfg\.samples 3.*tfg\.smoothing"),
+        ({"mu_schedule": "rising"}, r"tfg\.mu_schedule.*'rising'"),
+        ({"smoothing_schedule": "increase"}, r"tfg\.smoothing_schedule.*'increase'"),
     ],
 )
 def test_impossible_settings_are_refused(options, words):
     with pytest.raises(UserError, match=words):
-        TFG(Toward(), **options)
+        TFGSettings(**options)
 
 
 def test_solvers_that_do_not_suit_are_refused(tiny_models):
@@ -282,7 +280,7 @@ def test_solvers_that_do_not_suit_are_refused(tiny_models):
         pipeline = Pipeline(backbone, sampling=Sampling(3, TFG(SymmetryLoss()), solver))
         with pytest.raises(UserError, match=r"sampling\.solver to DDIM"):
             pipeline.generate(["a portrait"], [1])
-    rule = TFG(Toward(), recurrence=2)
+    rule = TFG(Toward(), TFGSettings(recurrence=2))
     model = GuidedModel(Decoding(curved), rule, rule.conditionings(EMPTY, PROMPT))
     with pytest.raises(UserError, match="no generators"):
         sample(model, start()[0], solver=SOLVER)
@@ -291,9 +289,9 @@ def test_solvers_that_do_not_suit_are_refused(tiny_models):
 def test_noise_alone_has_no_gradient_through_the_network():
     process = SimpleNamespace(alpha=lambda t: (1000.0 - t) / 1000, sigma=lambda t: t / 1000)
     process.kind, process.x0, process.noise = "flow", FlowProcess().x0, FlowProcess().noise
-    model = GuidedModel(Decoding(lambda z, t, rows: z, process), TFG.dps(Toward(), guidance_scale=1.0), [PROMPT])
+    model = GuidedModel(Decoding(lambda z, t, rows: z, process), TFG(Toward(), TFGSettings.dps(), 1.0), [PROMPT])
     model.begin(torch.tensor([1000.0, 500.0]))
-    with pytest.raises(UserError, match=r"timestep 1000.*set rho to 0"):
+    with pytest.raises(UserError, match=r"timestep 1000.*set tfg.rho to 0"):
         model(start()[0], torch.tensor(1000.0), 0)
 
 
@@ -302,7 +300,7 @@ def test_first_order_solvers_lower_the_objective_alike(tiny_models, solver):
     pipeline = Pipeline(StableDiffusion(str(tiny_models / "pipeline")), sampling=Sampling(3, 3.0, solver))
     plain, guided = (
         pipeline.generate(["a portrait"], [3], rule=rule)
-        for rule in (None, TFG(SymmetryLoss(), rho=20.0, mu=200.0, guidance_scale=3.0))
+        for rule in (None, TFG(SymmetryLoss(), TFGSettings(rho=20.0, mu=200.0), 3.0))
     )
     assert SymmetryLoss()(guided) < 0.9 * SymmetryLoss()(plain)
 

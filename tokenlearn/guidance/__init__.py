@@ -27,7 +27,7 @@ from tokenlearn.guidance.semantic import (
     update_momentum,
     with_momentum,
 )
-from tokenlearn.guidance.tfg import TFG
+from tokenlearn.guidance.tfg import TFG, TFGSettings
 
 __all__ = [
     "SAFETY_PRESETS",
@@ -46,6 +46,7 @@ __all__ = [
     "SafetySettings",
     "SemanticEdit",
     "SemanticGuidance",
+    "TFGSettings",
     "check_tokens",
     "classifier_free_guidance",
     "composable_guidance",

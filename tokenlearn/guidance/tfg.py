@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
 import torch
@@ -22,6 +23,92 @@ LogDensity = Callable[[Tensor], Tensor]
 """Clean latents (B, C, h, w) to the logarithm (B,) of an unnormalised density."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TFGSettings:
+    """Strengths of training-free guidance; earlier methods are special cases, which the constructors name.
+
+    Attributes:
+        rho: mean of ``rho_t``; 0 leaves out the gradient through the network, and with it two thirds of the cost.
+        mu: mean of ``mu_t``; 0 leaves out the steps without the network.
+        recurrence: evaluations of each sampling step.
+        iterations: steps on x0 in each.
+        samples: noisy copies of x0.
+        smoothing: deviation of their noise; ``smoothing_t`` is its product with the schedule.
+        rho_schedule: see :func:`strengths`.
+        mu_schedule: see :func:`strengths`.
+        smoothing_schedule: ``decrease`` for the deviation ``sigma`` of the noise in the latents, or ``constant``.
+
+    Raises:
+        UserError: if a number is out of range, a schedule has another name, or copies without noise are asked for.
+    """
+
+    rho: float = 1.0
+    mu: float = 1.0
+    recurrence: int = 1
+    iterations: int = 4
+    samples: int = 1
+    smoothing: float = 0.0
+    rho_schedule: Schedule = "increase"
+    mu_schedule: Schedule = "increase"
+    smoothing_schedule: Literal["decrease", "constant"] = "decrease"
+
+    def __post_init__(self) -> None:
+        for name in ("rho", "mu", "smoothing"):
+            if not math.isfinite(number := getattr(self, name)):
+                raise UserError(f"tfg.{name} must be a finite number, got {number}")
+        check_at_least("tfg", 1, recurrence=self.recurrence, samples=self.samples)
+        check_at_least("tfg", 0, iterations=self.iterations, smoothing=self.smoothing)
+        if self.samples > 1 and not self.smoothing:
+            raise UserError(
+                f"tfg.samples {self.samples} are copies without noise; set tfg.smoothing above 0, or tfg.samples to 1"
+            )
+        for name in ("rho_schedule", "mu_schedule"):
+            if (schedule := getattr(self, name)) not in get_args(Schedule):
+                raise UserError(f"tfg.{name} must be increase, decrease or constant, got '{schedule}'")
+        if self.smoothing_schedule not in ("decrease", "constant"):
+            raise UserError(f"tfg.smoothing_schedule must be decrease or constant, got '{self.smoothing_schedule}'")
+
+    @property
+    def cost(self) -> int:
+        """Evaluations of the network in place of one, a backward pass counted as two."""
+        return self.recurrence * (3 if self.rho else 1)
+
+    @classmethod
+    def dps(cls, rho: float = 1.0) -> Self:
+        """Diffusion posterior sampling (Chung et al., ICLR 2023, https://arxiv.org/abs/2209.14687): rho alone."""
+        return cls(rho=rho, mu=0.0, iterations=0, rho_schedule="constant")
+
+    @classmethod
+    def lgd(cls, rho: float = 1.0, *, smoothing: float = 0.1, samples: int = 4) -> Self:
+        """Loss-guided diffusion (Song et al., ICML 2023): :meth:`dps` of a smoothed objective."""
+        return cls(rho=rho, mu=0.0, iterations=0, samples=samples, smoothing=smoothing, rho_schedule="constant")
+
+    @classmethod
+    def mpgd(cls, mu: float = 1.0) -> Self:
+        """Manifold-preserving guided diffusion (He et al., ICLR 2024): one step on x0, no gradient of the network."""
+        return cls(rho=0.0, mu=mu, iterations=1, mu_schedule="constant")
+
+    @classmethod
+    def freedom(cls, rho: float = 1.0, *, recurrence: int = 4) -> Self:
+        """FreeDoM (Yu et al., ICCV 2023, https://arxiv.org/abs/2303.09833): :meth:`dps` with recurrence."""
+        return cls(rho=rho, mu=0.0, iterations=0, recurrence=recurrence, rho_schedule="constant")
+
+    @classmethod
+    def ugd(cls, mu: float = 1.0, *, rho: float = 0.0, iterations: int = 4, recurrence: int = 4) -> Self:
+        """Universal guidance (Bansal et al., 2023, https://arxiv.org/abs/2302.07121): steps on x0 with recurrence.
+
+        ``mu`` is the size of its backward guidance, ``rho`` that of its forward guidance.
+        """
+        return cls(
+            rho=rho,
+            mu=mu,
+            iterations=iterations,
+            recurrence=recurrence,
+            rho_schedule="constant",
+            mu_schedule="constant",
+        )
+
+
 class TFG(GuidanceRule):
     """Training-free guidance (Ye et al., NeurIPS 2024, https://arxiv.org/abs/2409.15761, algorithm 1).
 
@@ -36,24 +123,15 @@ class TFG(GuidanceRule):
 
     where ``p`` is smoothed over ``samples`` copies of x0 with noise of deviation ``smoothing_t`` on them. The rule
     returns the prediction with which a first-order solver (DDIM, Euler) steps to the last ``z'``; a multi-step solver
-    takes it for what the network predicted. Earlier methods are special cases: :meth:`dps`, :meth:`lgd`,
-    :meth:`mpgd`, :meth:`freedom` and :meth:`ugd` name their settings. The result has no gradient.
+    takes it for what the network predicted. The result has no gradient.
 
     Args:
         objective: loss of images; of a list, the sum.
-        rho: mean of ``rho_t``; 0 leaves the gradient through the network out, and with it two thirds of the cost.
-        mu: mean of ``mu_t``; 0 leaves the steps without the network out.
+        settings: strengths, such as ``TFGSettings.freedom(rho=0.5, recurrence=4)``.
         guidance_scale: classifier-free guidance scale; 1 evaluates the prompt alone.
-        recurrence: evaluations of each step.
-        iterations: steps on x0 in each.
-        samples: noisy copies of x0.
-        smoothing: deviation of their noise; ``smoothing_t`` is its product with the schedule.
-        rho_schedule: see :func:`strengths`.
-        mu_schedule: see :func:`strengths`.
-        smoothing_schedule: ``decrease`` for the deviation ``sigma`` of the noise in the latents, or ``constant``.
 
     Raises:
-        UserError: if a number is out of range, a schedule has another name, or copies without noise are asked for.
+        UserError: if the scale is not finite.
     """
 
     differentiable = False
@@ -61,113 +139,13 @@ class TFG(GuidanceRule):
     def __init__(
         self,
         objective: Objective | list[Objective],
-        *,
-        rho: float = 1.0,
-        mu: float = 1.0,
+        settings: TFGSettings = TFGSettings(),
         guidance_scale: float = 7.5,
-        recurrence: int = 1,
-        iterations: int = 4,
-        samples: int = 1,
-        smoothing: float = 0.0,
-        rho_schedule: Schedule = "increase",
-        mu_schedule: Schedule = "increase",
-        smoothing_schedule: Literal["decrease", "constant"] = "decrease",
     ) -> None:
-        for name, number in {"rho": rho, "mu": mu, "guidance_scale": guidance_scale, "smoothing": smoothing}.items():
-            if not math.isfinite(number):
-                raise UserError(f"{name} of TFG must be a finite number, got {number}")
-        check_at_least("TFG", 1, recurrence=recurrence, samples=samples)
-        check_at_least("TFG", 0, iterations=iterations, smoothing=smoothing)
-        if samples > 1 and not smoothing:
-            raise UserError(
-                f"TFG.samples {samples} are copies without noise; set TFG.smoothing above 0, or samples to 1"
-            )
-        for name, schedule in {"rho_schedule": rho_schedule, "mu_schedule": mu_schedule}.items():
-            if schedule not in get_args(Schedule):
-                raise UserError(f"TFG.{name} must be increase, decrease or constant, got '{schedule}'")
-        if smoothing_schedule not in ("decrease", "constant"):
-            raise UserError(f"TFG.smoothing_schedule must be decrease or constant, got '{smoothing_schedule}'")
-        self.objective = as_objective(objective)
-        self.rho, self.mu, self.guidance_scale = rho, mu, guidance_scale
-        self.recurrence, self.iterations = recurrence, iterations
-        self.samples, self.smoothing = samples, smoothing
-        self.rho_schedule: Schedule = rho_schedule
-        self.mu_schedule: Schedule = mu_schedule
-        self.smoothing_schedule = smoothing_schedule
+        if not math.isfinite(guidance_scale):
+            raise UserError(f"guidance_scale of TFG must be a finite number, got {guidance_scale}")
+        self.objective, self.settings, self.guidance_scale = as_objective(objective), settings, guidance_scale
         self._run: Run | None = None
-
-    @classmethod
-    def dps(cls, objective: Objective, rho: float = 1.0, *, guidance_scale: float = 7.5) -> Self:
-        """Diffusion posterior sampling (Chung et al., ICLR 2023, https://arxiv.org/abs/2209.14687): rho alone."""
-        return cls(objective, rho=rho, mu=0.0, iterations=0, rho_schedule="constant", guidance_scale=guidance_scale)
-
-    @classmethod
-    def lgd(
-        cls,
-        objective: Objective,
-        rho: float = 1.0,
-        *,
-        smoothing: float = 0.1,
-        samples: int = 4,
-        guidance_scale: float = 7.5,
-    ) -> Self:
-        """Loss-guided diffusion (Song et al., ICML 2023): :meth:`dps` with a smoothed objective."""
-        return cls(
-            objective,
-            rho=rho,
-            mu=0.0,
-            iterations=0,
-            samples=samples,
-            smoothing=smoothing,
-            rho_schedule="constant",
-            guidance_scale=guidance_scale,
-        )
-
-    @classmethod
-    def mpgd(cls, objective: Objective, mu: float = 1.0, *, guidance_scale: float = 7.5) -> Self:
-        """Manifold-preserving guided diffusion (He et al., ICLR 2024): one step on x0, no gradient of the network."""
-        return cls(objective, rho=0.0, mu=mu, iterations=1, mu_schedule="constant", guidance_scale=guidance_scale)
-
-    @classmethod
-    def freedom(
-        cls, objective: Objective, rho: float = 1.0, *, recurrence: int = 4, guidance_scale: float = 7.5
-    ) -> Self:
-        """FreeDoM (Yu et al., ICCV 2023, https://arxiv.org/abs/2303.09833): :meth:`dps` with recurrence."""
-        return cls(
-            objective,
-            rho=rho,
-            mu=0.0,
-            iterations=0,
-            recurrence=recurrence,
-            rho_schedule="constant",
-            guidance_scale=guidance_scale,
-        )
-
-    @classmethod
-    def ugd(
-        cls,
-        objective: Objective,
-        mu: float = 1.0,
-        *,
-        rho: float = 0.0,
-        iterations: int = 4,
-        recurrence: int = 4,
-        guidance_scale: float = 7.5,
-    ) -> Self:
-        """Universal guidance (Bansal et al., 2023, https://arxiv.org/abs/2302.07121): steps on x0 with recurrence.
-
-        ``mu`` is its backward guidance and ``rho`` its forward guidance.
-        """
-        return cls(
-            objective,
-            rho=rho,
-            mu=mu,
-            iterations=iterations,
-            recurrence=recurrence,
-            rho_schedule="constant",
-            mu_schedule="constant",
-            guidance_scale=guidance_scale,
-        )
 
     def conditionings(self, unconditional: C, prompt: C, *concepts: C) -> list[C]:
         """See :class:`GuidanceRule`; the prompt alone at scale 1."""
@@ -193,8 +171,10 @@ class TFG(GuidanceRule):
                 "TFG needs a solver whose every step begins with less noise than the step before; set sampling.solver "
                 "to DDIM, and invert without guidance"
             )
-        if run.generators is None and (self.recurrence > 1 or self.smoothing):
-            raise UserError("TFG draws noise and was given no generators; set recurrence to 1 and smoothing to 0")
+        if run.generators is None and (self.settings.recurrence > 1 or self.settings.smoothing):
+            raise UserError(
+                "TFG draws noise and was given no generators; set tfg.recurrence to 1 and tfg.smoothing to 0"
+            )
         self._run = run
 
     def guide(self, model: Predictor, latents: Tensor, timestep: Tensor, step: int, recompute: bool = False) -> Tensor:
@@ -206,18 +186,18 @@ class TFG(GuidanceRule):
         """
         if self._run is None:
             raise UserError("TFG needs a solver that tells the next noise level; set sampling.solver to DDIM")
-        run = self._run
+        run, settings = self._run, self.settings
         here, there = run.level(step), run.level(step + 1)
-        rho = float(strengths(run.alphas, self.rho, self.rho_schedule)[step])
-        mu = float(strengths(run.alphas, self.mu, self.mu_schedule)[step])
+        rho = float(strengths(run.alphas, settings.rho, settings.rho_schedule)[step])
+        mu = float(strengths(run.alphas, settings.mu, settings.mu_schedule)[step])
         if rho and not here.alpha:
             raise UserError(
                 f"TFG's gradient through the network is infinite at timestep {int(timestep)}, where latents are noise "
-                "alone; set rho to 0, or sampling.solver to one that starts later"
+                "alone; set tfg.rho to 0, or sampling.solver to one that starts later"
             )
         ratio, process, start = here.alpha / there.alpha, model.process, latents.detach()
         noisy = arrived = start
-        for recurrence in range(self.recurrence):
+        for recurrence in range(settings.recurrence):
             if recurrence:
                 deviation = math.sqrt(max(0.0, here.sigma**2 - (ratio * there.sigma) ** 2))
                 noisy = ratio * arrived + deviation * run.noise(noisy)
@@ -229,7 +209,7 @@ class TFG(GuidanceRule):
                 through = rho * _gradient(log_density(clean), noisy) if rho else torch.zeros_like(noisy)
             with torch.no_grad():
                 noise, clean = process.noise(noisy, prediction.detach(), timestep), clean.detach()
-                climbed = climb(log_density, clean, mu, self.iterations)
+                climbed = climb(log_density, clean, mu, settings.iterations)
                 arrived = there.alpha * climbed + there.sigma * noise
                 if rho:
                     arrived = arrived + through / ratio
@@ -243,11 +223,11 @@ class TFG(GuidanceRule):
             losses: Tensor = self.objective(model.decode(clean), int(timestep))
             return -losses
 
-        if not self.smoothing:
+        settings, run = self.settings, self._run
+        if run is None or not settings.smoothing:
             return log_density
-        assert self._run is not None
-        scale = self.smoothing * (sigma if self.smoothing_schedule == "decrease" else 1.0)
-        return smoothed(log_density, [scale * self._run.noise(like) for _ in range(self.samples)])
+        scale = settings.smoothing * (sigma if settings.smoothing_schedule == "decrease" else 1.0)
+        return smoothed(log_density, [scale * run.noise(like) for _ in range(settings.samples)])
 
 
 def strengths(alphas: Tensor, mean: float, schedule: Schedule) -> Tensor:
