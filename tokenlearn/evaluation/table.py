@@ -129,6 +129,7 @@ class Table:
         summary: figures for ``summary.json``.
         fit_summary: further figures after a fit.
         curves: name to (untouched, success) points at rising strength, shares in [0, 1].
+        notes: lines to print below the table, such as settings that its figures depend on.
         images: file stem to rows of images, each a caption and images (3, H, W) in [0, 1].
         records: the measurements that the table is made of.
     """
@@ -140,6 +141,7 @@ class Table:
     summary: dict[str, Figure]
     fit_summary: dict[str, Figure] = field(default_factory=dict)
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     images: dict[str, list[tuple[str, list[Tensor]]]] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
 
@@ -152,7 +154,7 @@ class Table:
         aligned = ["  ".join(entry.ljust(width) for entry, width in zip(line, widths, strict=True)) for line in lines]
         separator = "  " if all(column.bar for column in columns) else "\n"
         summary = separator.join(f"{name} {figure}" for name, figure in self.summary.items())
-        return "\n".join([f"{self.title}, with 95 % intervals", *aligned, summary])
+        return "\n".join([f"{self.title}, with 95 % intervals", *aligned, *self.notes, summary])
 
     def write(self, folder: Path) -> None:
         """Write ``table.csv`` and ``records.csv`` to a folder, each whole or not at all."""
