@@ -36,7 +36,7 @@ def doodl_table(
     for method in methods:
         columns.append(Column(name=method, kind="share", measure=share, method=method, interval=True, bar=True))
         columns += [
-            Column(name=f"{method}_{measure}", kind=kind, measure=measure, method=method)
+            Column(name=f"{method}_{measure}", kind=kind, measure=measure, method=method, interval=measure in kinds)
             for measure, kind in measures.items()
         ]
         if realism_distances:

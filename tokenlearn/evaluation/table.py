@@ -15,11 +15,14 @@ from torch import Tensor
 from tokenlearn.evaluation.records import Record, write_records
 from tokenlearn.files import atomic_write
 from tokenlearn.metrics.class_accuracy import wilson_interval
+from tokenlearn.metrics.intervals import bootstrap_interval
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-Kind = Literal["share", "score", "distance", "similarity", "correlation", "decibels", "seconds", "count", "loss"]
+Kind = Literal[
+    "share", "difference", "score", "distance", "similarity", "correlation", "decibels", "seconds", "count", "loss"
+]
 """What a figure is, which decides how it is computed from records and printed."""
 
 
@@ -28,8 +31,8 @@ class Figure:
     """A number with its kind; ``str()`` gives it as people read it.
 
     Attributes:
-        value: shares in [0, 1].
-        kind: shares are printed per cent.
+        value: shares in [0, 1], and differences of shares.
+        kind: shares and differences are printed per cent.
     """
 
     value: float
@@ -38,6 +41,8 @@ class Figure:
     def __str__(self) -> str:
         if self.kind == "share":
             return f"{self.value:.1%}"
+        if self.kind == "difference":
+            return f"{self.value:+.1%}"
         return f"{self.value:.6g}" if self.kind == "count" else f"{self.value:.3g}"
 
 
@@ -53,7 +58,7 @@ class Column:
         side: side of the records; None for all.
         strength: strength of the records.
         label: label of the records; None for all.
-        interval: whether a share comes with its 95 % interval and the number of images.
+        interval: whether a figure comes with its 95 % interval, of a mean by the bootstrap, and the number of images.
         bar: whether the figure of the table shows the share.
         printed: whether the printed table has the column.
     """
@@ -85,8 +90,13 @@ class Column:
         """Entry of the printed table."""
         if cell is None or cell.value is None:
             return "-"
-        interval = f" [{cell.low:.0%}, {cell.high:.0%}]" if self.bar else ""
-        return f"{Figure(cell.value, self.kind)}{interval}"
+        figure = Figure(cell.value, self.kind)
+        if cell.low is None or cell.high is None or not (self.bar or self.kind == "difference"):
+            return str(figure)
+        if self.kind in ("share", "difference"):
+            sign = "+" if self.kind == "difference" else ""
+            return f"{figure} [{cell.low:{sign}.0%}, {cell.high:{sign}.0%}]"
+        return f"{figure} [{Figure(cell.low, self.kind)}, {Figure(cell.high, self.kind)}]"
 
 
 class Cell(NamedTuple):
@@ -94,7 +104,7 @@ class Cell(NamedTuple):
 
     Attributes:
         value: None where nothing was measured.
-        low: lower end of the 95 % interval of a share.
+        low: lower end of the 95 % interval.
         high: upper end.
         images: number of measurements.
     """
@@ -168,11 +178,12 @@ class Table:
 
 
 class _Groups(NamedTuple):
-    """Records of a column by item and side: (items, sides) float32 sums, numbers and means."""
+    """Records of a column by item and side: (items, sides) float32 sums, numbers and means; and all values."""
 
     sums: Tensor
     totals: Tensor
     means: Tensor
+    values: list[list[Tensor]]
 
     def counts(self) -> Tensor:
         """Sum and number (items, 2) over all sides."""
@@ -214,7 +225,11 @@ class Pivot:
         if self.columns[column].kind == "share" and images:
             return Cell(correct / images, *wilson_interval(correct, images), images)
         value = float(groups.means[place].nanmean())
-        return Cell(None if math.isnan(value) else value, None, None, images)
+        if math.isnan(value):
+            return Cell(None, None, None, images)
+        if not self.columns[column].interval:
+            return Cell(value, None, None, images)
+        return Cell(value, *bootstrap_interval([part for part in groups.values[place] if len(part)]), images)
 
     def figure(self, column: str) -> Figure:
         """Mean of a column; of shares over its items, else over its items' sides. NaN without any."""
@@ -256,7 +271,14 @@ def _grouped(records: Sequence[Record], items: Sequence[str], column: Column) ->
     sums = empty.index_put(place, values, accumulate=True)
     totals = empty.index_put(place, torch.ones_like(values), accumulate=True)
     strength = strengths[column.strength]
-    return _Groups(*(part[..., strength] for part in (sums, totals, sums / totals)))
+    item_of, side_of, strength_of = place
+    of_strength = strength_of == strength
+    apart = [
+        [values[of_strength & (item_of == item) & (side_of == side)] for side in range(max(1, len(sides)))]
+        for item in range(len(rows) if column.interval and column.kind != "share" else 0)
+    ]
+    sums, totals, means = (part[..., strength] for part in (sums, totals, sums / totals))
+    return _Groups(sums, totals, means, apart)
 
 
 T = TypeVar("T")

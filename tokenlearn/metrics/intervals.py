@@ -20,7 +20,7 @@ def bootstrap_interval(
     """Percentile bootstrap interval of the mean of the means of groups (Efron, 1979).
 
     Args:
-        groups: (N_g,) values of each group, such as the sides of an edit, which are resampled apart; at least one each.
+        groups: (N_g,) values, at least one, of each group, such as the sides of an edit. They are resampled apart.
         level: of the interval.
         resamples: number of resamples.
         seed: of the resamples, so that a table is the same again.
