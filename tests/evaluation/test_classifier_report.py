@@ -159,5 +159,5 @@ def test_real_images_are_the_first_of_each_class(files):
     ):
         with pytest.raises(UserError, match=words):
             RealImages(source=source, **options).of_classes(["wizard"], 16)
-    with pytest.raises(UserError, match="'queen'.*its classes are king, wizard"):
+    with pytest.raises(UserError, match=r"'queen'.*its classes are king, wizard"):
         RealImages(source=source, column="label").of_classes(["queen"], 16)

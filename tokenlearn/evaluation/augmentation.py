@@ -220,7 +220,7 @@ class AugmentationEvaluation(Evaluation[Generate]):
         super().on_test_start()
         if self.trainer.world_size > 1:
             raise UserError(
-                f"the classifiers are trained on one device, and trainer.devices is {self.trainer.world_size}; set it to 1"
+                f"classifiers are trained on one device, and trainer.devices is {self.trainer.world_size}; set it to 1"
             )
         check_tokens(list(self.prompts.values()), self.task.learned_placeholders)
         self.generated_pixels, self.generated_labels = [], []
@@ -228,8 +228,8 @@ class AugmentationEvaluation(Evaluation[Generate]):
         for name, pixels in self.real_pixels.items():
             if len(pixels) < self.held_out + max(self.numbers):
                 raise UserError(
-                    f"class '{name}' has {len(pixels)} real images and needs {self.held_out + max(self.numbers)}; give "
-                    "a larger model.real.source, or lower model.held_out"
+                    f"class '{name}' has {len(pixels)} real images and needs {self.held_out + max(self.numbers)}; "
+                    "give a larger model.real.source, or lower model.held_out"
                 )
 
     def test_dataloader(self) -> EvaluationBatches[tuple[int, int], list[tuple[int, int]]]:
