@@ -187,6 +187,7 @@ class TFG(GuidanceRule):
         if self._run is None:
             raise UserError("TFG needs a solver that tells the next noise level; set sampling.solver to DDIM")
         run, settings = self._run, self.settings
+        self.objective.to(latents.device)
         here, there = run.level(step), run.level(step + 1)
         rho = float(strengths(run.alphas, settings.rho, settings.rho_schedule)[step])
         mu = float(strengths(run.alphas, settings.mu, settings.mu_schedule)[step])
