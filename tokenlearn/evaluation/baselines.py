@@ -31,11 +31,16 @@ class _Best:
             raise UserError(
                 f"the loss of candidate {self._tried} is {losses.tolist()}; set trainer.precision to 32-true"
             )
-        better, images = (losses < self.losses)[:, None, None, None], images.clamp(0, 1)
-        self.images = torch.where(better, images, self.images) if self._tried else images
-        self.latents = torch.where(better, latents, self.latents)
+        better, images = losses < self.losses, images.clamp(0, 1)
+        self.images = torch.where(_rows(better, images), images, self.images) if self._tried else images
+        self.latents = torch.where(_rows(better, latents), latents, self.latents)
         self.losses = losses.minimum(self.losses)
         self._tried += 1
+
+
+def _rows(chosen: Tensor, like: Tensor) -> Tensor:
+    """Truth values (B,) in a shape that broadcasts over images, latents or pairs of latents."""
+    return chosen.reshape(-1, *[1] * (like.ndim - 1))
 
 
 @torch.no_grad()
