@@ -201,13 +201,15 @@ def test_composable_diffusion_has_the_concepts_and_scales_of_semantic_guidance()
 
 def test_variants_are_rows_over_all_attributes(make):
     weak = SegaVariant(name="too weak", add=ConceptSettings(scale=0.5, warmup_steps=1), remove=EARLY)
-    table = table_of(make(variants=[SegaVariant(name="same", add=EARLY), weak]))
+    nothing = ConceptSettings(scale=4.0, threshold=None, warmup_steps=0, momentum_scale=0)
+    table = table_of(make(variants=[SegaVariant(name="same", add=EARLY), weak, SegaVariant(name="none", add=nothing)]))
     same, other = row(table, "variant: same"), row(table, "variant: too weak")
     # Of four seeds two lack each of the first two labels and all lack the third.
     assert [same["add"], same["add_images"], same["remove"], same["remove_images"]] == [1, 8, 1, 4]
     assert [other["add"], other["remove"]] == [0, 1]
     assert same["untouched_kept"] < 1  # a hat never comes without a smile
     assert summary(table)["variant_too_weak_remove"] == 1
+    assert row(table, "variant: none")["add"] == 1
     assert summary(table)["add_success"] == 1
     with pytest.raises(UserError, match=r"variants repeats a name: too weak, too weak"):
         make(variants=[weak, weak])

@@ -24,7 +24,6 @@ from tokenlearn.evaluation.sega_methods import (
     concept_edit,
     edit_requests,
     semantic_edit,
-    variant_edit,
     variant_item,
 )
 from tokenlearn.evaluation.sega_settings import (
@@ -252,7 +251,7 @@ class SegaEvaluation(Evaluation[Generate]):
             for side in sides:
                 rows = before[:, number] == (side == "remove")
                 if chosen := _chosen(seeds, rows):
-                    request = self._guided(self.prompt, [variant_edit(words, side, variant)])
+                    request = self._guided(self.prompt, [semantic_edit(words, side, variant)])
                     item = variant_item(variant.name)
                     self._record_edit(
                         self.generate(request, chosen),

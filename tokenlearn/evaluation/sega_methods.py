@@ -93,13 +93,8 @@ def composable_rule(edit: SemanticEdit, guidance_scale: float, methods: SegaMeth
     return ComposableGuidance(scales, [term.prompt for term in terms])
 
 
-def variant_edit(words: AttributeWords, side: Side, variant: SegaVariant) -> SemanticEdit:
-    """The edit that adds or removes an attribute in a variant of semantic guidance."""
-    return semantic_edit(words, side, SegaMethods(add=variant.add, remove=variant.remove))
-
-
-def semantic_edit(words: AttributeWords, side: Side, methods: SegaMethods) -> SemanticEdit:
-    """The edit that adds or removes an attribute by semantic guidance."""
+def semantic_edit(words: AttributeWords, side: Side, methods: SegaMethods | SegaVariant) -> SemanticEdit:
+    """The edit that adds or removes an attribute by semantic guidance, or by a variant of it."""
     settings = methods.add if side == "add" else methods.remove or methods.add
     scale = words.scale if side == "add" else words.removal_scale
     if scale is not None:
