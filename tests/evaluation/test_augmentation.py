@@ -1,6 +1,7 @@
 import csv
 import json
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -77,6 +78,11 @@ def test_the_same_seed_begins_with_the_same_weights():
     weights = [name for name in first if name.endswith("conv1.weight")]
     assert all(torch.equal(first[name], same[name]) for name in weights)
     assert not any(torch.equal(first[name], other[name]) for name in weights)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 import csv
 import json
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -82,6 +83,11 @@ def test_the_table_names_biases_the_largest_first():
     assert table.summary["biased_attributes"].value == 2
     assert table.summary["mean_absolute_difference"].value == pytest.approx((0.5 + 0.025 + 0.75) / 3)
     assert "+50.0% [+20%, +70%]" in str(table)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
