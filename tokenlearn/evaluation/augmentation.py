@@ -313,7 +313,8 @@ def augmentation_table(records: Sequence[Record], numbers: Sequence[int]) -> Tab
         for method in (REAL, AUGMENTED)
     ]
     columns.append(Column(name="difference", kind="difference", measure="correct", interval=True))
-    rows, summary = [], {}
+    rows: list[Row] = []
+    summary: dict[str, Figure] = {}
     for number in numbers:
         real, augmented = (_by_run(records, str(number), method) for method in (REAL, AUGMENTED))
         tables = {REAL: real, AUGMENTED: augmented, "difference": augmented - real}

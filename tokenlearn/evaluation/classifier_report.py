@@ -218,10 +218,10 @@ class ClassifierReport(Evaluation[Generate]):
     def make_table(self, records: list[Record]) -> Table:
         """See :class:`Evaluation`: a row per class and attribute, and a note for each bias."""
         keys = [(name, attribute.name) for name in self.class_names for attribute in self.attributes]
-        lines = bias_report(
-            *(_counts([record for record in records if record.method == kind], keys) for kind in (GENERATED, REAL)),
-            self.level,
+        generated, real = (
+            _counts([record for record in records if record.method == kind], keys) for kind in (GENERATED, REAL)
         )
+        lines = bias_report(generated, real, self.level)
         table = bias_table(lines, judge=self.classifier.pretrained, level=self.level)
         images = dict(self.image_rows.rows())
         captions = [f"{name}: {kind}" for name in self.class_names for kind in (REAL, GENERATED)]
