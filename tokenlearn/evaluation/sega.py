@@ -116,7 +116,7 @@ class SegaEvaluation(Evaluation[Generate]):
                 f"{type(sampling.guidance).__name__}; the evaluation makes all rules itself"
             )
         self.of(Generate(backbone, embeddings=embeddings, sampling=sampling))
-        self.scale = float(sampling.guidance)
+        self.scale, self.steps = float(sampling.guidance), sampling.steps
         self.judge = TimmClassifier(judge) if isinstance(judge, str) else judge
         if len({variant.name for variant in variants}) < len(variants):
             raise UserError(f"model.variants repeats a name: {', '.join(variant.name for variant in variants)}")
@@ -364,7 +364,7 @@ class SegaEvaluation(Evaluation[Generate]):
             suppression=self.suppression,
             variants=[variant.name for variant in self.variants],
         )
-        table.notes.append(f"all by {self.task.pipeline.sampling.steps} steps at guidance {self.scale:g}")
+        table.notes.append(f"all by {self.steps} steps at guidance {self.scale:g}")
         if self.seeds.purpose == "choose":
             table.notes.append("on the seeds for choosing settings: not to be reported")
         table.images = {"edits": self.image_rows.rows()}
