@@ -22,7 +22,7 @@ class RealImages:
         source: images, see :func:`tokenlearn.data.image_source.open_images`, such as ``portraits:2000:7``.
         column: column of the class: its name, or an index of a named class.
         images: images of each class, the first of them.
-        least: fewest images of a class with which a comparison makes sense.
+        fewest: fewest images of a class with which a comparison makes sense.
 
     Raises:
         UserError: if a number is out of range.
@@ -31,10 +31,10 @@ class RealImages:
     source: str
     column: str
     images: int = 100
-    least: int = 2
+    fewest: int = 2
 
     def __post_init__(self) -> None:
-        check_at_least("model.real", 1, images=self.images, least=self.least)
+        check_at_least("model.real", 1, images=self.images, fewest=self.fewest)
 
     def of_classes(self, classes: Sequence[str], size: int) -> dict[str, Tensor]:
         """Class to its images (N, size, size, 3) uint8.
@@ -54,10 +54,10 @@ class RealImages:
             if name in places and len(places[name]) < self.images:
                 places[name].append(place)
         for name, found in places.items():
-            if len(found) < max(1, self.least):
+            if len(found) < self.fewest:
                 known = f"; its classes are {', '.join(named)}" if named is not None and name not in named else ""
                 raise UserError(
-                    f"'{self.source}' has {len(found)} images of class '{name}' and at least {self.least} are needed; "
+                    f"'{self.source}' has {len(found)} images of class '{name}' and at least {self.fewest} are needed; "
                     f"give a larger model.real.source, or leave the class out{known}"
                 )
         return {
