@@ -57,8 +57,8 @@ class RealImages:
             if len(found) < self.fewest:
                 known = f"; its classes are {', '.join(named)}" if named is not None and name not in named else ""
                 raise UserError(
-                    f"'{self.source}' has {len(found)} images of class '{name}' and at least {self.fewest} are needed; "
-                    f"give a larger model.real.source, or leave the class out{known}"
+                    f"'{self.source}' has {len(found)} images of class '{name}', and {self.fewest} are needed; give "
+                    f"a larger model.real.source, or leave the class out{known}"
                 )
         return {
             name: torch.stack([square_pixels(read_image(dataset[place]["image"]), size) for place in found])
