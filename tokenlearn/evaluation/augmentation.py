@@ -341,9 +341,5 @@ def _by_run(records: Sequence[Record], item: str, method: str) -> Tensor:
     for record in records:
         if (record.item, record.method) == (item, method):
             runs.setdefault(record.side, {})[record.seed] = record.value
-    return torch.tensor(
-        [
-            list(dict(sorted(values.items(), key=lambda pair: str(pair[0]))).values())
-            for _, values in sorted(runs.items())
-        ]
-    )
+    tables = [[value for _, value in sorted(runs[run].items(), key=lambda pair: str(pair[0]))] for run in sorted(runs)]
+    return torch.tensor(tables, dtype=torch.float32)
