@@ -30,11 +30,13 @@ if TYPE_CHECKING:
     from tokenlearn.generation import Generate as Generate
     from tokenlearn.generation import Sega as Sega
     from tokenlearn.guidance import SEGA as SEGA
+    from tokenlearn.guidance import TFG as TFG
     from tokenlearn.guidance import ClassifierFreeGuidance as ClassifierFreeGuidance
     from tokenlearn.guidance import ClassifierGuidance as ClassifierGuidance
     from tokenlearn.guidance import ComposableGuidance as ComposableGuidance
     from tokenlearn.guidance import SafeGuidance as SafeGuidance
     from tokenlearn.guidance import SemanticEdit as SemanticEdit
+    from tokenlearn.guidance import TFGSettings as TFGSettings
     from tokenlearn.image_functions import optimise_latents as optimise_latents
     from tokenlearn.learning import evaluate as evaluate
     from tokenlearn.learning import learn as learn
@@ -70,7 +72,8 @@ _NAMES = {
     "editing": "Editing",
     "errors": "UserError",
     "generation": "Doodl Edit Generate Sega",
-    "guidance": "SEGA ClassifierFreeGuidance ClassifierGuidance ComposableGuidance SafeGuidance SemanticEdit",
+    "guidance": "SEGA TFG ClassifierFreeGuidance ClassifierGuidance ComposableGuidance SafeGuidance SemanticEdit "
+    "TFGSettings",
     "image_functions": "optimise_latents",
     "learning": "evaluate learn",
     "losses": "CasoObjective Crops",

@@ -303,9 +303,11 @@ class Pipeline:
 
         ``rule`` is as in :meth:`guided_model`, the other arguments as in :meth:`sample_latents`.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and gradient is not None):
+        differentiated = torch.is_grad_enabled() and gradient is not None
+        # Guidance by an objective takes gradients of its own, which nothing made in inference mode can have.
+        with torch.inference_mode(False), torch.set_grad_enabled(differentiated):
             model = self.guided_model(self.encode(prompts), rule)
-        return self.sample_latents(seeds, model, gradient=gradient, steps=steps, solver=solver)
+            return self.sample_latents(seeds, model, gradient=gradient, steps=steps, solver=solver)
 
     def generate(
         self,

@@ -1,5 +1,6 @@
 import csv
 import json
+from typing import get_args
 
 import lightning as L
 import pytest
@@ -10,10 +11,10 @@ from PIL import Image
 from tests.tiny_clip import tiny_clip
 from tokenlearn.diffusion.latent_optimisation import LatentOptimisation
 from tokenlearn.errors import UserError
-from tokenlearn.evaluation.doodl import DoodlEvaluation, Realism
-from tokenlearn.evaluation.doodl_cases import DoodlCase
+from tokenlearn.evaluation.doodl import DoodlEvaluation, DoodlMethod, Realism
+from tokenlearn.evaluation.doodl_cases import DoodlCase, LocalSearch
 from tokenlearn.generation import Doodl
-from tokenlearn.guidance import ClassifierGuidance, ComposableGuidance
+from tokenlearn.guidance import ClassifierGuidance, ComposableGuidance, TFGSettings
 from tokenlearn.main import main
 from tokenlearn.models import StableDiffusion
 from tokenlearn.objectives import ClassifierLoss, CLIPTextLoss, SymmetryLoss
@@ -124,11 +125,66 @@ def test_network_evaluations_are_counted_by_rows(make):
     # Four images of three steps and two of two, each with two prompts; those two begin with a step of the same.
     plain = (4 * 2 * STEPS + 2 * 2 * STEPS) / 6
     assert found["none_evaluations"] == plain
-    assert found["one_step_evaluations"] == plain
-    assert found["best_of_evaluations"] == 2 * 2 * STEPS
+    assert found["one_step_evaluations"] == found["tfg_evaluations"] == plain
+    assert found["best_of_evaluations"] == found["search_evaluations"] == 2 * 2 * STEPS
     # An update evaluates the sampler twice, since it is recomputed on the way back.
     assert found["doodl_evaluations"] == pytest.approx(plain + UPDATES * 2 * (4 * 2 * STEPS + 2 * 2 * 2) / 6)
     assert found["doodl_seconds"] > 0
+
+
+def test_searches_cost_what_they_are_allowed(make, judge):
+    settings = TFGSettings(recurrence=2)
+    assert settings.cost == 6  # both recurrences, and a backward pass as two evaluations
+    compared = case("symmetric", ClassifierLoss(judge, "wizard"), candidates=13, tfg=settings)
+    found = row(table_of(make(compared, methods=["none", "best_of", "search", "tfg", "best_of_tfg"])), "symmetric")
+    plain = 2 * STEPS
+    assert found["none_cost"] == plain
+    assert found["tfg_cost"] == 6 * plain
+    assert found["best_of_cost"] == found["search_cost"] == 13 * plain
+    assert found["best_of_tfg_cost"] == 2 * 6 * plain
+    assert found["tfg_evaluations"] == 2 * plain
+    assert found["best_of_loss"] < found["none_loss"]
+
+
+def test_the_optimisation_costs_as_much_as_its_candidates(make, judge):
+    updates = 3
+    given = case(
+        "symmetric", ClassifierLoss(judge, "wizard"), candidates=None, optimisation=LatentOptimisation(updates)
+    )
+    found = row(table_of(make(given, methods=["none", "best_of", "doodl"])), "symmetric")
+    # The last image of the optimisation is sampled once more.
+    assert found["doodl_cost"] == found["best_of_cost"] + found["none_cost"]
+
+
+def test_the_text_of_the_objective_as_the_prompt(make, backbone, judge, tmp_path):
+    clip = str(tiny_clip(tmp_path / "clip"))
+    wizard, named = ClassifierLoss(judge, "wizard"), {"wizard": "a person", "pirate": "a man"}
+    texts = {"wizard": "a man with a hat", "pirate": "a king"}
+    described = case(
+        "texts", wizard, objective=[SymmetryLoss(), CLIPTextLoss(clip, texts)], prompts=[], for_each=named
+    )
+    table = table_of(make(described, case("none", wizard), methods=["none", "text_as_prompt"]))
+    prompts = [text for text in texts.values() for _ in SEEDS]
+    images = Pipeline(backbone, sampling=SAMPLING).generate(prompts, SEEDS * 2).clamp(0, 1)
+    scores = {
+        record.label: record.value
+        for record in table.records
+        if (record.method, record.measure, record.seed[-1]) == ("text_as_prompt", "loss", "5")
+    }
+    objective = SymmetryLoss() + CLIPTextLoss(clip, texts)
+    losses = objective(images, 0, [name for name in texts for _ in SEEDS])
+    assert [scores["wizard"], scores["pirate"]] == pytest.approx(losses[1::2].tolist(), rel=1e-4)
+    assert row(table, "none")["text_as_prompt"] is None  # its objective has no text
+
+
+def test_the_table_says_how_images_were_sampled(make, judge):
+    wizard = ClassifierLoss(judge, "wizard")
+    few = Sampling(steps=2, guidance=7.5, solver="DPMSolverMultistep")
+    table = table_of(make(case("three", wizard), case("two", wizard, sampling=few), methods=["none"]))
+    assert row(table, "three")["sampling_steps"] == 3
+    assert row(table, "two")["guidance_scale"] == 7.5
+    assert "three: 3 steps of DDIM at guidance 3" in str(table)
+    assert "two: 2 steps of DPMSolverMultistep at guidance 7.5" in str(table)
 
 
 def test_evaluations_are_not_counted_after_the_test(make, backbone):
@@ -173,7 +229,8 @@ def test_photos_are_inverted_without_best_of(make, judge, tmp_path):
         "photos", ClassifierLoss(judge, "wizard"), prompts=[], images=str(tmp_path), sampling=Sampling(steps=3)
     )
     found = row(table_of(make(photos)), "photos")
-    assert [found[f"{method}_images"] for method in ("none", "one_step", "best_of", "doodl")] == [2, 2, 0, 2]
+    counts = {method: found[f"{method}_images"] for method in get_args(DoodlMethod)}
+    assert counts == dict.fromkeys(counts, 0) | {"none": 2, "one_step": 2, "doodl": 2}
     assert found["doodl_loss"] < found["none_loss"]
 
 
@@ -233,6 +290,12 @@ def test_impossible_cases_are_refused(options, words, judge):
         case("r", ClassifierLoss(judge, "wizard"), **options)
 
 
+@pytest.mark.parametrize("options", [{"random_share": 0.0}, {"random_share": 1.5}, {"angle": 0.0}, {"angle": 2.0}])
+def test_impossible_searches_are_refused(options):
+    with pytest.raises(UserError, match=f"search.{next(iter(options))}"):
+        LocalSearch(**options)
+
+
 def test_cases_that_cannot_be_optimised_are_refused(make, judge):
     wizard = ClassifierLoss(judge, "wizard")
     with pytest.raises(UserError, match=r"row 'r'.*from_timestep 600"):
@@ -283,7 +346,7 @@ def test_the_table_is_written_by_the_command(tiny_models, judge, tmp_path, capsy
     config.write_text(yaml.safe_dump(settings, sort_keys=False))
     main(["test", "--config", str(config)])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary.keys() == {f"wizards_{method}" for method in ("none", "one_step", "best_of", "doodl")}
+    assert summary.keys() == {f"wizards_{method}" for method in get_args(DoodlMethod) if method != "text_as_prompt"}
     with (tmp_path / "run" / "table.csv").open(newline="") as file:
         (cells,) = csv.DictReader(file)
     assert (cells["guidance"], cells["doodl_images"]) == ("wizards", "2")

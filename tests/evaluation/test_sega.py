@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 
 import lightning as L
@@ -9,12 +10,14 @@ import yaml
 from tests.tiny import tiny_classifier
 from tokenlearn.errors import UserError
 from tokenlearn.evaluation.sega import SegaEvaluation
+from tokenlearn.evaluation.sega_methods import edit_requests
 from tokenlearn.evaluation.sega_settings import (
     Arithmetic,
     AttributeWords,
     Monotonicity,
     Seeds,
     SegaMethods,
+    SegaVariant,
     Styles,
     Suppression,
 )
@@ -85,7 +88,7 @@ def make(tiny_models, judge):
             "prompt": "a portrait",
             "methods": SegaMethods(add=EARLY),
             "sampling": Sampling(steps=4),
-            "seeds": Seeds(first=0, number=8, compared=4),
+            "seeds": Seeds(first=0, number=8, compared=4, choosing=0),
             "styles": Styles(seeds=0),
             "monotonicity": NO_RANKS,
             "batch_size": 3,
@@ -179,6 +182,62 @@ def test_other_methods_are_counted_on_fewer_seeds_and_where_they_can(make):
     assert [smile["safe_add"], smile["safe_remove"], smile["safe_remove_images"]] == [None, 0, 2]
     assert not any(name.startswith("learned_tokens") for name in table.summary)
     assert {"plain_seconds", "seconds", "prompt_editing_seconds", "safe_seconds"} <= table.summary.keys()
+
+
+def test_composable_diffusion_has_the_concepts_and_scales_of_semantic_guidance():
+    methods = SegaMethods(add=EARLY, remove=ConceptSettings(scale=3.0, warmup_steps=1))
+    words = AttributeWords(label="smile", concept="a smile", opposite="frown - smile", scale=6.0)
+    for side, scales, concepts in (("add", [7.5, 6], ["a smile"]), ("remove", [7.5, 3, -3], ["frown", "smile"])):
+        requests = edit_requests(words, side, prompt="p", guidance_scale=7.5, methods=methods)
+        rule = requests["composable"].rule
+        assert [float(scale) for scale in rule.scales] == scales
+        assert list(rule.concept_prompts) == concepts == list(requests["semantic guidance"].rule.concept_prompts)
+    without = AttributeWords(label="smile", concept="a smile", removal_scale=2.0)
+    for composable, scale in ((None, -2), (5.0, -5)):
+        given = SegaMethods(add=EARLY, composable_scale=composable)
+        rule = edit_requests(without, "remove", prompt="p", guidance_scale=7.5, methods=given)["composable"].rule
+        assert [float(scale) for scale in rule.scales] == [7.5, scale]
+
+
+def test_variants_are_rows_over_all_attributes(make):
+    weak = SegaVariant(name="too weak", add=ConceptSettings(scale=0.5, warmup_steps=1), remove=EARLY)
+    nothing = ConceptSettings(scale=4.0, threshold=None, warmup_steps=0, momentum_scale=0)
+    table = table_of(make(variants=[SegaVariant(name="same", add=EARLY), weak, SegaVariant(name="none", add=nothing)]))
+    same, other = row(table, "variant: same"), row(table, "variant: too weak")
+    # Of four seeds two lack each of the first two labels and all lack the third.
+    assert [same["add"], same["add_images"], same["remove"], same["remove_images"]] == [1, 8, 1, 4]
+    assert [other["add"], other["remove"]] == [0, 1]
+    assert same["untouched_kept"] < 1  # a hat never comes without a smile
+    assert summary(table)["variant_too_weak_remove"] == 1
+    assert row(table, "variant: none")["add"] == 1
+    assert summary(table)["add_success"] == 1
+    with pytest.raises(UserError, match=r"variants repeats a name: too weak, too weak"):
+        make(variants=[weak, weak])
+
+
+def test_composable_diffusion_is_not_called_semantic_guidance():
+    nothing = ConceptSettings(threshold=None, warmup_steps=0, momentum_scale=0)
+    for name in ("add", "remove"):
+        with pytest.raises(UserError, match=rf"methods\.{name}.*composable diffusion"):
+            SegaMethods(**({"add": EARLY} | {name: nothing}))
+    assert SegaVariant(name="none of them", add=nothing).add.is_composable
+    for changes in ({"threshold": 0.9}, {"warmup_steps": 1}, {"momentum_scale": 0.1}):
+        assert not dataclasses.replace(nothing, **changes).is_composable
+
+
+def test_settings_are_not_reported_on_the_seeds_that_chose_them(make):
+    with pytest.raises(UserError, match=r"seeds\.first 50 is one of the 100.*purpose to choose"):
+        Seeds(first=50)
+    with pytest.raises(UserError, match=r"seeds\.number 250 is more than the 100"):
+        Seeds(purpose="choose")
+    with pytest.raises(UserError, match=r"purpose.*'tune'"):
+        Seeds(purpose="tune")
+    chosen = table_of(make(seeds=Seeds(first=100, number=2, compared=1, purpose="choose")))
+    assert {record.seed for record in chosen.records} == {0, 1}
+    assert "not to be reported" in str(chosen)
+    reported = table_of(make(seeds=Seeds(first=100, number=2, compared=1)))
+    assert {record.seed for record in reported.records} == {100, 101}
+    assert "not to be reported" not in str(reported)
 
 
 def test_combinations_count_images_that_lack_all_of_them(make):

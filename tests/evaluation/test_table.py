@@ -5,7 +5,7 @@ import torch
 
 from tokenlearn.evaluation.records import Record
 from tokenlearn.evaluation.table import Cell, Column, Figure, Pivot
-from tokenlearn.metrics import wilson_interval
+from tokenlearn.metrics import bootstrap_interval, wilson_interval
 
 
 def record(item, side, value, *, method="ours", measure="success", strength=None, label="", seed=0):
@@ -24,6 +24,7 @@ def column(name, kind="share", measure="success", **options):
         (Figure(21.25, "decibels"), "21.2"),
         (Figure(12.3, "distance"), "12.3"),
         (Figure(1440, "count"), "1440"),
+        (Figure(-0.125, "difference"), "-12.5%"),
     ],
 )
 def test_the_kind_says_how_a_figure_is_printed(figure, text):
@@ -81,3 +82,19 @@ def test_means_add_up_in_float32_in_the_order_of_the_records():
         total = total + value
     records = [record("a", "", value, measure="loss") for value in values.tolist()]
     assert Pivot(records, ["a"], [column("l", "loss", "loss")]).cell("a", "l").value == float(total / 100)
+
+
+def test_means_have_an_interval_of_the_bootstrap():
+    values = [0.1, 0.4, 0.3, 0.9]
+    records = [record("smile", side, value) for side in ("add", "remove") for value in values]
+    records += [record("hat", "add", 2.0)]
+    pivot = Pivot(records, ["smile", "hat", "beard"], [column("score", "score", interval=True), column("no", "score")])
+    low, high = bootstrap_interval([torch.tensor(values)] * 2)
+    assert pivot.cell("smile", "score") == (pytest.approx(0.425), pytest.approx(low), pytest.approx(high), 8)
+    assert low < 0.425 < high
+    assert pivot.cell("hat", "score") == Cell(2, 2, 2, 1)
+    assert pivot.cell("beard", "score") == Cell(None, None, None, 0)
+    assert pivot.cell("smile", "no")[1:3] == (None, None)
+    shown = column("score", "score", bar=True)
+    assert shown.text(Cell(0.425, 0.2, 0.6666, 8)) == "0.425 [0.2, 0.667]"
+    assert column("gap", "difference").text(Cell(0.2, -0.01, 0.41, 8)) == "+20.0% [-1%, +41%]"

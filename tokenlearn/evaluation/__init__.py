@@ -8,8 +8,10 @@ import lightning as L
 
 from tokenlearn.errors import UserError
 from tokenlearn.evaluation.attribute_edits import AttributeEdits
+from tokenlearn.evaluation.augmentation import AugmentationEvaluation
 from tokenlearn.evaluation.base import Evaluation
 from tokenlearn.evaluation.class_accuracy import ClassTokenEvaluation
+from tokenlearn.evaluation.classifier_report import ClassifierReport
 from tokenlearn.evaluation.doodl import DoodlEvaluation
 from tokenlearn.evaluation.sega import SegaEvaluation
 from tokenlearn.evaluation.table import Table
@@ -17,7 +19,9 @@ from tokenlearn.token_task import TokenTask
 
 __all__ = [
     "AttributeEdits",
+    "AugmentationEvaluation",
     "ClassTokenEvaluation",
+    "ClassifierReport",
     "DoodlEvaluation",
     "Evaluation",
     "SegaEvaluation",

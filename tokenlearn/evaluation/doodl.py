@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from tokenlearn.data.sources import Item, items_below
 from tokenlearn.data.streams import EvaluationBatches
 from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.evaluation.base import Evaluation
-from tokenlearn.evaluation.baselines import best_of, one_step
+from tokenlearn.evaluation.baselines import best_of, best_of_guided, local_search
 from tokenlearn.evaluation.doodl_cases import CaseImage, DoodlCase, TargetedObjective
 from tokenlearn.evaluation.doodl_table import doodl_table
 from tokenlearn.evaluation.image_rows import ImageRows
@@ -26,6 +26,7 @@ from tokenlearn.evaluation.records import Record
 from tokenlearn.evaluation.table import Table
 from tokenlearn.generation.generate import Generate
 from tokenlearn.generation.results import file_stem
+from tokenlearn.guidance import TFG, ClassifierGuidance, GuidanceRule
 from tokenlearn.latent_optimiser import LatentOptimiser, Start, sampling_for
 from tokenlearn.losses.objective import Objective, as_objective
 from tokenlearn.metrics import KernelDistances, timed
@@ -34,8 +35,13 @@ from tokenlearn.objectives import require_judge_differs
 from tokenlearn.pipeline import Pipeline
 from tokenlearn.tokens import Embeddings
 
-DoodlMethod = Literal["none", "one_step", "best_of", "doodl"]
-"""Ways to make an image: no guidance, one-step classifier guidance, the best of several seeds, optimised latents."""
+DoodlMethod = Literal["none", "text_as_prompt", "one_step", "tfg", "best_of", "search", "best_of_tfg", "doodl"]
+"""Ways to make an image: no guidance; the text in the objective as the prompt; one-step classifier guidance;
+training-free guidance; and at the cost of the last the best of several seeds, the best of several seeds and of noise
+near the best, the best of several seeds under training-free guidance; and optimised latents."""
+
+_AT_EQUAL_COST = ("best_of", "search", "best_of_tfg")
+_RULES = ("one_step", "tfg", "best_of_tfg")
 
 _REFERENCE_BATCH = 64
 
@@ -70,7 +76,8 @@ class DoodlEvaluation(Evaluation[Generate]):
     Args:
         backbone: frozen diffusion model.
         cases: images, objectives and judges.
-        methods: compared methods; ``best_of`` is left out of cases whose first latents are not free.
+        methods: compared methods. ``text_as_prompt`` is left out of cases whose objective has no text, ``best_of`` and
+            ``search`` where the first latents are not free, training-free guidance where a reversible solver samples.
         realism: distance to real images, or null.
         embeddings: embedding files of learned tokens for the prompts.
         batch_size: generated images of a case at once.
@@ -87,7 +94,7 @@ class DoodlEvaluation(Evaluation[Generate]):
         backbone: DiffusionBackbone,
         cases: list[DoodlCase],
         *,
-        methods: list[DoodlMethod] = ["none", "one_step", "best_of", "doodl"],  # noqa: B006 - read only
+        methods: list[DoodlMethod] = list(get_args(DoodlMethod)),  # noqa: B006, B008 - read only
         realism: Realism | None = None,
         embeddings: Embeddings = [],  # noqa: B006 - read only
         batch_size: int = 4,
@@ -111,7 +118,7 @@ class DoodlEvaluation(Evaluation[Generate]):
         self.realism_judge = None if realism is None else TimmClassifier(realism.judge)
         self.realism_distances: KernelDistances | None = None
         self.rows_of_images = {row: ImageRows() for row in self.row_judges}
-        self._evaluations = 0
+        self._evaluations = self._differentiated = 0
         self._hook: RemovableHandle | None = None
 
     def _row_judges(self) -> dict[str, Objective]:
@@ -136,9 +143,10 @@ class DoodlEvaluation(Evaluation[Generate]):
             self._optimiser(number, case.targets)
         except UserError as error:
             raise UserError(f"in a case of row '{case.row}', {error}") from error
-        if "one_step" in self.methods and not isinstance(case.sampling.guidance, int | float):
+        rules = [method for method in self.methods if method in _RULES]
+        if rules and not isinstance(case.sampling.guidance, int | float):
             raise UserError(
-                f"method 'one_step' is itself a guidance rule, but a case of row '{case.row}' has sampling.guidance "
+                f"method '{rules[0]}' is itself a guidance rule, but a case of row '{case.row}' has sampling.guidance "
                 f"{type(case.sampling.guidance).__name__}; leave the method out, or set the guidance to a number"
             )
 
@@ -190,14 +198,22 @@ class DoodlEvaluation(Evaluation[Generate]):
             parts = [images] if images[0].image.image is None else [[image] for image in images]
             for part in parts:
                 for method in self.methods:
-                    if method != "best_of" or self.cases[case].chooses_latents:
+                    if self._suits(case, method):
                         self._measure(case, method, part)
+
+    def _suits(self, number: int, method: DoodlMethod) -> bool:
+        """Whether a method can make the images of a case."""
+        case = self.cases[number]
+        if method == "text_as_prompt":
+            return case.has_texts(self._objective(number))
+        free = case.chooses_latents or method not in _AT_EQUAL_COST
+        return free and (case.looks_ahead or method not in ("tfg", "best_of_tfg"))
 
     def _measure(self, number: int, method: DoodlMethod, batch: Sequence[CaseImage]) -> None:
         """Make images of a case by one method, and record their measures."""
         case, names = self.cases[number], [part.image.name for part in batch]
         targets = None if batch[0].target is None else [str(part.target) for part in batch]
-        self._evaluations = 0
+        self._evaluations = self._differentiated = 0
         # The Trainer's inference mode makes tensors that can never have a gradient.
         with torch.inference_mode(False), torch.no_grad():
             images, seconds = timed(partial(self._make, number, method, batch, targets), self.device)
@@ -208,6 +224,10 @@ class DoodlEvaluation(Evaluation[Generate]):
                 "loss": self._objective(number)(images, 0, targets),
                 "seconds": torch.full_like(scores, seconds / len(batch)),
                 "evaluations": torch.full_like(scores, self._evaluations / len(batch)),
+                # A backward pass costs as much as two evaluations.
+                "cost": torch.full_like(scores, (self._evaluations + 2 * self._differentiated) / len(batch)),
+                "sampling_steps": torch.full_like(scores, case.sampling.steps),
+                "guidance_scale": torch.full_like(scores, case.guidance_scale),
             }
             features = None if self.realism_judge is None else self.realism_judge.features(images)
         for row, (name, target) in enumerate(zip(names, targets or [""] * len(batch), strict=True)):
@@ -228,13 +248,25 @@ class DoodlEvaluation(Evaluation[Generate]):
             return optimiser.optimise(start, names=[part.image.name for part in batch]).after
         if method == "best_of":
             return best_of(optimiser, start, case.number_of_candidates)
+        if method == "search":
+            number_of_random = max(1, round(case.search.random_share * case.number_of_candidates))
+            return local_search(
+                optimiser, start, case.number_of_candidates, random=number_of_random, angle=case.search.angle
+            )
         if method == "none":
             return optimiser.generate(start, start.latents).clamp(0, 1)
+        if method == "text_as_prompt":
+            texts = [", ".join(self._objective(number).texts(part.target)) for part in batch]
+            described = optimiser.from_prompts(texts, [part.image.seed for part in batch])
+            return optimiser.generate(described, described.latents).clamp(0, 1)
         prompts = [case.source_prompt] if case.images is not None else [part.image.prompt for part in batch]
-        scale = 1.0 if case.images is not None else float(cast(float, case.sampling.guidance))
-        return one_step(
-            optimiser, start, self._pipeline(number).encode(prompts), scale=case.one_step_scale, guidance_scale=scale
+        rule: GuidanceRule = (
+            ClassifierGuidance(optimiser.objective, case.one_step_scale, case.guidance_scale)
+            if method == "one_step"
+            else TFG(optimiser.objective, case.tfg, case.guidance_scale)
         )
+        candidates = max(1, case.number_of_candidates // case.tfg.cost) if method == "best_of_tfg" else 1
+        return best_of_guided(optimiser, start, self._pipeline(number).encode(prompts), rule, candidates)
 
     def _start(self, number: int, optimiser: LatentOptimiser, batch: Sequence[CaseImage]) -> Start:
         """The first latents of images, all generated or all photos."""
@@ -262,7 +294,10 @@ class DoodlEvaluation(Evaluation[Generate]):
         return LatentOptimiser(self._pipeline(number), objective, case.optimisation, gradient=case.gradient)
 
     def _count_evaluations(self, module: nn.Module, inputs: tuple[Tensor, Tensor, Conditioning]) -> None:
-        self._evaluations += len(inputs[2])
+        latents, _, conditioning = inputs
+        self._evaluations += len(conditioning)
+        if torch.is_grad_enabled() and (latents.requires_grad or conditioning.requires_grad):
+            self._differentiated += len(conditioning)
 
     @torch.no_grad()
     def _reference_features(self, realism: Realism, judge: TimmClassifier) -> Tensor:
@@ -285,5 +320,8 @@ class DoodlEvaluation(Evaluation[Generate]):
             groups = [(row, method) for row in self.row_judges for method in self.methods]
             distances = dict(zip(groups, self.realism_distances.compute().reshape(-1).tolist(), strict=True))
         table = doodl_table(records, judges=self.row_judges, methods=self.methods, realism_distances=distances)
+        for row in self.row_judges:
+            sampled = dict.fromkeys(case.described_sampling() for case in self.cases if case.row == row)
+            table.notes.append(f"{row}: {'; '.join(sampled)}")
         table.images = {file_stem(row): images.rows() for row, images in self.rows_of_images.items()}
         return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -9,13 +10,36 @@ from typing import NamedTuple
 from torch import Tensor
 
 from tokenlearn.data.images_to_edit import EditableImage, FolderImages, GeneratedImages
-from tokenlearn.diffusion import Gradient
+from tokenlearn.diffusion import Gradient, ReversibleSolver
 from tokenlearn.diffusion.latent_optimisation import LatentOptimisation
 from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.evaluation.baselines import candidates_at_equal_cost
+from tokenlearn.guidance import TFGSettings
 from tokenlearn.losses.objective import Objective
 from tokenlearn.models import DiffusionBackbone
 from tokenlearn.pipeline import Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalSearch:
+    """Settings of the search around the best noise, see :func:`tokenlearn.evaluation.baselines.local_search`.
+
+    Attributes:
+        random_share: share of the candidates that are independent, in (0, 1]; the others are near the best of them.
+        angle: rotation of the best latents towards new noise, in radians.
+
+    Raises:
+        UserError: if a number is out of range.
+    """
+
+    random_share: float = 0.5
+    angle: float = 0.4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.random_share <= 1:
+            raise UserError(f"search.random_share must be above 0 and at most 1, got {self.random_share}")
+        if not 0 < self.angle <= math.pi / 2:
+            raise UserError(f"search.angle must be above 0 and at most pi / 2, got {self.angle}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,7 +62,10 @@ class DoodlCase:
         optimisation: settings of the optimisation.
         source_prompt: what photos show; empty for the unconditional model.
         one_step_scale: strength of one-step classifier guidance.
-        candidates: images that ``best_of`` chooses from; null for as many as cost what the optimisation costs.
+        tfg: strengths of training-free guidance.
+        search: settings of the search around the best noise.
+        candidates: images that ``best_of`` and ``search`` choose from; null for as many as cost what the optimisation
+            costs. ``best_of_tfg`` chooses from as many as cost the same.
 
     Raises:
         UserError: if there is not exactly one of prompts, for_each and images, or a number is out of range.
@@ -56,6 +83,8 @@ class DoodlCase:
     optimisation: LatentOptimisation = field(default_factory=LatentOptimisation)
     source_prompt: str = ""
     one_step_scale: float = 100.0
+    tfg: TFGSettings = field(default_factory=TFGSettings)
+    search: LocalSearch = field(default_factory=LocalSearch)
     candidates: int | None = None
 
     def __post_init__(self) -> None:
@@ -76,6 +105,32 @@ class DoodlCase:
     def chooses_latents(self) -> bool:
         """Whether the first latents are free, as ``best_of`` needs them."""
         return self.images is None and self.optimisation.from_timestep is None
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the solver is a scheduler, as training-free guidance needs it."""
+        return self.images is None and not isinstance(self.sampling.solver, ReversibleSolver)
+
+    def has_texts(self, objective: Objective) -> bool:
+        """Whether the objective of generated images says in words what it asks for."""
+        return self.images is None and any(objective.texts(next(iter(self.for_each), None)))
+
+    def described_sampling(self) -> str:
+        """Number of steps, solver and guidance, for people."""
+        sampling = self.sampling
+        solver = sampling.solver or ("EDICT" if self.images is not None else "DDIM")
+        name = solver if isinstance(solver, str) else type(solver).__name__
+        if not isinstance(sampling.guidance, int | float):
+            return f"{sampling.steps} steps of {name} under {type(sampling.guidance).__name__}"
+        return f"{sampling.steps} steps of {name} at guidance {self.guidance_scale:g}"
+
+    @property
+    def guidance_scale(self) -> float:
+        """Scale of classifier-free guidance; NaN for another rule. Photos are sampled without guidance."""
+        guidance = self.sampling.guidance
+        if not isinstance(guidance, int | float):
+            return math.nan
+        return 1.0 if self.images is not None else float(guidance)
 
     @property
     def targets(self) -> list[str] | None:

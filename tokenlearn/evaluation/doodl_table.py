@@ -9,7 +9,8 @@ from tokenlearn.evaluation.records import Record
 from tokenlearn.evaluation.table import Cell, Column, Figure, Kind, Pivot, Table
 from tokenlearn.losses.objective import Objective
 
-_COSTS: dict[str, Kind] = {"loss": "loss", "seconds": "seconds", "evaluations": "count"}
+_COSTS: dict[str, Kind] = {"loss": "loss", "seconds": "seconds", "evaluations": "count", "cost": "count"}
+_SETTINGS: dict[str, Kind] = {"sampling_steps": "count", "guidance_scale": "score"}
 
 
 def doodl_table(
@@ -35,11 +36,13 @@ def doodl_table(
     for method in methods:
         columns.append(Column(name=method, kind="share", measure=share, method=method, interval=True, bar=True))
         columns += [
-            Column(name=f"{method}_{measure}", kind=kind, measure=measure, method=method)
+            Column(name=f"{method}_{measure}", kind=kind, measure=measure, method=method, interval=measure in kinds)
             for measure, kind in measures.items()
         ]
         if realism_distances:
             columns.append(Column(name=_realism(method), kind="distance", measure="realism_distance", method=method))
+    everywhere = next((method for method in methods if method in ("none", "one_step", "doodl")), methods[0])
+    columns += [Column(name=name, kind=kind, measure=name, method=everywhere) for name, kind in _SETTINGS.items()]
     rows = Pivot(records, list(judges), columns).rows()
     for place, row in enumerate(rows):
         distances = {

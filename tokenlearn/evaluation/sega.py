@@ -18,11 +18,13 @@ from tokenlearn.evaluation.sega_methods import (
     PLAIN,
     SAFE,
     SEMANTIC,
+    VARIANT,
     Request,
     Side,
     concept_edit,
     edit_requests,
     semantic_edit,
+    variant_item,
 )
 from tokenlearn.evaluation.sega_settings import (
     Arithmetic,
@@ -30,6 +32,7 @@ from tokenlearn.evaluation.sega_settings import (
     Monotonicity,
     Seeds,
     SegaMethods,
+    SegaVariant,
     Styles,
     Suppression,
 )
@@ -65,6 +68,7 @@ class SegaEvaluation(Evaluation[Generate]):
         attributes: attributes of the judge and how each method asks for them.
         prompt: neutral prompt.
         methods: settings of the compared methods.
+        variants: semantic guidance with other settings, such as without momentum: a row each, over all attributes.
         combinations: attributes to change together, in images that need all of the changes. Each goes with its edit,
             or null for the edit that changes it alone; ``no smile`` asks for absence.
         styles: further prompts, to whose images attributes are added.
@@ -91,6 +95,7 @@ class SegaEvaluation(Evaluation[Generate]):
         *,
         prompt: str,
         methods: SegaMethods = SegaMethods(),  # noqa: B008 - frozen
+        variants: list[SegaVariant] = [],  # noqa: B006 - read only
         combinations: list[dict[str, SemanticEdit | None]] = [],  # noqa: B006 - read only; a list is what YAML shows
         styles: Styles = Styles(),  # noqa: B008 - frozen
         arithmetic: Arithmetic | None = None,
@@ -111,9 +116,11 @@ class SegaEvaluation(Evaluation[Generate]):
                 f"{type(sampling.guidance).__name__}; the evaluation makes all rules itself"
             )
         self.of(Generate(backbone, embeddings=embeddings, sampling=sampling))
-        self.scale = float(sampling.guidance)
+        self.scale, self.steps = float(sampling.guidance), sampling.steps
         self.judge = TimmClassifier(judge) if isinstance(judge, str) else judge
-        self.words, self.prompt, self.methods = attributes, prompt, methods
+        if len({variant.name for variant in variants}) < len(variants):
+            raise UserError(f"model.variants repeats a name: {', '.join(variant.name for variant in variants)}")
+        self.words, self.prompt, self.methods, self.variants = attributes, prompt, methods, variants
         self.attributes = resolve_attributes({words.label: None for words in attributes}, self.judge)
         self.combinations = {" + ".join(parts): self._parts(parts) for parts in combinations}
         self.styles, self.arithmetic, self.suppression = styles, arithmetic, suppression
@@ -140,7 +147,9 @@ class SegaEvaluation(Evaluation[Generate]):
     def _edits(self) -> list[SemanticEdit]:
         """Edits with the settings and the concepts of the whole evaluation."""
         methods, further = self.methods, self.monotonicity.edit
-        settings = [chosen for chosen in (methods.add, methods.remove, methods.tokens, further) if chosen is not None]
+        varied = [chosen for variant in self.variants for chosen in (variant.add, variant.remove)]
+        given = (methods.add, methods.remove, methods.tokens, further, *varied)
+        settings = [chosen for chosen in given if chosen is not None]
         edits = [concept_edit(words.concept, chosen) for words in self.words for chosen in settings]
         edits += [concept_edit(words.opposite, methods.add) for words in self.words if words.opposite is not None]
         if methods.tokens is not None:
@@ -174,12 +183,15 @@ class SegaEvaluation(Evaluation[Generate]):
     @torch.no_grad()
     def test_step(self, batch: list[int]) -> None:
         """Generate the images of a batch of seeds, plain and edited in all ways, and judge them."""
-        seeds = [self.seeds.first + index for index in batch]
+        seeds = [self.seeds[index] for index in batch]
         compared = [index < self.seeds.compared for index in batch]
         plain = self._generate_timed(PLAIN, self._plain(self.prompt), seeds)
         self.image_rows.add(PLAIN, plain)
         before = self.classes(plain)
-        self._measure_edits(seeds, before, torch.tensor(compared, device=before.device))
+        edited = torch.tensor(compared, device=before.device)
+        self._measure_edits(seeds, before, edited)
+        for variant in self.variants:
+            self._measure_variant(variant, _chosen(seeds, edited), before[edited])
         for name, parts in self.combinations.items():
             self._measure_combination(name, parts, seeds, before)
         ranked = torch.tensor([index < self.monotonicity.seeds for index in batch], device=before.device)
@@ -231,6 +243,25 @@ class SegaEvaluation(Evaluation[Generate]):
                     self._record_edit(edited, before[rows], chosen, number, method=method, item=item, side=side)
                     if method == SEMANTIC:
                         self.image_rows.add(self.attributes[number].class_names[side == "add"], edited)
+
+    def _measure_variant(self, variant: SegaVariant, seeds: Sequence[int], before: Tensor) -> None:
+        """Add and remove each attribute by a variant of semantic guidance."""
+        for number, words in enumerate(self.words):
+            sides: tuple[Side, ...] = ("add", "remove") if words.removable else ("add",)
+            for side in sides:
+                rows = before[:, number] == (side == "remove")
+                if chosen := _chosen(seeds, rows):
+                    request = self._guided(self.prompt, [semantic_edit(words, side, variant)])
+                    item = variant_item(variant.name)
+                    self._record_edit(
+                        self.generate(request, chosen),
+                        before[rows],
+                        chosen,
+                        number,
+                        method=VARIANT,
+                        item=item,
+                        side=side,
+                    )
 
     def _record_edit(
         self, edited: Tensor, before: Tensor, seeds: Sequence[int], number: int, *, method: str, item: str, side: Side
@@ -331,7 +362,11 @@ class SegaEvaluation(Evaluation[Generate]):
             styles=self.styles,
             arithmetic=self.arithmetic,
             suppression=self.suppression,
+            variants=[variant.name for variant in self.variants],
         )
+        table.notes.append(f"all by {self.steps} steps at guidance {self.scale:g}")
+        if self.seeds.purpose == "choose":
+            table.notes.append("on the seeds for choosing settings: not to be reported")
         table.images = {"edits": self.image_rows.rows()}
         return table
 

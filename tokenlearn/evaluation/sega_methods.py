@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal, NamedTuple
 
-from tokenlearn.evaluation.sega_settings import AttributeWords, SegaMethods
+from tokenlearn.evaluation.sega_settings import AttributeWords, SegaMethods, SegaVariant
 from tokenlearn.guidance import (
     SEGA,
     ClassifierFreeGuidance,
@@ -14,6 +15,7 @@ from tokenlearn.guidance import (
     GuidanceRule,
     SafeGuidance,
     SemanticEdit,
+    parse_concept,
 )
 
 Side = Literal["add", "remove"]
@@ -26,6 +28,15 @@ PLAIN, SEMANTIC, TOKENS, PROMPTS, COMPOSABLE, SAFE = METHODS = (
     "composable",
     "safe",
 )
+
+
+VARIANT = "variant"
+"""Method of the records of all variants, whose items tell them apart."""
+
+
+def variant_item(name: str) -> str:
+    """Row of a variant."""
+    return f"variant: {name}"
 
 
 class Request(NamedTuple):
@@ -58,15 +69,32 @@ def edit_requests(
     edited_prompt = words.prompt if adding else words.opposite_prompt
     if edited_prompt is not None:
         requests[PROMPTS] = Request(edited_prompt, ClassifierFreeGuidance(guidance_scale))
-    scales = [guidance_scale, methods.composable_scale if adding else -methods.composable_scale]
-    requests[COMPOSABLE] = Request(prompt, ComposableGuidance(scales, [words.concept]))
+    requests[COMPOSABLE] = Request(
+        prompt, composable_rule(semantic_edit(words, side, methods), guidance_scale, methods)
+    )
     if not adding:
         requests[SAFE] = Request(prompt, SafeGuidance(guidance_scale, methods.safety, words.concept))
     return requests
 
 
-def semantic_edit(words: AttributeWords, side: Side, methods: SegaMethods) -> SemanticEdit:
-    """The edit that adds or removes an attribute by semantic guidance."""
+def composable_rule(edit: SemanticEdit, guidance_scale: float, methods: SegaMethods) -> ComposableGuidance:
+    """Composable guidance by the terms of an edit, at its scale or at the scale of all.
+
+    Args:
+        edit: edit by semantic guidance.
+        guidance_scale: classifier-free guidance scale.
+        methods: settings of the methods.
+    """
+    scale = edit.scale
+    if methods.composable_scale is not None:
+        scale = math.copysign(methods.composable_scale, edit.scale)
+    terms = parse_concept(edit.concept)
+    scales = [guidance_scale, *(term.sign * scale for term in terms)]
+    return ComposableGuidance(scales, [term.prompt for term in terms])
+
+
+def semantic_edit(words: AttributeWords, side: Side, methods: SegaMethods | SegaVariant) -> SemanticEdit:
+    """The edit that adds or removes an attribute by semantic guidance, or by a variant of it."""
     settings = methods.add if side == "add" else methods.remove or methods.add
     scale = words.scale if side == "add" else words.removal_scale
     if scale is not None:

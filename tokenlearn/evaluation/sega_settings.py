@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.guidance import SAFETY_PRESETS, ConceptSettings, SafetySettings
@@ -48,15 +49,40 @@ class SegaMethods:
         add: how semantic guidance adds a concept.
         remove: how it removes one, at the negative of this scale; null for ``add``.
         tokens: how it adds learned tokens, and removes those without an opposite; null leaves learned tokens out.
-        composable_scale: guidance scale of a concept in composable diffusion.
+        composable_scale: guidance scale of all concepts in composable diffusion, which adds and removes the concepts
+            that semantic guidance does; null for each concept's scale in semantic guidance.
         safety: settings of safe latent diffusion, which removes only. Its presets are for 50 steps.
     """
 
     add: ConceptSettings = field(default_factory=ConceptSettings)
     remove: ConceptSettings | None = None
     tokens: ConceptSettings | None = None
-    composable_scale: float = 5.0
+    composable_scale: float | None = None
     safety: SafetySettings = SAFETY_PRESETS["strong"]
+
+    def __post_init__(self) -> None:
+        for name in ("add", "remove"):
+            settings: ConceptSettings | None = getattr(self, name)
+            if settings is not None and settings.is_composable:
+                raise UserError(
+                    f"methods.{name} has no threshold, no warm-up and no momentum, which is composable diffusion; set "
+                    "one of them, or compare it in variants"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegaVariant:
+    """Semantic guidance with other settings, for an ablation. Scales of single attributes are those of the attributes.
+
+    Attributes:
+        name: name of the row, such as ``no momentum``.
+        add: how a concept is added.
+        remove: how it is removed; null for ``add``.
+    """
+
+    name: str
+    add: ConceptSettings
+    remove: ConceptSettings | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,21 +90,41 @@ class Seeds:
     """Seeds of the evaluation.
 
     Attributes:
-        first: first seed. The settings of ``portraits/sega_test`` were chosen on seeds below 100.
+        first: first seed of reported figures.
         number: images of the neutral prompt.
-        compared: how many of them the other methods edit.
+        compared: how many of them the other methods and the variants edit.
+        choosing: how many seeds, from 0, are for choosing settings; no figure on them is reported.
+        purpose: ``report``, or ``choose`` for the seeds from 0 in place of those from ``first``.
 
     Raises:
-        UserError: if a number is out of range.
+        UserError: if a number is out of range, or settings would be reported on seeds that they were chosen on.
     """
 
     first: int = 100
     number: int = 250
     compared: int = 50
+    choosing: int = 100
+    purpose: Literal["report", "choose"] = "report"
 
     def __post_init__(self) -> None:
         check_at_least("model.seeds", 1, number=self.number)
-        check_at_least("model.seeds", 0, first=self.first, compared=self.compared)
+        check_at_least("model.seeds", 0, first=self.first, compared=self.compared, choosing=self.choosing)
+        if self.purpose not in ("report", "choose"):
+            raise UserError(f"model.seeds.purpose must be report or choose, got '{self.purpose}'")
+        if self.purpose == "report" and self.first < self.choosing:
+            raise UserError(
+                f"model.seeds.first {self.first} is one of the {self.choosing} seeds that settings are chosen on; set "
+                f"it to {self.choosing} or more, or model.seeds.purpose to choose"
+            )
+        if self.purpose == "choose" and self.number > self.choosing:
+            raise UserError(
+                f"model.seeds.number {self.number} is more than the {self.choosing} seeds for choosing; lower "
+                "it, or raise model.seeds.choosing"
+            )
+
+    def __getitem__(self, index: int) -> int:
+        """A seed by its number."""
+        return index + (self.first if self.purpose == "report" else 0)
 
 
 @dataclass(frozen=True, kw_only=True)

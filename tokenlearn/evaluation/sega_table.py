@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from tokenlearn.evaluation.records import Record
-from tokenlearn.evaluation.sega_methods import METHODS, PLAIN, SAFE, SEMANTIC
+from tokenlearn.evaluation.sega_methods import METHODS, PLAIN, SAFE, SEMANTIC, VARIANT, variant_item
 from tokenlearn.evaluation.sega_settings import Arithmetic, Styles, Suppression
 from tokenlearn.evaluation.table import Column, Figure, Pivot, Row, Table
 
@@ -22,6 +22,7 @@ def sega_table(
     styles: Styles,
     arithmetic: Arithmetic | None,
     suppression: Suppression | None,
+    variants: Sequence[str] = (),
 ) -> Table:
     """The table of :class:`tokenlearn.evaluation.sega.SegaEvaluation`.
 
@@ -33,6 +34,7 @@ def sega_table(
         styles: rows of further prompts.
         arithmetic: rows of images with and without the sum of concepts.
         suppression: rows of images with and without the unwanted concept.
+        variants: names of variants of semantic guidance; a row each, over all attributes.
     """
     measured = {record.method for record in records if record.measure == "success"}
     methods = [method for method in METHODS if method in measured]
@@ -62,6 +64,7 @@ def sega_table(
     rows = by_attribute.rows(column.name for column in columns)
     rows += _combinations(records, combinations, summary)
     rows += _styles(records, styles, summary)
+    rows += _variants(records, variants, summary)
     if arithmetic is not None:
         ways = {"arithmetic_plain": (PLAIN, "plain"), "arithmetic": (SEMANTIC, arithmetic.concept)}
         rows += _ways(records, "arithmetic", arithmetic.label, ways, summary, name=arithmetic.label)
@@ -126,6 +129,18 @@ def _styles(records: Sequence[Record], styles: Styles, summary: dict[str, Figure
         summary["styles_add_success"] = pivot.figure("add")
         summary["styles_untouched_kept"] = pivot.figure("untouched_kept")
     return pivot.rows(["add"])
+
+
+def _variants(records: Sequence[Record], names: Sequence[str], summary: dict[str, Figure]) -> list[Row]:
+    columns = [_share(side, "success", VARIANT, side=side) for side in _SIDES]
+    columns.append(Column(name="untouched_kept", kind="share", measure="kept", method=VARIANT))
+    pivot = Pivot(records, [variant_item(name) for name in names], columns)
+    rows = pivot.rows()
+    for name, row in zip(names, rows, strict=True):
+        for column in columns:
+            if (value := row.cells[column.name].value) is not None:
+                summary[f"variant_{name.replace(' ', '_')}_{column.name}"] = Figure(value, "share")
+    return rows
 
 
 def _ways(

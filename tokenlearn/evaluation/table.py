@@ -15,11 +15,14 @@ from torch import Tensor
 from tokenlearn.evaluation.records import Record, write_records
 from tokenlearn.files import atomic_write
 from tokenlearn.metrics.class_accuracy import wilson_interval
+from tokenlearn.metrics.intervals import bootstrap_interval
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-Kind = Literal["share", "score", "distance", "similarity", "correlation", "decibels", "seconds", "count", "loss"]
+Kind = Literal[
+    "share", "difference", "score", "distance", "similarity", "correlation", "decibels", "seconds", "count", "loss"
+]
 """What a figure is, which decides how it is computed from records and printed."""
 
 
@@ -28,8 +31,8 @@ class Figure:
     """A number with its kind; ``str()`` gives it as people read it.
 
     Attributes:
-        value: shares in [0, 1].
-        kind: shares are printed per cent.
+        value: shares in [0, 1], and differences of shares.
+        kind: shares and differences are printed per cent.
     """
 
     value: float
@@ -38,6 +41,8 @@ class Figure:
     def __str__(self) -> str:
         if self.kind == "share":
             return f"{self.value:.1%}"
+        if self.kind == "difference":
+            return f"{self.value:+.1%}"
         return f"{self.value:.6g}" if self.kind == "count" else f"{self.value:.3g}"
 
 
@@ -53,7 +58,7 @@ class Column:
         side: side of the records; None for all.
         strength: strength of the records.
         label: label of the records; None for all.
-        interval: whether a share comes with its 95 % interval and the number of images.
+        interval: whether a figure comes with its 95 % interval, of a mean by the bootstrap, and the number of images.
         bar: whether the figure of the table shows the share.
         printed: whether the printed table has the column.
     """
@@ -85,8 +90,13 @@ class Column:
         """Entry of the printed table."""
         if cell is None or cell.value is None:
             return "-"
-        interval = f" [{cell.low:.0%}, {cell.high:.0%}]" if self.bar else ""
-        return f"{Figure(cell.value, self.kind)}{interval}"
+        figure = Figure(cell.value, self.kind)
+        if cell.low is None or cell.high is None or not (self.bar or self.kind == "difference"):
+            return str(figure)
+        if self.kind in ("share", "difference"):
+            sign = "+" if self.kind == "difference" else ""
+            return f"{figure} [{cell.low:{sign}.0%}, {cell.high:{sign}.0%}]"
+        return f"{figure} [{Figure(cell.low, self.kind)}, {Figure(cell.high, self.kind)}]"
 
 
 class Cell(NamedTuple):
@@ -94,7 +104,7 @@ class Cell(NamedTuple):
 
     Attributes:
         value: None where nothing was measured.
-        low: lower end of the 95 % interval of a share.
+        low: lower end of the 95 % interval.
         high: upper end.
         images: number of measurements.
     """
@@ -129,6 +139,7 @@ class Table:
         summary: figures for ``summary.json``.
         fit_summary: further figures after a fit.
         curves: name to (untouched, success) points at rising strength, shares in [0, 1].
+        notes: lines to print below the table, such as settings that its figures depend on.
         images: file stem to rows of images, each a caption and images (3, H, W) in [0, 1].
         records: the measurements that the table is made of.
     """
@@ -140,6 +151,7 @@ class Table:
     summary: dict[str, Figure]
     fit_summary: dict[str, Figure] = field(default_factory=dict)
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     images: dict[str, list[tuple[str, list[Tensor]]]] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
 
@@ -152,7 +164,7 @@ class Table:
         aligned = ["  ".join(entry.ljust(width) for entry, width in zip(line, widths, strict=True)) for line in lines]
         separator = "  " if all(column.bar for column in columns) else "\n"
         summary = separator.join(f"{name} {figure}" for name, figure in self.summary.items())
-        return "\n".join([f"{self.title}, with 95 % intervals", *aligned, summary])
+        return "\n".join([f"{self.title}, with 95 % intervals", *aligned, *self.notes, summary])
 
     def write(self, folder: Path, settings: str | None = None) -> None:
         """Write ``table.csv`` and ``records.csv`` to a folder, each whole or not at all.
@@ -173,11 +185,12 @@ class Table:
 
 
 class _Groups(NamedTuple):
-    """Records of a column by item and side: (items, sides) float32 sums, numbers and means."""
+    """Records of a column by item and side: (items, sides) float32 sums, numbers and means; and all values."""
 
     sums: Tensor
     totals: Tensor
     means: Tensor
+    values: list[list[Tensor]]
 
     def counts(self) -> Tensor:
         """Sum and number (items, 2) over all sides."""
@@ -219,7 +232,11 @@ class Pivot:
         if self.columns[column].kind == "share" and images:
             return Cell(correct / images, *wilson_interval(correct, images), images)
         value = float(groups.means[place].nanmean())
-        return Cell(None if math.isnan(value) else value, None, None, images)
+        if math.isnan(value):
+            return Cell(None, None, None, images)
+        if not self.columns[column].interval:
+            return Cell(value, None, None, images)
+        return Cell(value, *bootstrap_interval([part for part in groups.values[place] if len(part)]), images)
 
     def figure(self, column: str) -> Figure:
         """Mean of a column; of shares over its items, else over its items' sides. NaN without any."""
@@ -261,7 +278,14 @@ def _grouped(records: Sequence[Record], items: Sequence[str], column: Column) ->
     sums = empty.index_put(place, values, accumulate=True)
     totals = empty.index_put(place, torch.ones_like(values), accumulate=True)
     strength = strengths[column.strength]
-    return _Groups(*(part[..., strength] for part in (sums, totals, sums / totals)))
+    item_of, side_of, strength_of = place
+    of_strength = strength_of == strength
+    apart = [
+        [values[of_strength & (item_of == item) & (side_of == side)] for side in range(max(1, len(sides)))]
+        for item in range(len(rows) if column.interval and column.kind != "share" else 0)
+    ]
+    sums, totals, means = (part[..., strength] for part in (sums, totals, sums / totals))
+    return _Groups(sums, totals, means, apart)
 
 
 T = TypeVar("T")

@@ -1,6 +1,6 @@
 """Guidance rules: how several predictions become one."""
 
-from tokenlearn.guidance.base import GuidanceRule, require_differentiable
+from tokenlearn.guidance.base import GuidanceRule, Run, require_differentiable
 from tokenlearn.guidance.classifier import ClassifierGuidance
 from tokenlearn.guidance.classifier_free import ClassifierFreeGuidance, classifier_free_guidance
 from tokenlearn.guidance.composable import ComposableGuidance, composable_guidance
@@ -27,10 +27,12 @@ from tokenlearn.guidance.semantic import (
     update_momentum,
     with_momentum,
 )
+from tokenlearn.guidance.tfg import TFG, TFGSettings
 
 __all__ = [
     "SAFETY_PRESETS",
     "SEGA",
+    "TFG",
     "ClassifierFreeGuidance",
     "ClassifierGuidance",
     "ComposableGuidance",
@@ -39,10 +41,12 @@ __all__ = [
     "GuidanceRule",
     "GuidedModel",
     "RecordedGuidance",
+    "Run",
     "SafeGuidance",
     "SafetySettings",
     "SemanticEdit",
     "SemanticGuidance",
+    "TFGSettings",
     "check_tokens",
     "classifier_free_guidance",
     "composable_guidance",

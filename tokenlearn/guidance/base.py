@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Protocol, Self, TypeVar
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, Self, TypeVar
 
+import torch
 from torch import Tensor
 
 from tokenlearn.diffusion.process import Process
@@ -39,6 +41,49 @@ class Predictor(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), nominally in [0, 1], of clean latents (B, C, h, w)."""
+
+
+class Level(NamedTuple):
+    """A noise level ``z = alpha x0 + sigma e``."""
+
+    alpha: float
+    sigma: float
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run of the sampler, for rules that look ahead.
+
+    Attributes:
+        alphas: (N + 1,) factor of the image at the noise level of each of N steps, and where the last step ends.
+        sigmas: (N + 1,) factor of the noise.
+        generators: one for each sample, on the CPU, which are advanced; None where the sampler has none.
+    """
+
+    alphas: Tensor
+    sigmas: Tensor
+    generators: Sequence[torch.Generator] | None = None
+
+    @property
+    def ratios(self) -> Tensor:
+        """Noise ratios (N + 1,) ``sigma / alpha``."""
+        return self.sigmas / self.alphas
+
+    def level(self, step: int) -> Level:
+        """Noise level that a step begins at; that of N is the end."""
+        return Level(float(self.alphas[step]), float(self.sigmas[step]))
+
+    def noise(self, like: Tensor) -> Tensor:
+        """Standard normal noise (B, C, h, w) of each sample's generator, which no other sample changes.
+
+        Raises:
+            ValueError: if there are no generators, or not as many as samples.
+        """
+        if self.generators is None or len(self.generators) != len(like):
+            found = "no" if self.generators is None else len(self.generators)
+            raise ValueError(f"the sampler has {found} generators for {len(like)} samples")
+        drawn = [torch.randn(like.shape[1:], generator=generator) for generator in self.generators]
+        return torch.stack(drawn).to(like)
 
 
 class GuidanceRule(ABC):
@@ -101,6 +146,13 @@ class GuidanceRule(ABC):
             recompute: whether activations are computed again in the backward pass.
         """
         return self(model.predictions(latents, timestep, step, recompute), step)
+
+    def begin(self, run: Run) -> None:  # noqa: B027 - most rules look at one step at a time
+        """Take note of the run that follows; samplers with schedulers call it before their first step.
+
+        Args:
+            run: noise levels and generators of the run.
+        """
 
     def fresh(self) -> Self:
         """A copy of the rule for one run of the sampler, which shares the settings and no state."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenlearn.diffusion.process import Process
 from tokenlearn.diffusion.recomputation import recomputed
-from tokenlearn.guidance.base import GuidanceRule
+from tokenlearn.guidance.base import GuidanceRule, Run
 
 
 class ConditioningRows(Protocol):
@@ -85,6 +85,23 @@ class GuidedModel(Generic[C]):
         other = copy.copy(self)
         other.conditionings = conditionings
         return other
+
+    def begin(
+        self, timesteps: Tensor, end: Tensor | None = None, generators: Sequence[torch.Generator] | None = None
+    ) -> None:
+        """Tell the rule the run that follows.
+
+        Args:
+            timesteps: (N,) of the steps.
+            end: () noise level at which the last step ends; None for clean latents.
+            generators: one for each sample.
+        """
+        alphas, sigmas = self.process.alpha(timesteps).cpu(), self.process.sigma(timesteps).cpu()
+        last = (torch.ones(()), torch.zeros(())) if end is None else (self.process.alpha(end), self.process.sigma(end))
+        alphas, sigmas = (
+            torch.cat([levels, level.cpu().reshape(1)]) for levels, level in zip((alphas, sigmas), last, strict=True)
+        )
+        self.rule.begin(Run(alphas, sigmas, generators))
 
     def __call__(self, latents: Tensor, timestep: Tensor, step: int, recompute: bool = False) -> Tensor:
         """Guided prediction (B, C, h, w) of the process's kind.

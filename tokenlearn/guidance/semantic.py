@@ -205,6 +205,12 @@ class ConceptSettings:
         if not 0 <= self.weight < math.inf:
             raise UserError(f"weight must be a number of at least 0, got {self.weight}; a negative scale removes")
 
+    @property
+    def is_composable(self) -> bool:
+        """Whether nothing of semantic guidance is left, so that the concept is a term of composable guidance."""
+        always = self.warmup_steps == 0 and self.cooldown_step is None
+        return always and self.threshold is None and self.momentum_scale == 0
+
     def is_applied(self, step: int) -> bool:
         """Whether the concept acts at a step: after its warm-up and before its cool-down."""
         return self.warmup_steps <= step and (self.cooldown_step is None or step < self.cooldown_step)

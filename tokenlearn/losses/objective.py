@@ -202,6 +202,14 @@ class Objective(nn.Module, ABC):
         if self.uses_targets and targets is None:
             raise UserError(f"{type(self).__name__} has no target here; name the target in its settings")
 
+    def texts(self, target: str | None = None) -> Iterator[str]:
+        """Texts that say in words what the objective asks of an image; none unless it is made of words.
+
+        Args:
+            target: of the image.
+        """
+        yield from ()
+
     def models(self) -> Iterator[str]:
         """Names or folders of the models in the objective, for the check that a judge is another model."""
         if self.pretrained is not None:
@@ -301,6 +309,11 @@ class ObjectiveSum(Objective):
         """Refuse targets that a term does not know, see :meth:`Objective.check`."""
         for term in self:
             term.check(targets)
+
+    def texts(self, target: str | None = None) -> Iterator[str]:
+        """Texts of the terms, see :meth:`Objective.texts`."""
+        for term in self:
+            yield from term.texts(target)
 
     def models(self) -> Iterator[str]:
         """Names or folders of the terms' models."""

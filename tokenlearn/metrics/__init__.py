@@ -1,6 +1,14 @@
 """Metrics of images and classifiers."""
 
 from tokenlearn.metrics.class_accuracy import ClassAccuracy, wilson_interval
+from tokenlearn.metrics.diversity import coverage, pairwise_distance, relative_diversity
+from tokenlearn.metrics.intervals import (
+    bootstrap_interval,
+    holm_levels,
+    share_difference_interval,
+    share_difference_p_value,
+    two_way_bootstrap_interval,
+)
 from tokenlearn.metrics.kernel_distance import KernelDistances, kernel_distance
 from tokenlearn.metrics.neural_collapse import (
     CollapseStatistics,
@@ -19,13 +27,21 @@ __all__ = [
     "CollapseStatistics",
     "KernelDistances",
     "NeuralCollapse",
+    "bootstrap_interval",
+    "coverage",
     "equiangularity",
     "equinorm",
+    "holm_levels",
     "kernel_distance",
+    "pairwise_distance",
     "perceptual_distance",
     "rank_correlation",
+    "relative_diversity",
     "self_duality",
+    "share_difference_interval",
+    "share_difference_p_value",
     "timed",
+    "two_way_bootstrap_interval",
     "wilson_interval",
     "within_class_variability",
 ]

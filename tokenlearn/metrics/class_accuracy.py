@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 
-def wilson_interval(successes: int, total: int) -> tuple[float, float]:
-    """95 % confidence interval of a share, which also holds near 0 and 1 (Wilson, 1927).
+def wilson_interval(successes: int, total: int, level: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of a share, which also holds near 0 and 1 (Wilson, 1927).
 
     Args:
         successes: number of successes.
         total: number of trials.
+        level: share of samples whose interval holds the share.
 
     Returns:
         Lower and upper end in [0, 1]; (0, 1) without trials.
     """
     if total == 0:
         return 0.0, 1.0
-    z = 1.959964
+    z = NormalDist().inv_cdf((1 + level) / 2)
     share = successes / total
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))

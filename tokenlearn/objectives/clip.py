@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -121,9 +121,16 @@ class CLIPTextLoss(_CLIPLoss):
                 f"text of CLIPTextLoss has nothing for '{missing[0]}', only for {', '.join(self.text)}; add it"
             )
 
+    def texts(self, target: str | None = None) -> Iterator[str]:
+        """The text of a target, or the text of all."""
+        yield self._text(target) if target is not None and self.uses_targets else str(self.text)
+
+    def _text(self, target: str) -> str:
+        return self.text[target] if isinstance(self.text, dict) else self.text.replace(_TARGET, target)
+
     def _text_direction(self, target: str) -> Tensor:
         if target not in self._directions:
-            text = self.text[target] if isinstance(self.text, dict) else self.text.replace(_TARGET, target)
+            text = self._text(target)
             # A tensor of inference mode could not be used in a later step that needs gradients.
             with torch.inference_mode(False), torch.no_grad():
                 self._directions[target] = self.clip.text_features([text])[0]

@@ -29,6 +29,11 @@ class Model(Protocol):
     def has_memory(self) -> bool:
         """Whether a step depends on the steps before it."""
 
+    def begin(
+        self, timesteps: Tensor, end: Tensor | None = None, generators: Sequence[torch.Generator] | None = None
+    ) -> None:
+        """Take note of the steps (N,) that follow, and of where they end; None for clean latents."""
+
     def __call__(self, latents: Tensor, timestep: Tensor, step: int, recompute: bool = False) -> Tensor:
         """Prediction (B, C, h, w) of the process's kind at the step with an index.
 

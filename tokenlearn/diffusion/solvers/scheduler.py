@@ -85,6 +85,8 @@ class SchedulerSolver(Solver):
         scheduler = self._started(latents.device)
         timesteps = _timesteps_between(scheduler, from_timestep, to_timestep)
         total = len(timesteps)
+        end = None if to_timestep is None else torch.as_tensor(to_timestep, device=latents.device)
+        model.begin(timesteps, end, generators)
         differentiated = 0 if gradient is None else gradient.num_steps(total)
         recompute = gradient is not None and gradient.checkpointing and differentiated > 1
         detach_inputs = gradient is not None and gradient.detach_inputs
