@@ -86,7 +86,7 @@ def calibrate(
             edited = editor.edit(
                 inverted, edits, pipeline=pipeline, source=source, template=template, batch_size=batch_size
             )
-            found.append(torch.cat([judge.trunk_features(part) for part in edited.split(batch_size)]))
+            found.append(torch.cat([judge.trunk_features(part) for part in torch.split(edited, batch_size)]))
         return found
 
     def steps(of_images: Sequence[Tensor]) -> list[float]:

@@ -49,7 +49,7 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(function)
     except (NameError, TypeError):
-        hints = {}
+        hints: dict[str, Any] = {}
         for name, annotation in getattr(function, "__annotations__", {}).items():
             lone = types.SimpleNamespace(__annotations__={name: annotation})
             try:

@@ -42,9 +42,7 @@ class RunProgress(ProgressBar):
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:  # noqa: ANN401 - no argument is used
         """Count the steps, beside figures of the step; LearningCurve prints those of validations."""
-        figures = {
-            name: value for name, value in trainer.progress_bar_metrics.items() if not name.startswith("val/")
-        }
+        figures = {name: value for name, value in trainer.progress_bar_metrics.items() if not name.startswith("val/")}
         meter = self._meters[-1]
         meter.update(
             trainer.global_step - meter.done, ", ".join(f"{name} {value:.3g}" for name, value in figures.items())

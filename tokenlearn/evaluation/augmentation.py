@@ -286,7 +286,7 @@ class AugmentationEvaluation(Evaluation[Generate]):
     @torch.no_grad()
     def _predicted(self, classifier: SmallClassifier, pixels: Tensor) -> Tensor:
         """Class indices (N,) of images (N, H, W, 3) uint8."""
-        parts = [unit_range(list(part)).to(self.device) for part in pixels.split(256)]
+        parts = [unit_range(list(part)).to(self.device) for part in torch.split(pixels, 256)]
         return torch.cat([classifier(part).argmax(dim=1) for part in parts]).cpu()
 
     def make_table(self, records: list[Record]) -> Table:

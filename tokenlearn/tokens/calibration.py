@@ -75,10 +75,10 @@ class Calibration:
         try:
             content = json.loads(text)
             strengths, lengths = (tuple(map(float, content[name])) for name in ("strengths", "lengths"))
-            before, after = content.get("unevenness") or (None, None)
-            measured = None if before is None else (float(before), float(after))
+            before_after = content.get("unevenness")
+            measured = None if before_after is None else (float(before_after[0]), float(before_after[1]))
             found = cls(strengths, lengths, float(content["bound"]), measured)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise UserError(
                 f"'{source}' has a calibration that cannot be read ({error}); calibrate it again"
             ) from None

@@ -165,7 +165,7 @@ def direction(
 
 def parts_of(vector: Tensor, pipeline: Pipeline) -> list[Tensor]:
     """A vector (D,) as one of (1, width) for each encoder."""
-    return list(vector[None].split(list(pipeline.backbone.output_widths), dim=1))
+    return list(torch.split(vector[None], list(pipeline.backbone.output_widths), dim=1))
 
 
 def direction_metadata(found: Direction, pipeline: Pipeline) -> dict[str, str]:
@@ -215,9 +215,10 @@ class PairTemplates:
         Raises:
             UserError: if there is no prompt for either side, or a prompt is not written in the first template.
         """
-        opposites = list(dict.fromkeys(prompts[other] for other in others if other in prompts)) or [self.neutral]
+        named = list(dict.fromkeys(prompts[other] for other in others if other in prompts))
+        opposites = named or [text for text in [self.neutral] if text is not None]
         shown = prompts.get(class_name, self.neutral)
-        if shown is None or None in opposites or shown in opposites:
+        if shown is None or not opposites or shown in opposites:
             raise UserError(
                 f"a direction for class '{class_name}' needs a prompt for it or for {', '.join(others)}, and "
                 f"directions.neutral for the other side; prompts are given for {', '.join(prompts) or 'none'}"

@@ -170,7 +170,7 @@ class DiffusionBackbone(FrozenModule, ABC):
             raise ValueError("tokens of the input space are not added to outputs")
         mask = torch.ones(length, sum(self.output_widths), device=self.device)
         if space == "output_content":
-            parts = mask.split(list(self.output_widths), dim=1)
+            parts = torch.split(mask, list(self.output_widths), dim=1)
             for tokenizer, part in zip(self.tokenizers, parts, strict=True):
                 if tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
                     part[0] = 0
