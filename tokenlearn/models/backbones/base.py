@@ -249,7 +249,8 @@ class DiffusionBackbone(FrozenModule, ABC):
 
         Args:
             solver: a scheduler's name, see :meth:`make_scheduler`; a reversible solver, such as :class:`EDICT`; or
-                None for the pipeline's scheduler.
+                None for the pipeline's scheduler. Where the pipeline's timesteps have the spacing ``linspace``,
+                reversible solvers take those of ``leading``.
             steps: sampling steps.
 
         Raises:
@@ -257,11 +258,12 @@ class DiffusionBackbone(FrozenModule, ABC):
         """
         if not isinstance(solver, ReversibleSolver):
             return SchedulerSolver(self.make_scheduler(solver, steps), steps)
-        config = self.make_scheduler("DDIM", steps).config
+        config = self.make_editing_solver(steps).scheduler.config
         if config.timestep_spacing != "leading":
             raise UserError(
                 f"solver {type(solver).__name__} needs the scheduler's timestep_spacing 'leading', not "
-                f"'{config.timestep_spacing}'; use a scheduler such as DDIM"
+                f"'{config.timestep_spacing}'; use a scheduler such as DDIM, and for edits the inversion ddim or "
+                "edit_friendly"
             )
         return GridSolver(
             solver,
@@ -271,12 +273,26 @@ class DiffusionBackbone(FrozenModule, ABC):
             set_alpha_to_one=config.set_alpha_to_one,
         )
 
+    def make_editing_solver(self, steps: int) -> SchedulerSolver:
+        """DDIM from the noise levels that :meth:`make_inverse_solver` reaches.
+
+        They are the pipeline's, or leading ones where its spacing is ``linspace``: steps of diffusers' DDIM are
+        ``N // steps`` timesteps long, which is not the distance of those levels, and its inverse does not know them.
+
+        Raises:
+            UserError: see :meth:`make_scheduler`.
+        """
+        scheduler = self.make_scheduler("DDIM", steps)
+        if scheduler.config.timestep_spacing == "linspace":
+            scheduler = type(scheduler).from_config(scheduler.config, timestep_spacing="leading")
+        return SchedulerSolver(scheduler, steps)
+
     def make_inverse_solver(self, steps: int) -> SchedulerSolver:
-        """DDIM's steps backwards, at the noise levels of DDIM with as many steps."""
+        """DDIM's steps backwards, at the noise levels of :meth:`make_editing_solver` with as many steps."""
         from diffusers import DDIMInverseScheduler
 
         inverse_class: Any = DDIMInverseScheduler
-        return SchedulerSolver(inverse_class.from_config(self.make_scheduler("DDIM", steps).config), steps)
+        return SchedulerSolver(inverse_class.from_config(self.make_editing_solver(steps).scheduler.config), steps)
 
     def initial_latents(
         self, seeds: Sequence[int | torch.Generator], height_width: tuple[int, int] | None = None
