@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from diffusers import DDIMScheduler
 from torch import nn
 

@@ -42,5 +42,5 @@ def test_weights_of_pure_noise(kind, weight):
 
 @pytest.mark.parametrize("gamma", [0.0, -1.0, float("inf"), float("nan")])
 def test_gamma_out_of_range(gamma):
-    with pytest.raises(UserError, match="gamma of MinSNR .* above 0"):
+    with pytest.raises(UserError, match=r"gamma of MinSNR .* above 0"):
         MinSNR(gamma)

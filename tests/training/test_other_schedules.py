@@ -64,10 +64,9 @@ def test_edits_in_one_step_where_no_image_is_left(backbone_with, faces, timestep
 
     noisy, at = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((2,), timestep)
     with torch.no_grad():
-        edited = task.editor.edits(noisy, at).edited([TOKENS[0], TOKENS[2]])
-        empty, prompted = (
-            backbone(noisy, at, task.pipeline.encode(prompts)).double() for prompts in (["", ""], [TOKENS[0], TOKENS[2]])
-        )
+        tokens = [TOKENS[0], TOKENS[2]]
+        edited = task.editor.edits(noisy, at).edited(tokens)
+        empty, prompted = (backbone(noisy, at, task.pipeline.encode(texts)).double() for texts in (["", ""], tokens))
     bar = ZERO_TERMINAL.alphas_cumprod[timestep].double()
     expected = bar.sqrt() * noisy - (1 - bar).sqrt() * (empty + 5 * (prompted - empty))
     torch.testing.assert_close(edited.double(), expected, rtol=1e-4, atol=1e-4)

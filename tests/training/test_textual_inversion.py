@@ -57,7 +57,7 @@ def token_of(prompt):
 
 
 def denoising_errors(task, images, samples):
-    """Squared errors of what the network predicts, written out one by one, with min-SNR weights if the task has any."""
+    """Squared errors of what the network predicts, written out one by one, with the task's weights."""
     backbone, errors = task.backbone, []
     alphas_cumprod = DDPMScheduler.from_config(backbone.make_scheduler().config).alphas_cumprod
     for latents, sample in zip(backbone.encode_images(images), samples, strict=True):

@@ -48,7 +48,7 @@ def velocity(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def x0_from_noise(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """``x0 = (z - sigma e) / alpha``; infinite or NaN where alpha is 0, at the last timestep of a zero-terminal schedule."""
+    """``x0 = (z - sigma e) / alpha``; not finite at alpha 0, the last timestep of a zero-terminal schedule."""
     return (latents - _per_sample(sigma, latents) * noise) / _per_sample(alpha, latents)
 
 
@@ -126,8 +126,8 @@ def target(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, kind: Kind) 
 def change_of_prediction(noise_change: Tensor, alpha: Tensor, sigma: Tensor, kind: Kind) -> Tensor:
     """Change of a prediction by a change of the noise in it, at fixed latents.
 
-    With ``x0 = (z - sigma e) / alpha``, a change ``d`` of ``e`` is ``-(sigma / alpha) d`` of x0, and ``d / alpha`` of a
-    velocity or a flow. Where alpha is 0 the latents are the noise, whatever the prediction, so nothing changes.
+    With ``x0 = (z - sigma e) / alpha``, a change ``d`` of ``e`` is ``-(sigma / alpha) d`` of x0, and ``d / alpha`` of
+    a velocity or a flow. Where alpha is 0 the latents are the noise, whatever the prediction, so nothing changes.
 
     Args:
         noise_change: (B, C, h, w) ``d``.
@@ -198,7 +198,7 @@ class Process(nn.Module, ABC):
         return self._converted(noise, latents, timestep, "noise", self.kind)
 
     def target(self, x0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """What the network should predict (B, C, h, w) for clean latents and noise (B, C, h, w), see :func:`target`."""
+        """What the network should predict for clean latents and noise (B, C, h, w), of their shape."""
         return target(x0, noise, self.alpha(timestep), self.sigma(timestep), self.kind)
 
     def change_of_prediction(self, noise_change: Tensor, timestep: Tensor) -> Tensor:

@@ -52,9 +52,9 @@ class TextualInversion(TokenTraining):
 
     with what the network predicts in place of the noise e: the velocity or the flow of models that predict these.
     Compared as noise, their errors would count alpha_t^2 times, and hardly at all where there is much noise. The
-    expectation is over images x0 of the class and prompts y with its token, whose vectors v are all that is learned. Each sample is
-    for one class of its image, chosen at random among the known ones. The random numbers of a sample depend on its
-    position in the training only, not on the number of processes.
+    expectation is over images x0 of the class and prompts y with its token, whose vectors v are all that is learned.
+    Each sample is for one class of its image, chosen at random among the known ones. The random numbers of a sample
+    depend on its position in the training only, not on the number of processes.
 
     Args:
         backbone: frozen diffusion model.
@@ -138,7 +138,8 @@ class TextualInversion(TokenTraining):
             UserError: if labels do not match, no image on any device has one, or the loss is not finite.
         """
         positions = self.sample_positions(len(batch.names))
-        errors, labelled = self.denoising_errors(batch, [np.random.default_rng([self.seed, place]) for place in positions])
+        rngs = [np.random.default_rng([self.seed, place]) for place in positions]
+        errors, labelled = self.denoising_errors(batch, rngs)
         count = self.trainer.strategy.reduce(labelled.sum(), reduce_op="sum")
         if not count:
             raise UserError(
