@@ -7,6 +7,8 @@ from tokenlearn.metrics.neural_collapse import (
     NeuralCollapse,
     equiangularity,
     equinorm,
+    maximal_angle,
+    nearest_centre_disagreement,
     self_duality,
     within_class_variability,
 )
@@ -22,6 +24,8 @@ __all__ = [
     "equiangularity",
     "equinorm",
     "kernel_distance",
+    "maximal_angle",
+    "nearest_centre_disagreement",
     "perceptual_distance",
     "rank_correlation",
     "self_duality",
