@@ -258,7 +258,7 @@ class DiffusionBackbone(FrozenModule, ABC):
         """
         if not isinstance(solver, ReversibleSolver):
             return SchedulerSolver(self.make_scheduler(solver, steps), steps)
-        config = self.make_editing_solver(steps).scheduler.config
+        config = self._editing_scheduler(steps).config
         if config.timestep_spacing != "leading":
             raise UserError(
                 f"solver {type(solver).__name__} needs the scheduler's timestep_spacing 'leading', not "
@@ -282,17 +282,20 @@ class DiffusionBackbone(FrozenModule, ABC):
         Raises:
             UserError: see :meth:`make_scheduler`.
         """
-        scheduler = self.make_scheduler("DDIM", steps)
-        if scheduler.config.timestep_spacing == "linspace":
-            scheduler = type(scheduler).from_config(scheduler.config, timestep_spacing="leading")
-        return SchedulerSolver(scheduler, steps)
+        return SchedulerSolver(self._editing_scheduler(steps), steps)
 
     def make_inverse_solver(self, steps: int) -> SchedulerSolver:
         """DDIM's steps backwards, at the noise levels of :meth:`make_editing_solver` with as many steps."""
         from diffusers import DDIMInverseScheduler
 
         inverse_class: Any = DDIMInverseScheduler
-        return SchedulerSolver(inverse_class.from_config(self.make_editing_solver(steps).scheduler.config), steps)
+        return SchedulerSolver(inverse_class.from_config(self._editing_scheduler(steps).config), steps)
+
+    def _editing_scheduler(self, steps: int) -> Any:  # noqa: ANN401 - see make_scheduler
+        scheduler = self.make_scheduler("DDIM", steps)
+        if scheduler.config.timestep_spacing != "linspace":
+            return scheduler
+        return type(scheduler).from_config(scheduler.config, timestep_spacing="leading")
 
     def initial_latents(
         self, seeds: Sequence[int | torch.Generator], height_width: tuple[int, int] | None = None

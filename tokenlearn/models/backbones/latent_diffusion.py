@@ -161,4 +161,4 @@ class LatentDiffusion(DiffusionBackbone):
 def _slices(tensor: Tensor, pixels_per_side: int) -> Sequence[Tensor]:
     """Parts of a batch (B, C, h, w) that the VAE takes one after another; an element has so many pixels a side."""
     pixels = tensor.shape[-2] * tensor.shape[-1] * pixels_per_side**2
-    return tensor.split(max(1, _SLICE_PIXELS // pixels))
+    return torch.split(tensor, max(1, _SLICE_PIXELS // pixels))
