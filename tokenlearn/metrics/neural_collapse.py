@@ -204,7 +204,7 @@ class NeuralCollapse(Metric):
         features, labels = features[counted].double(), labels[counted]
         self.feature_sums.index_add_(0, labels, features)
         self.counts.index_add_(0, labels, torch.ones_like(labels, dtype=self.counts.dtype))
-        for label in labels.unique().tolist():
+        for label in set(labels.tolist()):
             of_class = features[labels == label]
             self.second_moments[label] += of_class.T @ of_class
 
