@@ -93,6 +93,9 @@ def test_images_are_read_with_their_names(pipe, files):
     folder = FolderImages(files[0].parent, 16, 2)
     for image, index in zip(read_images(files[0].parent, pipe.backbone), (0, 1), strict=True):
         assert torch.equal(image.image, folder[index].image)
+    larger = FolderImages(files[0].parent, 32, 2)
+    for image, index in zip(read_images(files[0].parent, pipe.backbone, (48, 32)), (0, 1), strict=True):
+        assert torch.equal(image.image, larger[index].image)
 
 
 def test_bad_uses(pipe, files):

@@ -199,6 +199,16 @@ def test_photos_are_inverted_exactly_and_optimised(backbone, options):
     assert found.images[0].size == found.before[0].size == (30, 20)
 
 
+@pytest.mark.parametrize("solver", [EDICT(), OBELM()], ids=str)
+def test_both_latents_of_a_pair_are_perturbed_alike(make, solver):
+    optimiser = make(solver=solver, steps=2, grad_scale=0.0, noise=0.3, renormalise=None)
+    start = optimiser.from_images(torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), [4, 5])
+    moved = optimiser.optimise(start).latents - start.latents
+    generators = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
+    noise = [torch.randn(2, 4, 8, 8, generator=generator).sum(dim=0) for generator in generators]
+    torch.testing.assert_close(moved, 0.3 * torch.stack(noise)[:, None].expand_as(moved), rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_step_zero_of_a_photo_is_the_autoencoder_of_it_unless_a_rule_guides(make, backbone):
     image = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(0))

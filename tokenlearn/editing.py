@@ -13,6 +13,7 @@ from tokenlearn.diffusion import (
     Inverted,
     ReversibleSolver,
     SchedulerSolver,
+    Solver,
     edit_friendly_noise,
     invert,
     sample,
@@ -90,8 +91,10 @@ class ImageEditor:
     def __init__(self, backbone: DiffusionBackbone, editing: Editing, *, setting: str = "editing") -> None:
         self.backbone, self.editing = backbone, editing
         inversion = editing.inversion
-        self.solver = backbone.make_solver(
-            inversion if isinstance(inversion, ReversibleSolver) else "DDIM", editing.steps
+        self.solver: Solver = (
+            backbone.make_solver(inversion, editing.steps)
+            if isinstance(inversion, ReversibleSolver)
+            else backbone.make_editing_solver(editing.steps)
         )
         self.solver.check_timestep(editing.timestep, f"{setting}.timestep")
 

@@ -94,7 +94,7 @@ def edit_images(
 
     with torch.no_grad():
         if images is not None:
-            for read in read_images(images, pipeline.backbone):
+            for read in read_images(images, pipeline.backbone, pipeline.sampling.size):
                 assert read.image is not None
                 add(pipeline.backbone.encode_images(read.image.to(pipeline.backbone.device)), read)
             return edited
@@ -181,7 +181,7 @@ def optimise_latents(
         result.history.extend(optimised.history)
 
     if images is not None:
-        for image in read_images(images, pipeline.backbone):
+        for image in read_images(images, pipeline.backbone, pipeline.sampling.size):
             assert image.image is not None
             add(optimiser.from_images(image.image, [image.seed], source_prompt), [image.name], image.size)
         return result
@@ -196,15 +196,22 @@ def optimise_latents(
     return result
 
 
-def read_images(images: ImageInput, backbone: DiffusionBackbone) -> list[EditableImage]:
+def read_images(
+    images: ImageInput, backbone: DiffusionBackbone, size: tuple[int, int] | None = None
+) -> list[EditableImage]:
     """Images at a size that a model takes, with their names and sizes.
+
+    Args:
+        images: images or their files.
+        backbone: the model.
+        size: (height, width), of which the smaller is their shorter side; None for the size the model was trained for.
 
     Raises:
         UserError: if an image cannot be read, or there is none.
     """
     from tokenlearn.data.images_to_edit import FolderImages
 
-    side = backbone.latent_size * backbone.vae_scale_factor
+    side = min(size or (backbone.latent_size * backbone.vae_scale_factor,))
     sources = [images] if isinstance(images, Image.Image | str | Path) else images
     folders = [FolderImages(source, side, backbone.vae_scale_factor) for source in sources]
     read = [folder[index] for folder in folders for index in range(len(folder.names))]

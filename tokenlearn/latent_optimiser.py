@@ -238,11 +238,14 @@ class LatentOptimiser:
         return rows
 
     def _perturbation(self, latents: Tensor, generators: Sequence[torch.Generator]) -> Tensor | None:
-        """Noise from a generator of each image, so that it does not depend on the rest of the batch."""
+        """Noise from a generator of each image, so that it does not depend on the rest of the batch.
+
+        (B, C, h, w), or (B, 1, C, h, w) for both of each pair.
+        """
         if not self.settings.noise:
             return None
-        noise = [torch.randn(latents.shape[1:], generator=generator) for generator in generators]
-        return self.settings.noise * torch.stack(noise).to(latents)
+        noise = torch.stack([torch.randn(latents.shape[-3:], generator=generator) for generator in generators])
+        return self.settings.noise * (noise if latents.ndim == 4 else noise[:, None]).to(latents)
 
 
 def sampling_for(sampling: Sampling, *, inverts: bool) -> Sampling:

@@ -38,7 +38,8 @@ class Sampling:
         solver: diffusers scheduler by class name, such as ``DDIM`` or ``DPMSolverMultistep``; a reversible solver,
             such as :class:`EDICT`; or null for the pipeline's scheduler.
         negative_prompt: prompt of the unconditional prediction.
-        size: (height, width) of images in pixels; null for the size the model was trained for.
+        size: (height, width) of images in pixels; null for the size the model was trained for. Images that are edited
+            keep their proportions, and get the smaller of both as their shorter side.
 
     Raises:
         UserError: if there are no steps, or the guidance would never act in them.
@@ -369,10 +370,11 @@ def load_backbone(pretrained: str, **options: Any) -> DiffusionBackbone:  # noqa
 
 def _pipeline_class(pretrained: str, revision: str | None) -> str:
     """Diffusers class that a pipeline's index names."""
+    from tokenlearn.models.backbones.loading import download_index, refuse_single_file
+
+    refuse_single_file(pretrained)
     index = Path(resolve(pretrained)).expanduser() / "model_index.json"
     if not index.is_file():
-        from tokenlearn.models.backbones.loading import download_index
-
         index = download_index(pretrained, revision)
     try:
         return str(json.loads(index.read_text())["_class_name"])

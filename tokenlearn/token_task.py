@@ -134,8 +134,19 @@ class TokenTask(L.LightningModule, ImageConsumer):
 
     @property
     def image_size(self) -> int:
-        """See :class:`ImageConsumer`."""
-        return self.backbone.latent_size * self.backbone.vae_scale_factor
+        """See :class:`ImageConsumer`: that of ``sampling.size``, or the size the model was trained for.
+
+        Raises:
+            UserError: if ``sampling.size`` is not square, as images of data are.
+        """
+        if self.sampling.size is None:
+            return self.backbone.latent_size * self.backbone.vae_scale_factor
+        height, width = self.sampling.size
+        if height != width:
+            raise UserError(
+                f"model.sampling.size {height}x{width} is not square, as images of data are; set data.images.size"
+            )
+        return height
 
     @property
     def size_multiple(self) -> int:

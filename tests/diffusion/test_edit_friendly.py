@@ -87,6 +87,12 @@ SCHEDULES = {
     "last step that changes nothing": {"set_alpha_to_one": False, "steps_offset": 0},
     "clipped": {"set_alpha_to_one": True, "steps_offset": 1, "clip_sample": True, "clip_sample_range": 0.5},
     "trailing": {"set_alpha_to_one": False, "timestep_spacing": "trailing"},
+    "zero terminal SNR": {
+        "set_alpha_to_one": False,
+        "timestep_spacing": "trailing",
+        "rescale_betas_zero_snr": True,
+        "prediction_type": "v_prediction",
+    },
 }
 
 
@@ -99,7 +105,16 @@ def test_the_same_guidance_leads_back(latents, name, steps):
     def combine(outputs, step):
         return outputs[0] + step / steps * (outputs[1] - outputs[0])
 
-    model, solver = guided(gaussian, [EMPTY, PROMPT], FunctionRule(combine)), SchedulerSolver(scheduler, steps)
+    def velocity(latents, timestep, conditioning):
+        """Of the network whose images are the conditioning's mean, finite at any noise level."""
+        bar = scheduler.alphas_cumprod[timestep]
+        alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
+        mean = conditioning.prompt_embeds.mean(dim=(1, 2)).reshape(-1, 1, 1, 1)
+        noise = sigma / (bar * SPREAD**2 + sigma**2) * (latents - alpha * mean)
+        return alpha * noise - sigma * (mean + alpha * SPREAD**2 / sigma * noise)
+
+    network = gaussian if scheduler.config.prediction_type == "epsilon" else velocity
+    model, solver = guided(network, [EMPTY, PROMPT], FunctionRule(combine)), SchedulerSolver(scheduler, steps)
     for timestep in {None, int(scheduler.timesteps[0]), int(scheduler.timesteps[steps // 2])}:
         noisy = edit_friendly_noise(
             model, latents, solver=solver, generators=generators(1, 2, 3), from_timestep=timestep
@@ -107,9 +122,27 @@ def test_the_same_guidance_leads_back(latents, name, steps):
         assert decibels(sampled(model, solver, noisy, timestep), latents) >= 120
         # All but the schedules that end without a deviation need nothing but the noise of the steps.
         without = sample(model, noisy.latents, solver=solver, step_options=noisy.step_options, from_timestep=timestep)
-        has_deviation = name in ("last step with a deviation", "trailing")
+        has_deviation = name in ("last step with a deviation", "trailing", "zero terminal SNR")
         assert (decibels(without, latents) >= 120) == has_deviation
         assert noisy.step_noise[:, -1].any() == has_deviation
+
+
+def test_the_first_step_from_pure_noise_in_closed_form(latents):
+    """Where alpha is 0, a step of DDPM forgets its latents: its mean is alpha_prev x0, its deviation sigma_prev."""
+    scheduler = DDIMScheduler(**SCHEDULE | SCHEDULES["zero terminal SNR"])
+    noisy = edit_friendly_noise(
+        guided(lambda latents, timestep, conditioning: torch.full_like(latents, -0.3), [EMPTY]),
+        latents,
+        solver=SchedulerSolver(scheduler, 10),
+        generators=generators(1, 2, 3),
+    )
+    drawn = torch.stack([torch.randn(10, 4, 2, 2, generator=item) for item in generators(1, 2, 3)], dim=1)
+    assert scheduler.alphas_cumprod[999] == 0
+    torch.testing.assert_close(noisy.latents, drawn[0], rtol=0, atol=0)
+    bar = scheduler.alphas_cumprod[899].double()
+    second = bar.sqrt() * latents.double() + (1 - bar).sqrt() * drawn[1]
+    expected = (second - bar.sqrt() * 0.3) / (1 - bar).sqrt()
+    torch.testing.assert_close(noisy.step_noise[:, 0].double(), expected, rtol=0, atol=5e-3)
 
 
 def test_another_guidance_moves_the_image_towards_it(latents):

@@ -7,10 +7,12 @@ from tests.diffusion.networks import DDIM
 from tokenlearn.diffusion import DiscreteProcess, FlowProcess
 from tokenlearn.diffusion.process import (
     add_noise,
+    change_of_prediction,
     convert,
     noise_from_flow,
     noise_from_velocity,
     noise_from_x0,
+    target,
     velocity,
     x0_from_flow,
     x0_from_noise,
@@ -62,6 +64,39 @@ def test_velocity_gives_finite_x0_where_no_signal_is_left():
     v = torch.ones(1, 1, 2, 2)
     x0 = convert(v, torch.zeros(1, 1, 2, 2), torch.tensor(0.0), torch.tensor(1.0), source="velocity", target="x0")
     torch.testing.assert_close(x0, -v)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_target_of_a_network(known, kind):
+    torch.testing.assert_close(
+        target(known["x0"], known["noise"], known["alpha"], known["sigma"], kind), known[kind], rtol=0, atol=0
+    )
+
+
+def test_target_of_a_flow():
+    x0, noise, alpha, sigma = flow()
+    torch.testing.assert_close(target(x0, noise, alpha, sigma, "flow"), noise - x0, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "flow"])
+def test_a_change_of_the_noise_changes_the_prediction_as_a_conversion_does(kind):
+    x0, noise, alpha, sigma = flow()
+    if kind == "velocity":
+        sigma = (1 - alpha**2).sqrt()
+    latents, change = add_noise(x0, noise, alpha, sigma), torch.full_like(noise, 0.3)
+    before, after = (
+        convert(given, latents, alpha, sigma, source="noise", target=kind) for given in (noise, noise + change)
+    )
+    torch.testing.assert_close(change_of_prediction(change, alpha, sigma, kind), after - before)
+
+
+@pytest.mark.parametrize("kind", ["velocity", "x0", "flow"])
+def test_latents_of_noise_alone_fix_the_noise(kind):
+    change = torch.ones(2, 1, 1, 1, dtype=torch.float64)
+    alpha, sigma = torch.tensor([0.0, 0.6], dtype=torch.float64), torch.tensor([1.0, 0.8], dtype=torch.float64)
+    first, second = change_of_prediction(change, alpha, sigma, kind).flatten().tolist()
+    assert first == 0
+    assert second == pytest.approx(-0.8 / 0.6 if kind == "x0" else 1 / 0.6)
 
 
 def flow():

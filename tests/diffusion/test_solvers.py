@@ -147,9 +147,22 @@ def test_reversible_gradient_equals_stored_activations(backbone, prompt, solver)
     assert (found[0] - found[1]).norm() < 1e-3 * found[1].norm()
 
 
+def with_spacing(folder, spacing):
+    """A tiny pipeline whose scheduler has another spacing of timesteps."""
+    settings = tiny_pipeline(folder) / "scheduler" / "scheduler_config.json"
+    settings.write_text(settings.read_text().replace('"leading"', f'"{spacing}"'))
+    return StableDiffusion(str(folder))
+
+
 def test_reversible_solvers_need_leading_timesteps(tmp_path):
-    folder = tiny_pipeline(tmp_path)
-    settings = folder / "scheduler" / "scheduler_config.json"
-    settings.write_text(settings.read_text().replace('"leading"', '"linspace"'))
-    with pytest.raises(UserError, match=r"EDICT .*'leading', not 'linspace'"):
-        StableDiffusion(str(folder)).make_solver(EDICT(), STEPS)
+    with pytest.raises(UserError, match=r"EDICT .*'leading', not 'trailing'.* edit_friendly"):
+        with_spacing(tmp_path, "trailing").make_solver(EDICT(), STEPS)
+
+
+def test_edits_of_evenly_spaced_pipelines_have_leading_timesteps(tmp_path):
+    backbone = with_spacing(tmp_path, "linspace")
+    leading = [1 + index * (1000 // STEPS) for index in reversed(range(STEPS))]
+    assert backbone.make_solver("DDIM", STEPS).timesteps[0] == 999
+    assert backbone.make_editing_solver(STEPS).timesteps == leading
+    assert backbone.make_inverse_solver(STEPS).timesteps == leading[::-1]
+    assert backbone.make_solver(EDICT(), STEPS).timesteps == leading

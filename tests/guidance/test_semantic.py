@@ -154,6 +154,40 @@ def test_equals_the_papers_common_momentum_where_concepts_share_warm_up_and_mome
     torch.testing.assert_close(guided(rule, outputs), torch.stack(expected, dim=1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("warmups", [(2, 5), (5, 0)])
+def test_momentum_that_waits_for_all_warm_ups_is_the_papers(warmups):
+    """One momentum of all concepts, gathered from the first step, and added to their sum from the last warm-up on."""
+    settings = [
+        ConceptSettings(scale, threshold, warmup, weight=weight, momentum_scale=0.4, momentum_beta=0.7)
+        for scale, threshold, weight, warmup in zip((5.0, -3.0), (0.9, 0.6), (1.0, 0.5), warmups, strict=True)
+    ]
+    outputs = predictions(2)
+    concepts = [Concept(item) for item in settings]
+    found = guided(SemanticGuidance(4.0, concepts, momentum_after="all_warmups"), outputs)
+    for index in range(BATCH):
+        momentum = torch.zeros(SHAPE)
+        for step, (empty, prompt, *terms) in enumerate(outputs[:, :, index]):
+            guidances = []
+            for item, term in zip(settings, terms, strict=True):
+                difference = term - empty
+                least = torch.quantile(difference.abs().flatten(), item.threshold)
+                guidances.append(item.weight * item.scale * difference * (difference.abs() >= least))
+            everything = sum(guidances) + 0.4 * momentum
+            applied = [item for item, warmup in zip(guidances, warmups, strict=True) if step >= warmup]
+            added = everything if len(applied) == 2 else sum(applied)
+            momentum = 0.7 * momentum + 0.3 * everything
+            expected = empty + 4 * (prompt - empty) + added
+            torch.testing.assert_close(found[step, index], expected, rtol=1e-4, atol=1e-5)
+    own = guided(SemanticGuidance(4.0, concepts), outputs)
+    differs = [not torch.allclose(one, other) for one, other in zip(found, own, strict=True)]
+    assert differs == [min(warmups) <= step < 5 and step > 0 for step in range(STEPS)]
+
+
+def test_momentum_at_another_time():
+    with pytest.raises(UserError, match="own_warmup or all_warmups, got 'never'"):
+        SemanticGuidance(4.0, [Concept()], momentum_after="never")
+
+
 def test_momentum_by_hand():
     """A direction of 1 at every step: gamma 3, 3 + s nu, ..., from a momentum that starts in the warm-up."""
     outputs = torch.zeros(3, 3, 1, *SHAPE)

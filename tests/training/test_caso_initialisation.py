@@ -14,7 +14,13 @@ from tokenlearn.training.caso_initialisation import (
     measure_class_means,
 )
 
-MEASURES = ("within_class_variability", "equiangularity", "self_duality")
+MEASURES = (
+    "within_class_variability",
+    "equiangularity",
+    "maximal_angle",
+    "self_duality",
+    "nearest_centre_disagreement",
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +37,11 @@ def attributes(classifier):
 def measured(classifier, attributes):
     def measure(batches):
         return measure_class_means(
-            attributes, batches, lambda batch: classifier.features(batch.images), torch.device("cpu")
+            attributes,
+            batches,
+            lambda batch: classifier.features(batch.images),
+            classifier.classify,
+            torch.device("cpu"),
         )
 
     return measure
@@ -57,6 +67,10 @@ def test_class_means_of_labelled_images(measured, classifier, attributes):
     assert smile.counts.tolist() == [3, 4]
     assert set(smile.collapse) == set(MEASURES)
     assert 0 <= smile.collapse["self_duality"] <= 2
+    logits = classifier.classify(features)[labels >= 0]
+    nearest = (features[labels >= 0, None] - means).square().sum(dim=2).argmin(dim=1)
+    decided = (logits[:, 0] > 0).long()  # present or absent
+    assert smile.collapse["nearest_centre_disagreement"] == pytest.approx(float((nearest != decided).double().mean()))
     in_classifier = smile.of(attributes[0])
     assert in_classifier.classes == ((0, False), (0, True))
     assert in_classifier.class_directions is smile.directions

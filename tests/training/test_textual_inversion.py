@@ -16,6 +16,7 @@ from tests.training.runs import Batches, fit, no_change, one_step, validate
 from tokenlearn.data.batches import ImageBatch
 from tokenlearn.data.interfaces import LabelledImages
 from tokenlearn.errors import UserError
+from tokenlearn.losses import MinSNR
 from tokenlearn.main import main
 from tokenlearn.models import StableDiffusion
 from tokenlearn.pipeline import Sampling
@@ -55,8 +56,8 @@ def token_of(prompt):
     return token
 
 
-def noise_errors(task, images, samples):
-    """Squared errors of the predicted noise, written out one by one."""
+def denoising_errors(task, images, samples):
+    """Squared errors of what the network predicts, written out one by one, with the task's weights."""
     backbone, errors = task.backbone, []
     alphas_cumprod = DDPMScheduler.from_config(backbone.make_scheduler().config).alphas_cumprod
     for latents, sample in zip(backbone.encode_images(images), samples, strict=True):
@@ -64,21 +65,26 @@ def noise_errors(task, images, samples):
         noisy = alpha_bar.sqrt() * latents[None] + (1 - alpha_bar).sqrt() * sample.noise[None]
         conditioning = backbone.encode_prompts([sample.prompt], task.bank)
         output = backbone(noisy, torch.tensor(sample.timestep), conditioning)
+        target, of_kind = sample.noise, 0
         if backbone.process.kind == "velocity":
-            output = (1 - alpha_bar).sqrt() * noisy + alpha_bar.sqrt() * output
-        errors.append(((output[0] - sample.noise) ** 2).mean())
+            target, of_kind = alpha_bar.sqrt() * sample.noise - (1 - alpha_bar).sqrt() * latents, 1
+        ratio = alpha_bar / (1 - alpha_bar)
+        weight = 1 if task.weighting is None else min(ratio, task.weighting.gamma) / (ratio + of_kind)
+        errors.append(weight * ((output[0] - target) ** 2).mean())
     return torch.stack(errors)
 
 
+@pytest.mark.parametrize("weighting", [None, MinSNR(2.0)])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_token_gradient_equals_a_plain_loop(make, backbone, tmp_path, prediction_type):
+def test_token_gradient_equals_a_plain_loop(make, backbone, tmp_path, prediction_type, weighting):
     if prediction_type != "epsilon":
         backbone = StableDiffusion(str(tiny_pipeline(tmp_path / "pipeline", prediction_type)))
-    task = make(backbone=backbone, templates=["a photo of {}", "{}"], tokens=TokenSettings(num_vectors=2))
+    tokens = TokenSettings(num_vectors=2)
+    task = make(backbone=backbone, templates=["a photo of {}", "{}"], tokens=tokens, weighting=weighting)
     batch, samples = image_batch(), samples_of(task, CLASSES)
     loss, found, logged = one_step(task, batch)
 
-    expected = noise_errors(task, batch.images, samples)[:3].mean()  # the last image has no label
+    expected = denoising_errors(task, batch.images, samples)[:3].mean()  # the last image has no label
     (reference,) = torch.autograd.grad(expected, task.bank.vectors[0])
     assert loss == pytest.approx(expected.item(), rel=1e-4, abs=1e-5)
     torch.testing.assert_close(found, reference, rtol=1e-3, atol=1e-3 * float(reference.abs().max()))
@@ -174,7 +180,7 @@ def test_validation_is_always_the_same_but_for_the_tokens(make):
     rngs = [np.random.default_rng(zlib.crc32(name.encode())) for name in batch.names]
     samples = [task.sample(rng, row, (4, 8, 8)) for rng, row in zip(rngs, CLASSES, strict=True)]
     with torch.no_grad():
-        expected = float(noise_errors(task, batch.images, samples)[:3].mean())
+        expected = float(denoising_errors(task, batch.images, samples)[:3].mean())
     assert losses[:2] == pytest.approx([expected, expected], rel=1e-5)
     assert losses[2] != pytest.approx(expected, rel=1e-5)
 

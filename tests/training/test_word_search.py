@@ -119,7 +119,28 @@ def test_only_a_fresh_fit_searches(backbone, objective, monkeypatch, tmp_path):
     assert resumed.started_from == {"wizard": "king", "pirate": "hat"}
 
 
-@pytest.mark.parametrize("setting", ["words", "steps"])
+def test_batches_bound_the_images_at_once(pipeline, objective):
+    """Of both the preselection, whose gradients are added up, and the trials."""
+    sizes = []
+    hook = pipeline.backbone.vae.decoder.register_forward_hook(lambda _, inputs, output: sizes.append(len(inputs[0])))
+    found = {}
+    for batch_size in (16, 2):
+        sizes.clear()
+        found[batch_size] = find_words(
+            pipeline,
+            objective,
+            CLASSES,
+            "a {}",
+            search=WordSearch(words=4, steps=1, batch_size=batch_size),
+            gradient=LastK(1),
+            progress=False,
+        )
+        assert max(sizes) == batch_size
+    hook.remove()
+    assert found[2] == found[16]
+
+
+@pytest.mark.parametrize("setting", ["words", "steps", "batch_size"])
 def test_bad_settings(setting):
     with pytest.raises(UserError, match=rf"search\.{setting}.*0"):
         WordSearch(**{setting: 0})

@@ -63,7 +63,8 @@ class GeneratedDataModule(L.LightningDataModule, LabelledImages):
         num_images: number of images, read in passes in a different order each; null for new ones in every batch.
         batch_size: images per step and device.
         batches_per_epoch: steps per epoch and device; null for one pass, rounded up.
-        eval_batch_size: images per step and device in validation and test.
+        eval_batch_size: images per step and device in validation and test; null for ``batch_size``, so that they fit
+            where the training does.
         seed: seed of the first training image, 0 to 999999999, and of the orders of the passes.
         validation_images: images in each validation; 0 for none.
         test_images: images in the test; 0 for none.
@@ -83,7 +84,7 @@ class GeneratedDataModule(L.LightningDataModule, LabelledImages):
         num_images: int | None = None,
         batch_size: int = 8,
         batches_per_epoch: int | None = None,
-        eval_batch_size: int = 32,
+        eval_batch_size: int | None = None,
         seed: int = 0,
         validation_images: int = 64,
         test_images: int = 64,
@@ -110,7 +111,8 @@ class GeneratedDataModule(L.LightningDataModule, LabelledImages):
             raise UserError(f"new images are made without an end; set data.{setting}")
         self.prompts, self.labels, self.num_images = prompts, labels or {}, num_images
         self.attributes = sorted({attribute for classes in self.labels.values() for attribute in classes})
-        self.batch_size, self.batches_per_epoch, self.eval_batch_size = batch_size, batches_per_epoch, eval_batch_size
+        self.batch_size, self.batches_per_epoch = batch_size, batches_per_epoch
+        self.eval_batch_size = eval_batch_size or batch_size
         self.seed, self.validation_images, self.test_images = seed, validation_images, test_images
         self.cache = cache
 

@@ -47,7 +47,8 @@ class ImageDataModule(L.LightningDataModule, LabelledImages):
         held_out: numbers of images for validation and test.
         batch_size: images per step and device.
         batches_per_epoch: steps per epoch and device; null for one pass, rounded up, which a stream cannot tell.
-        eval_batch_size: images per step and device in validation and test.
+        eval_batch_size: images per step and device in validation and test; null for ``batch_size``, so that they fit
+            where the training does.
         seed: seed of the order of training.
         num_workers: threads that read, decode and resize in advance of the training; 0 for none.
         shuffle_buffer: images of a stream that are in memory, still encoded, to be shuffled among each other.
@@ -71,7 +72,7 @@ class ImageDataModule(L.LightningDataModule, LabelledImages):
         held_out: HeldOut = HeldOut(),  # noqa: B008 - frozen
         batch_size: int = 8,
         batches_per_epoch: int | None = None,
-        eval_batch_size: int = 32,
+        eval_batch_size: int | None = None,
         seed: int = 0,
         num_workers: int = 2,
         shuffle_buffer: int = 1000,
@@ -94,7 +95,8 @@ class ImageDataModule(L.LightningDataModule, LabelledImages):
         self.source, self.split, self.streaming, self.keep = source, split, streaming, keep or {}
         self.labels = _with_portrait_attributes(labels) if is_portraits(source) else labels
         self.images, self.held_out, self.cache = images, held_out, cache
-        self.batch_size, self.batches_per_epoch, self.eval_batch_size = batch_size, batches_per_epoch, eval_batch_size
+        self.batch_size, self.batches_per_epoch = batch_size, batches_per_epoch
+        self.eval_batch_size = eval_batch_size or batch_size
         self.seed, self.num_workers, self.shuffle_buffer = seed, num_workers, shuffle_buffer
         self._labels: list[Label] = []
         self._found: ImageSource | None = None

@@ -96,7 +96,8 @@ class PromptDataModule(L.LightningDataModule, PromptTemplates):
         test_kinds: kinds of prompt to test: ``name``, ``word`` (the best single word of the vocabulary, which is
             searched for), ``described``, ``start`` (the words that the token started from) and ``token``. A class
             without a description is left out of ``described``.
-        eval_batch_size: images per step and device in validation and test, which need no memory for gradients.
+        eval_batch_size: images per step and device in validation and test; null for ``batch_size``, so that they fit
+            where the training does.
 
     Raises:
         UserError: for a template without ``{}``, an empty list or a number below 1.
@@ -111,7 +112,7 @@ class PromptDataModule(L.LightningDataModule, PromptTemplates):
         validation_images: int = 8,
         test_images: int = 32,
         test_kinds: list[PromptKind] = ["name", "described", "start", "token"],  # noqa: B006 - as YAML shows it
-        eval_batch_size: int = 32,
+        eval_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         if not templates:
@@ -130,7 +131,7 @@ class PromptDataModule(L.LightningDataModule, PromptTemplates):
         if not 0 <= seed < VALIDATION_SEEDS:
             raise UserError(f"data.seed must be from 0 to {VALIDATION_SEEDS - 1}, got {seed}")
         self._templates, self.batch_size, self.batches_per_epoch = templates, batch_size, batches_per_epoch
-        self.seed, self.eval_batch_size = seed, eval_batch_size
+        self.seed, self.eval_batch_size = seed, eval_batch_size or batch_size
         self.validation_images, self.test_images, self.test_kinds = validation_images, test_images, test_kinds
 
     @property

@@ -30,14 +30,15 @@ from tokenlearn.errors import UserError, check_at_least
 
 @dataclass(frozen=True)
 class LatentOptimisation:
-    """Settings of the optimisation of latents; defaults are those of DOODL's released code.
+    """Settings of the optimisation of latents; defaults are those of DOODL's released code but for ``grad_scale``.
 
     Attributes:
         steps: number of updates.
-        grad_scale: learning rate; it comes before the clip.
+        grad_scale: learning rate; it comes before the clip. The released 1 is 0.5 here.
         clip: largest magnitude of the scaled gradient in any element; null for no limit.
         momentum: share of the last update that an update keeps, in [0, 1).
-        noise: standard deviation of the perturbation that every update ends with.
+        noise: standard deviation of the perturbation that every update ends with; the same for both latents of a pair,
+            as in the released code, since different ones would drive the pair apart.
         renormalise: what is preserved of the first latents: their ``norm`` as published; the norms of their ``bands``
             of spatial frequencies, which keeps colours in bounds under large steps; or null for nothing, as published
             for photos.

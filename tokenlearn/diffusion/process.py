@@ -48,7 +48,7 @@ def velocity(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def x0_from_noise(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """``x0 = (z - sigma e) / alpha``; infinite where alpha is 0, at the last timestep of a zero-terminal schedule."""
+    """``x0 = (z - sigma e) / alpha``; not finite at alpha 0, the last timestep of a zero-terminal schedule."""
     return (latents - _per_sample(sigma, latents) * noise) / _per_sample(alpha, latents)
 
 
@@ -111,6 +111,39 @@ def convert(
     return velocity(x0, noise, alpha, sigma) if target == "velocity" else noise - x0
 
 
+def target(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, kind: Kind) -> Tensor:
+    """What a network of a kind predicts at ``z = alpha x0 + sigma e``, from clean latents and noise (B, C, h, w).
+
+    Finite at any noise level, unlike a conversion from one of the two.
+    """
+    if kind == "noise":
+        return noise
+    if kind == "x0":
+        return x0
+    return velocity(x0, noise, alpha, sigma) if kind == "velocity" else noise - x0
+
+
+def change_of_prediction(noise_change: Tensor, alpha: Tensor, sigma: Tensor, kind: Kind) -> Tensor:
+    """Change of a prediction by a change of the noise in it, at fixed latents.
+
+    With ``x0 = (z - sigma e) / alpha``, a change ``d`` of ``e`` is ``-(sigma / alpha) d`` of x0, and ``d / alpha`` of
+    a velocity or a flow. Where alpha is 0 the latents are the noise, whatever the prediction, so nothing changes.
+
+    Args:
+        noise_change: (B, C, h, w) ``d``.
+        alpha: () or (B,) factor of x0 at the timestep.
+        sigma: () or (B,) factor of the noise at the timestep.
+        kind: kind of the prediction.
+
+    Returns:
+        (B, C, h, w), finite at any noise level.
+    """
+    if kind == "noise":
+        return noise_change
+    factor = -sigma / alpha if kind == "x0" else 1 / alpha
+    return _per_sample(torch.where(alpha == 0, 0, factor), noise_change) * noise_change
+
+
 class Process(nn.Module, ABC):
     """A noise process and the kind of prediction of the network that was trained on it.
 
@@ -163,6 +196,14 @@ class Process(nn.Module, ABC):
     def prediction(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """Prediction (B, C, h, w) of this process's kind from noise (B, C, h, w)."""
         return self._converted(noise, latents, timestep, "noise", self.kind)
+
+    def target(self, x0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """What the network should predict for clean latents and noise (B, C, h, w), of their shape."""
+        return target(x0, noise, self.alpha(timestep), self.sigma(timestep), self.kind)
+
+    def change_of_prediction(self, noise_change: Tensor, timestep: Tensor) -> Tensor:
+        """Change of a prediction (B, C, h, w) by a change of the noise in it, see :func:`change_of_prediction`."""
+        return change_of_prediction(noise_change, self.alpha(timestep), self.sigma(timestep), self.kind)
 
     def _converted(self, prediction: Tensor, latents: Tensor, timestep: Tensor, source: Kind, target: Kind) -> Tensor:
         alpha, sigma = self.alpha(timestep), self.sigma(timestep)

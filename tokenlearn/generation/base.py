@@ -35,14 +35,14 @@ def images_to_edit(
         prompts: images to generate: each prompt with each seed. They are ignored beside ``images``.
         seeds: seeds of generated images.
         backbone: model that takes the images.
-        sampling: settings of the sampler, for the size of generated images.
+        sampling: settings of the sampler, for the size of generated images and the shorter side of others.
 
     Raises:
         UserError: if there are no images, or a seed is out of range.
     """
     side = backbone.latent_size * backbone.vae_scale_factor
     if images is not None:
-        return FolderImages(images, side, backbone.vae_scale_factor)
+        return FolderImages(images, min(sampling.size or (side,)), backbone.vae_scale_factor)
     if not prompts:
         raise UserError("set model.images, to an image or a folder of images, or model.prompts, to generate images")
     check_seeds("model.seeds", seeds)

@@ -16,7 +16,7 @@ from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.generation.base import ImageBatches, batches_to_edit, images_to_edit, unfinished
 from tokenlearn.generation.results import EditResult, EditTask, ResultPlan, file_stem
 from tokenlearn.guidance import SEGA, GuidedModel, RecordedGuidance, SemanticEdit, check_tokens
-from tokenlearn.guidance.semantic import ThresholdOver
+from tokenlearn.guidance.semantic import MomentumAfter, ThresholdOver
 from tokenlearn.models import Conditioning, DiffusionBackbone
 from tokenlearn.pasting import Paste, is_pasted
 from tokenlearn.pipeline import Sampling
@@ -44,6 +44,8 @@ class Sega(TokenTask, EditTask):
         sampling: settings of the sampler for generated images; its guidance is the scale of classifier-free guidance.
         threshold_over: whether thresholds are of a sample's whole tensor, as in the paper, or of each channel, as in
             diffusers.
+        momentum_after: ``own_warmup`` adds a concept's momentum with the concept; ``all_warmups`` once the warm-ups of
+            all concepts are over, as in the paper.
         editing: settings of inversion and denoising of photos.
         record_guidance: write the guidance of each edit, by seed, for later runs.
         recorded_guidance: folder ``guidance`` of an earlier run with ``record_guidance``, whose edits are applied to
@@ -74,6 +76,7 @@ class Sega(TokenTask, EditTask):
         embeddings: Embeddings = [],  # noqa: B006 - read only
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
         threshold_over: ThresholdOver = "tensor",
+        momentum_after: MomentumAfter = "own_warmup",
         editing: Editing = Editing(801, inversion="edit_friendly"),  # noqa: B008 - frozen
         record_guidance: bool = False,
         recorded_guidance: str | None = None,
@@ -95,6 +98,7 @@ class Sega(TokenTask, EditTask):
         _check_recording(record_guidance, recorded_guidance, images, prompts)
         self.guidance_scale = float(sampling.guidance)
         self.edits, self.threshold_over, self.record_guidance = edits, threshold_over, record_guidance
+        self.momentum_after: MomentumAfter = momentum_after
         self.batch_size = batch_size if images is None else 1  # photos differ in size
         self.editing = editing
         self.editor = None if images is None else ImageEditor(backbone, editing, setting="model.editing")
@@ -181,7 +185,13 @@ class Sega(TokenTask, EditTask):
         return EditResult(image, image.image[0], edited, unedited=unedited)
 
     def _rule(self, edits: Sequence[SemanticEdit], guidance_scale: float) -> SEGA:
-        return SEGA(list(edits), guidance_scale, threshold_over=self.threshold_over, record=self.record_guidance)
+        return SEGA(
+            list(edits),
+            guidance_scale,
+            threshold_over=self.threshold_over,
+            record=self.record_guidance,
+            momentum_after=self.momentum_after,
+        )
 
 
 def _check_recording(record: bool, recorded: str | None, images: str | None, prompts: Sequence[str]) -> None:

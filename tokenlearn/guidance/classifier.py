@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tokenlearn.diffusion.process import x0_from_noise
 from tokenlearn.errors import UserError
 from tokenlearn.guidance.base import C, GuidanceRule, Predictor
 from tokenlearn.guidance.classifier_free import classifier_free_guidance
@@ -24,7 +23,9 @@ class ClassifierGuidance(GuidanceRule):
 
         e <- e + s sigma grad_z l(decode(sigma x0 + (1 - sigma) z)),
 
-    ``e`` being the prediction under classifier-free guidance. The result has no gradient.
+    ``e`` being the prediction under classifier-free guidance. Where alpha is 0, at the first step of models with zero
+    terminal SNR, the latents are the noise and no prediction of it can change: the step is classifier-free guidance
+    alone. The result has no gradient.
 
     Args:
         objective: loss of images.
@@ -55,14 +56,14 @@ class ClassifierGuidance(GuidanceRule):
     def guide(self, model: Predictor, latents: Tensor, timestep: Tensor, step: int, recompute: bool = False) -> Tensor:
         """See :class:`GuidanceRule`; crops of the objective are named by the timestep."""
         process = model.process
-        alpha, sigma = process.alpha(timestep), process.sigma(timestep)
+        sigma = process.sigma(timestep)
         with torch.enable_grad():
             noisy = latents.detach().requires_grad_()
-            plain = process.noise(noisy, model.prediction(0, noisy, timestep), timestep)
-            blended = sigma * x0_from_noise(noisy, plain, alpha, sigma) + (1 - sigma) * noisy
+            plain = model.prediction(0, noisy, timestep)
+            blended = sigma * process.x0(noisy, plain, timestep) + (1 - sigma) * noisy
             losses = self.objective(model.decode(blended), int(timestep))
             (gradient,) = torch.autograd.grad(losses.sum(), noisy)
         with torch.no_grad():
-            prompted = process.noise(latents, model.prediction(1, latents, timestep), timestep)
-            guided = self([plain.detach(), prompted], step)
-            return process.prediction(latents, guided + self.scale * sigma * gradient, timestep)
+            # Kinds of prediction are affine in each other, so classifier-free guidance is the same in any.
+            guided = self([plain.detach(), model.prediction(1, latents, timestep)], step)
+            return guided + process.change_of_prediction(self.scale * sigma * gradient, timestep)

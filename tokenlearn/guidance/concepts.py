@@ -11,7 +11,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from tokenlearn.errors import UserError
-from tokenlearn.guidance.semantic import Concept, ConceptSettings, SemanticGuidance, ThresholdOver, check_warmup
+from tokenlearn.guidance.semantic import (
+    Concept,
+    ConceptSettings,
+    MomentumAfter,
+    SemanticGuidance,
+    ThresholdOver,
+    check_warmup,
+)
 
 _OPERATOR = re.compile(r"(?:^|(?<=\s))([+-])\s+")
 _TOKEN = re.compile(r"<[^<>\s]+>")
@@ -80,6 +87,8 @@ class SEGA(SemanticGuidance):
         threshold_over: what thresholds are taken over, see :func:`tokenlearn.guidance.tail_mask`.
         record: keep the total guidance of every step.
         sample_scales: per edit, None or (B,) scales of the samples in place of the edit's scale.
+        momentum_after: ``own_warmup`` adds a concept's momentum with the concept; ``all_warmups`` once the warm-ups of
+            all concepts are over, as in the paper.
 
     Attributes:
         edits: the edits.
@@ -96,6 +105,7 @@ class SEGA(SemanticGuidance):
         threshold_over: ThresholdOver = "tensor",
         record: bool = False,
         sample_scales: Sequence[Tensor | None] | None = None,
+        momentum_after: MomentumAfter = "own_warmup",
     ) -> None:
         if isinstance(edits, str | Mapping):
             raise UserError(f"SEGA's edits {edits!r} are not a list; write them like ['glasses']")
@@ -108,7 +118,7 @@ class SEGA(SemanticGuidance):
             Concept(edit, [term.sign for term in parsed], of_samples)
             for edit, parsed, of_samples in zip(self.edits, terms, scales, strict=True)
         ]
-        super().__init__(guidance_scale, concepts, threshold_over, record)
+        super().__init__(guidance_scale, concepts, threshold_over, record, momentum_after)
         self._prompts = tuple(term.prompt for parsed in terms for term in parsed)
 
     @property

@@ -20,6 +20,7 @@ from tokenlearn.guidance.base import C, GuidanceRule
 from tokenlearn.guidance.classifier_free import ClassifierFreeGuidance, classifier_free_guidance
 
 ThresholdOver = Literal["tensor", "channel"]
+MomentumAfter = Literal["own_warmup", "all_warmups"]
 
 
 def semantic_direction(unconditional: Tensor, terms: Sequence[Tensor], signs: Sequence[int]) -> Tensor:
@@ -79,7 +80,7 @@ def concept_guidance(
 
 
 def with_momentum(guidance: Tensor, momentum: Tensor, momentum_scale: float) -> Tensor:
-    """``gamma + s_m nu``: equation 7.
+    """``gamma + s_m nu``: equation 8.
 
     Args:
         guidance: (B, C, h, w) guidance of the step.
@@ -93,7 +94,7 @@ def with_momentum(guidance: Tensor, momentum: Tensor, momentum_scale: float) -> 
 
 
 def update_momentum(momentum: Tensor, guidance: Tensor, momentum_beta: float) -> Tensor:
-    """``nu <- beta nu + (1 - beta) gamma``: equation 8.
+    """``nu <- beta nu + (1 - beta) gamma``: equation 9.
 
     Args:
         momentum: (B, C, h, w) ``nu``.
@@ -107,7 +108,7 @@ def update_momentum(momentum: Tensor, guidance: Tensor, momentum_beta: float) ->
 
 
 def total_guidance(guidances: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Guidance by all concepts, ``gamma_hat = sum_i g_i gamma_i``: equation 9.
+    """Guidance by all concepts, ``gamma_hat = sum_i g_i gamma_i``: equation 10.
 
     The weights are not normalised, so that a concept does not change in strength when another one sets in.
 
@@ -122,7 +123,7 @@ def total_guidance(guidances: Sequence[Tensor], weights: Sequence[float]) -> Ten
 
 
 def semantically_guided(unconditional: Tensor, conditional: Tensor, guidance_scale: float, guidance: Tensor) -> Tensor:
-    """``e = e_0 + s_g (e_p - e_0) + gamma_hat``: equations 3 and 10.
+    """``e = e_0 + s_g (e_p - e_0) + gamma_hat``: equation 3, with the guidance of all concepts.
 
     Args:
         unconditional: (B, C, h, w) prediction ``e_0``.
@@ -265,8 +266,8 @@ class SemanticGuidance(GuidanceRule):
     concept, ``nu_i <- beta_i nu_i + (1 - beta_i) gamma_i`` from the first step on, and applied with the concept after
     its own warm-up. The paper and diffusers keep one ``nu`` of the summed guidance; momentum being linear in it, that
     is ``sum_i g_i nu_i``, the same wherever all concepts share warm-up, ``s_m`` and ``beta_m``. Where they do not, no
-    concept waits for the slowest one or changes in strength when that sets in. From its cool-down on, a concept and
-    its momentum are gone.
+    concept waits for the slowest one or changes in strength when that sets in; with ``all_warmups``, momentum waits as
+    in the paper. From its cool-down on, a concept and its momentum are gone.
 
     Each run of the sampler has its momentum and recording, on the device and with their graph; step 0 forgets them.
 
@@ -275,9 +276,11 @@ class SemanticGuidance(GuidanceRule):
         concepts: the concepts; one with scale 0 for all samples is never evaluated.
         threshold_over: what quantiles are taken over, see :func:`tail_mask`.
         record: keep the total guidance of every step.
+        momentum_after: when the momentum of a concept is added to its guidance: after its ``own_warmup``; or as in the
+            paper once ``all_warmups`` are over, while guidance without momentum sets in with each concept.
 
     Raises:
-        UserError: if the guidance scale is not finite.
+        UserError: if the guidance scale is not finite, or ``momentum_after`` is neither.
     """
 
     def __init__(
@@ -286,12 +289,18 @@ class SemanticGuidance(GuidanceRule):
         concepts: Sequence[Concept],
         threshold_over: ThresholdOver = "tensor",
         record: bool = False,
+        momentum_after: MomentumAfter = "own_warmup",
     ) -> None:
         if not math.isfinite(guidance_scale):
             raise UserError(f"guidance_scale must be a finite number, got {guidance_scale}")
+        if momentum_after not in ("own_warmup", "all_warmups"):
+            raise UserError(f"momentum_after must be own_warmup or all_warmups, got {momentum_after!r}")
         self.guidance_scale, self.threshold_over, self.record = guidance_scale, threshold_over, record
+        self.momentum_after: MomentumAfter = momentum_after
         self.concepts = list(concepts)
         self._possible = [concept.is_possible for concept in self.concepts]
+        acting = [concept for concept, possible in zip(self.concepts, self._possible, strict=True) if possible]
+        self._last_warmup = max((concept.settings.warmup_steps for concept in acting), default=0)
         self._scales: list[Tensor] = []
         self._momenta: dict[int, Tensor] = {}
         self._recorded: list[Tensor] = []
@@ -390,8 +399,10 @@ class SemanticGuidance(GuidanceRule):
             guidance = concept_guidance(direction, self._scales[index], settings.threshold, self.threshold_over)
             if settings.momentum_scale > 0:
                 momentum = self._momenta[index] if index in self._momenta else torch.zeros_like(guidance)
-                guidance = with_momentum(guidance, momentum, settings.momentum_scale)
-                self._momenta[index] = update_momentum(momentum, guidance, settings.momentum_beta)
+                moved = with_momentum(guidance, momentum, settings.momentum_scale)
+                self._momenta[index] = update_momentum(momentum, moved, settings.momentum_beta)
+                if self.momentum_after == "own_warmup" or step >= self._last_warmup:
+                    guidance = moved
             if settings.is_applied(step):
                 applied.append(guidance)
                 weights.append(settings.weight)

@@ -16,6 +16,7 @@ from tokenlearn.losses.caso import (
 from tokenlearn.losses.class_cross_entropy import class_cross_entropy
 from tokenlearn.losses.classified_as import is_classified_as
 from tokenlearn.losses.clip_distance import mean_direction, spherical_distance
+from tokenlearn.losses.denoising import MinSNR, denoising_error
 from tokenlearn.losses.objective import Crops, Objective, ObjectiveSum, as_objective
 from tokenlearn.losses.symmetry import mirror_error
 
@@ -27,6 +28,7 @@ __all__ = [
     "Crops",
     "EditedImages",
     "EditingLoss",
+    "MinSNR",
     "Objective",
     "ObjectiveSum",
     "aesthetic_loss",
@@ -35,6 +37,7 @@ __all__ = [
     "attribute_logits",
     "class_cross_entropy",
     "class_mean_cosine",
+    "denoising_error",
     "is_classified_as",
     "label_preservation",
     "latent_reconstruction",

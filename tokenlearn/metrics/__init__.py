@@ -15,6 +15,8 @@ from tokenlearn.metrics.neural_collapse import (
     NeuralCollapse,
     equiangularity,
     equinorm,
+    maximal_angle,
+    nearest_centre_disagreement,
     self_duality,
     within_class_variability,
 )
@@ -33,6 +35,8 @@ __all__ = [
     "equinorm",
     "holm_levels",
     "kernel_distance",
+    "maximal_angle",
+    "nearest_centre_disagreement",
     "pairwise_distance",
     "perceptual_distance",
     "rank_correlation",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tokenlearn.errors import UserError, reason_of
 from tokenlearn.files import atomic_write
 from tokenlearn.models.clip import ClipModel
-from tokenlearn.models.frozen import FrozenModule, freeze
+from tokenlearn.models.frozen import FrozenModule, Precision, freeze
 from tokenlearn.paths import resolve
 
 
@@ -48,6 +48,7 @@ class AestheticHead(FrozenModule):
         pretrained: folder written by :func:`save_aesthetic_head`, or file with the state dict of a linear head, such
             as LAION's ``sa_0_4_vit_l_14_linear.pth``. Weights are loaded as float32, whatever their stored type.
         clip: hub id or folder of the CLIP; None for the CLIP that the folder names.
+        dtype: precision of the CLIP; that of the head is float32.
 
     Attributes:
         pretrained: as given.
@@ -58,7 +59,7 @@ class AestheticHead(FrozenModule):
             features, or the CLIP cannot be loaded.
     """
 
-    def __init__(self, pretrained: str, clip: str | None = None) -> None:
+    def __init__(self, pretrained: str, clip: str | None = None, dtype: Precision = "float32") -> None:
         super().__init__()
         source = Path(resolve(pretrained)).expanduser()
         if source.is_dir():
@@ -74,7 +75,7 @@ class AestheticHead(FrozenModule):
         if clip_name is None:
             raise UserError(f"aesthetic head '{pretrained}' does not name its CLIP; set 'clip'")
         self.pretrained = pretrained
-        self.clip = ClipModel(clip_name)
+        self.clip = ClipModel(clip_name, dtype)
         self.head = build_aesthetic_head(self.clip.feature_dim, config.get("hidden_sizes", ()))
         try:
             self.head.load_state_dict(weights)

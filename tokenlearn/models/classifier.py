@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenlearn.errors import UserError, reason_of
-from tokenlearn.models.frozen import FrozenModule, freeze
+from tokenlearn.models.frozen import FrozenModule, Precision, freeze
 from tokenlearn.paths import resolve
 
 
@@ -30,7 +30,8 @@ class TimmClassifier(FrozenModule):
 
     Args:
         pretrained: timm model name (``resnet18.a1_in1k``), hub model (``hf-hub:owner/name``), or folder with
-            ``config.json`` and ``model.safetensors``. Weights are loaded as float32, whatever their stored type.
+            ``config.json`` and ``model.safetensors``.
+        dtype: precision of the weights, whatever their stored type.
 
     Attributes:
         pretrained: as given.
@@ -46,7 +47,7 @@ class TimmClassifier(FrozenModule):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, pretrained: str) -> None:
+    def __init__(self, pretrained: str, dtype: Precision = "float32") -> None:
         super().__init__()
         import timm
         from timm.data.config import resolve_model_data_config
@@ -79,6 +80,8 @@ class TimmClassifier(FrozenModule):
         self._resize_and_crop = create_transform(**data, normalize=False)
         self.register_buffer("mean", torch.tensor(data["mean"]).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(data["std"]).reshape(1, 3, 1, 1), persistent=False)
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self.model.to(self._dtype)
         freeze(self)
 
     def preprocess(self, images: Tensor) -> Tensor:
@@ -93,6 +96,10 @@ class TimmClassifier(FrozenModule):
         cropped: Tensor = self._resize_and_crop(images)
         return (cropped - self.mean) / self.std
 
+    def _inputs(self, images: Tensor) -> Tensor:
+        """Network inputs in the network's precision."""
+        return self.preprocess(images).to(self._dtype)
+
     def forward(self, images: Tensor) -> Tensor:
         """Classify.
 
@@ -102,7 +109,7 @@ class TimmClassifier(FrozenModule):
         Returns:
             (B, num_classes) float32 logits.
         """
-        logits: Tensor = self.model(self.preprocess(images))
+        logits: Tensor = self.model(self._inputs(images))
         return logits.float()
 
     def features(self, images: Tensor) -> Tensor:
@@ -114,9 +121,7 @@ class TimmClassifier(FrozenModule):
         Returns:
             (B, F) float32 features.
         """
-        features: Tensor = self.model.forward_head(
-            self.model.forward_features(self.preprocess(images)), pre_logits=True
-        )
+        features: Tensor = self.model.forward_head(self.model.forward_features(self._inputs(images)), pre_logits=True)
         return features.float()
 
     def trunk_features(self, images: Tensor) -> Tensor:
@@ -128,7 +133,7 @@ class TimmClassifier(FrozenModule):
         Returns:
             (B, P, F) float32 features at P positions.
         """
-        maps: Tensor = self.model.forward_features(self.preprocess(images))
+        maps: Tensor = self.model.forward_features(self._inputs(images))
         if maps.ndim == 4 and getattr(self.model, "output_fmt", "NCHW") == "NCHW":
             maps = maps.movedim(1, -1)
         return maps.flatten(1, -2).float()
@@ -139,14 +144,14 @@ class TimmClassifier(FrozenModule):
 
     @property
     def head_weight(self) -> Tensor:
-        """(num_classes, F) weight of the last layer."""
-        return self._head().weight
+        """(num_classes, F) float32 weight of the last layer."""
+        return self._head().weight.float()
 
     @property
     def head_bias(self) -> Tensor:
-        """(num_classes,) bias of the last layer; zeros for a layer without bias."""
+        """(num_classes,) float32 bias of the last layer; zeros for a layer without bias."""
         head = self._head()
-        return head.weight.new_zeros(self.num_classes) if head.bias is None else head.bias
+        return (head.weight.new_zeros(self.num_classes) if head.bias is None else head.bias).float()
 
     def label_index(self, name: str) -> int:
         """Index of the output of a class.

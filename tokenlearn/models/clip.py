@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tokenlearn.errors import UserError, reason_of
-from tokenlearn.models.frozen import FrozenModule, freeze
+from tokenlearn.models.frozen import FrozenModule, Precision, freeze
 from tokenlearn.paths import resolve
 from tokenlearn.quiet import quiet_models
 
@@ -25,8 +25,10 @@ class ClipModel(FrozenModule):
 
     Args:
         pretrained: hub id (``openai/clip-vit-large-patch14``, ``laion/CLIP-ViT-g-14-laion2B-s12B-b42K``), or folder
-            that transformers' ``CLIPModel``, ``CLIPImageProcessor`` and ``CLIPTokenizer`` can load. Weights are loaded
-            as float32, whatever their stored type.
+            that transformers' ``CLIPModel``, ``CLIPImageProcessor`` and ``CLIPTokenizer`` can load.
+        dtype: precision of the weights, whatever their stored type. Under an autocast to half precision, every
+            evaluation whose gradient is needed holds a copy of weights in float32, and none of weights in its own
+            precision.
 
     Attributes:
         pretrained: as given.
@@ -41,10 +43,10 @@ class ClipModel(FrozenModule):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, pretrained: str) -> None:
+    def __init__(self, pretrained: str, dtype: Precision = "float32") -> None:
         super().__init__()
         model, tokenizer, processor = _load(pretrained)
-        self.model = model.float()
+        self.model = model.to(getattr(torch, dtype))
         self.tokenizer = tokenizer
         self.pretrained = pretrained
         self.feature_dim = int(model.config.projection_dim)
@@ -82,7 +84,8 @@ class ClipModel(FrozenModule):
             (B, D) float32 unit vectors.
         """
         # The return type of `get_image_features` depends on the version of transformers.
-        pooled = self.model.vision_model(pixel_values=self.preprocess(images)).pooler_output
+        pixels = self.preprocess(images).to(self.model.dtype)
+        pooled = self.model.vision_model(pixel_values=pixels).pooler_output
         return functional.normalize(self.model.visual_projection(pooled).float(), dim=-1)
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:

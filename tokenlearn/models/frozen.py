@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 from torch import nn
+
+Precision = Literal["float32", "bfloat16", "float16"]
 
 M = TypeVar("M", bound=nn.Module)
 

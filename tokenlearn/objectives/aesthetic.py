@@ -12,6 +12,7 @@ from tokenlearn.errors import UserError
 from tokenlearn.losses.aesthetic import aesthetic_loss
 from tokenlearn.losses.objective import Crops, Objective
 from tokenlearn.models.aesthetic import AestheticHead
+from tokenlearn.models.frozen import Precision
 
 
 class AestheticLoss(Objective):
@@ -24,6 +25,7 @@ class AestheticLoss(Objective):
         target: score to reach; null to raise the score without limit.
         weight: factor of the loss.
         crops: random crops to average the loss over; null for the whole image.
+        dtype: precision of the head's CLIP, if it is given by name; the backbone's saves memory.
 
     Raises:
         UserError: if the head or its CLIP cannot be loaded, or the target is not finite.
@@ -40,11 +42,12 @@ class AestheticLoss(Objective):
         *,
         weight: float = 1.0,
         crops: Crops | None = None,
+        dtype: Precision = "float32",
     ) -> None:
         super().__init__(weight, crops)
         if target is not None and not math.isfinite(target):
             raise UserError(f"target of AestheticLoss must be a finite number, got {target}")
-        self.head = AestheticHead(head, clip) if isinstance(head, str) else head
+        self.head = AestheticHead(head, clip, dtype) if isinstance(head, str) else head
         self.pretrained, self.target = self.head.pretrained, target
 
     def loss(self, images: Tensor, targets: Sequence[str] | None = None) -> Tensor:

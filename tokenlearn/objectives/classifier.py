@@ -12,6 +12,7 @@ from tokenlearn.losses.class_cross_entropy import class_cross_entropy
 from tokenlearn.losses.classified_as import is_classified_as
 from tokenlearn.losses.objective import Crops, Objective
 from tokenlearn.models.classifier import TimmClassifier
+from tokenlearn.models.frozen import Precision
 
 
 class ClassifierLoss(Objective):
@@ -25,6 +26,7 @@ class ClassifierLoss(Objective):
             together; null for the targets, one class name per image. With labels, targets are ignored.
         weight: factor of the loss.
         crops: random crops to average the loss over; null for the whole image.
+        dtype: precision of the classifier, if it is given by name; the backbone's saves memory.
 
     Attributes:
         classifier: the classifier.
@@ -45,9 +47,10 @@ class ClassifierLoss(Objective):
         *,
         weight: float = 1.0,
         crops: Crops | None = None,
+        dtype: Precision = "float32",
     ) -> None:
         super().__init__(weight, crops)
-        self.classifier = TimmClassifier(classifier) if isinstance(classifier, str) else classifier
+        self.classifier = TimmClassifier(classifier, dtype) if isinstance(classifier, str) else classifier
         self.pretrained = self.classifier.pretrained
         self.labels = None if labels is None else (labels,) if isinstance(labels, str) else tuple(labels)
         self.uses_targets = self.labels is None

@@ -14,6 +14,7 @@ from tokenlearn.errors import UserError, reason_of
 from tokenlearn.losses.clip_distance import mean_direction, spherical_distance
 from tokenlearn.losses.objective import Crops, Objective
 from tokenlearn.models.clip import ClipModel
+from tokenlearn.models.frozen import Precision
 from tokenlearn.paths import resolve
 
 _TARGET = "{}"
@@ -25,9 +26,9 @@ class _CLIPLoss(Objective):
     score_kind = "similarity"
     score_name = "clip_similarity"
 
-    def __init__(self, clip: str | ClipModel, weight: float, crops: Crops | None) -> None:
+    def __init__(self, clip: str | ClipModel, weight: float, crops: Crops | None, dtype: Precision) -> None:
         super().__init__(weight, crops)
-        self.clip = ClipModel(clip) if isinstance(clip, str) else clip
+        self.clip = ClipModel(clip, dtype) if isinstance(clip, str) else clip
         self.pretrained = self.clip.pretrained
 
     def direction(self, targets: Sequence[str] | None) -> Tensor:
@@ -62,6 +63,7 @@ class CLIPTextLoss(_CLIPLoss):
             description.
         weight: factor of the loss.
         crops: random crops to average the loss over; null for the whole image.
+        dtype: precision of the CLIP, if it is given by name; the backbone's saves memory.
 
     Raises:
         UserError: if the text is empty, or the CLIP cannot be loaded.
@@ -74,11 +76,12 @@ class CLIPTextLoss(_CLIPLoss):
         *,
         weight: float = 1.0,
         crops: Crops | None = None,
+        dtype: Precision = "float32",
     ) -> None:
         texts = list(text.values()) if isinstance(text, dict) else [_TARGET if text is None else text]
         if not texts or not all(part.strip() for part in texts):
             raise UserError("text of CLIPTextLoss is empty; describe what images should show")
-        super().__init__(clip, weight, crops)
+        super().__init__(clip, weight, crops, dtype)
         self.text = text if isinstance(text, dict) else texts[0]
         self.uses_targets = isinstance(self.text, dict) or _TARGET in self.text
         self._directions: dict[str, Tensor] = {}
@@ -145,6 +148,7 @@ class CLIPImageLoss(_CLIPLoss):
         images: example image files; of several, the mean direction is the target.
         weight: factor of the loss.
         crops: random crops to average the loss over; null for the whole image.
+        dtype: precision of the CLIP, if it is given by name; the backbone's saves memory.
 
     Raises:
         UserError: if there are no files, a file cannot be read, or the CLIP cannot be loaded.
@@ -157,11 +161,12 @@ class CLIPImageLoss(_CLIPLoss):
         *,
         weight: float = 1.0,
         crops: Crops | None = None,
+        dtype: Precision = "float32",
     ) -> None:
         if not images:
             raise UserError("images of CLIPImageLoss is empty; give at least one image file")
         examples = [_read(file) for file in images]
-        super().__init__(clip, weight, crops)
+        super().__init__(clip, weight, crops, dtype)
         with torch.no_grad():
             features = torch.cat([self.clip.image_features(example) for example in examples])
             self.register_buffer("_direction", mean_direction(features), persistent=False)

@@ -142,7 +142,11 @@ class Caso(TokenTraining):
         with torch.no_grad(), self.trainer.precision_plugin.train_step_context():
             batches = first_batches(data, settings.collapse_batches, self.device)
             self.class_means = measure_class_means(
-                self.attributes, batches, lambda batch: self.classifier.features(self.clean_images(batch)), self.device
+                self.attributes,
+                batches,
+                lambda batch: self.classifier.features(self.clean_images(batch)),
+                self.classifier.classify,
+                self.device,
             )
             log_collapse(self.attributes, self.class_means, self.loggers, self.global_step)
             if settings.kind not in ("words", "direction") and not self.resumed:

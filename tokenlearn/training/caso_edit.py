@@ -223,7 +223,11 @@ class Editor:
                 solver_setting="model.sampling.solver",
                 guidance_setting="model.edit.guidance",
             )
-            self._solver = backbone.make_solver(solver, sampling.steps)
+            self._solver = (
+                backbone.make_solver(solver, sampling.steps)
+                if settings.gradient.needs_reversible_solver
+                else backbone.make_editing_solver(sampling.steps)
+            )
         self.timesteps = self._possible_timesteps()
         if self._solver is not None:
             settings.rule.check_steps(sum(timestep <= self.timesteps[0] for timestep in self._solver.timesteps))

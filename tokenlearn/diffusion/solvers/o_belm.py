@@ -15,7 +15,9 @@ class OBELM(ReversibleSolver):
     The pair is ``y`` at two neighbouring levels. The next ``y`` is the most accurate combination of both and of the
     noise prediction between them. The second level comes from an Euler step, which is DDIM's. On the way back,
     rounding errors grow by the square of the ratio of the first to the last change of ``s``: 1.4e4 for Stable
-    Diffusion's schedule and 50 steps, more for fewer steps. Carry the pair in float64 where that matters.
+    Diffusion's schedule and 50 steps, more for fewer steps. Carry the pair in float64 where that matters. At guidance
+    7.5 it is worse than DDIM in few steps (error 0.17 to 0.08 in 10 steps on a mixture with an exact solution, 0.18 to
+    0.05 in 20).
     """
 
     noisy, clean = (1.0, 0.0), (0.0, 1.0)

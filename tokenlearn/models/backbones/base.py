@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -312,19 +312,22 @@ class DiffusionBackbone(FrozenModule, ABC):
 
         Args:
             solver: a scheduler's name, see :meth:`make_scheduler`; a reversible solver, such as :class:`EDICT`; or
-                None for the pipeline's scheduler.
+                None for the pipeline's scheduler. Where the pipeline's timesteps have the spacing ``linspace``,
+                reversible solvers take those of ``leading``.
             steps: sampling steps.
 
         Raises:
             UserError: see :meth:`make_scheduler`; or if the model's noise levels do not suit a reversible solver.
         """
         if not isinstance(solver, ReversibleSolver):
-            return self._scheduler_solver(solver, steps)
-        config = self.make_scheduler("DDIM", steps).config
+            name = solver or type(self._scheduler).__name__
+            return _scheduler_solver(name, steps, lambda: self.make_scheduler(solver, steps))
+        config = self._editing_scheduler(steps).config
         if config.timestep_spacing != "leading":
             raise UserError(
                 f"solver {type(solver).__name__} needs the scheduler's timestep_spacing 'leading', not "
-                f"'{config.timestep_spacing}'; use a scheduler such as DDIM"
+                f"'{config.timestep_spacing}'; use a scheduler such as DDIM, and for edits the inversion ddim or "
+                "edit_friendly"
             )
         return GridSolver(
             solver,
@@ -334,26 +337,29 @@ class DiffusionBackbone(FrozenModule, ABC):
             set_alpha_to_one=config.set_alpha_to_one,
         )
 
-    def _scheduler_solver(self, name: str | None, steps: int) -> SchedulerSolver:
-        """A scheduler's solver, of which the scheduler can make the steps."""
-        try:
-            solver = SchedulerSolver(self.make_scheduler(name, steps), steps)
-            _ = solver.timesteps  # made here, so that a scheduler refuses before the first image
-        except (ArithmeticError, IndexError, TypeError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"the scheduler {name or type(self._scheduler).__name__} cannot make {steps} steps "
-                f"({reason_of(error)}); change sampling.steps, or set sampling.solver to another one, such as DDIM"
-            ) from error
-        return solver
+    def make_editing_solver(self, steps: int) -> SchedulerSolver:
+        """DDIM from the noise levels that :meth:`make_inverse_solver` reaches.
+
+        They are the pipeline's, or leading ones where its spacing is ``linspace``: steps of diffusers' DDIM are
+        ``N // steps`` timesteps long, which is not the distance of those levels, and its inverse does not know them.
+
+        Raises:
+            UserError: see :meth:`make_scheduler`.
+        """
+        return _scheduler_solver("DDIM", steps, lambda: self._editing_scheduler(steps))
 
     def make_inverse_solver(self, steps: int) -> SchedulerSolver:
-        """DDIM's steps backwards, at the noise levels of DDIM with as many steps."""
+        """DDIM's steps backwards, at the noise levels of :meth:`make_editing_solver` with as many steps."""
         from diffusers import DDIMInverseScheduler
 
         inverse_class: Any = DDIMInverseScheduler
-        return SchedulerSolver(inverse_class.from_config(self.make_scheduler("DDIM", steps).config), steps)
+        return SchedulerSolver(inverse_class.from_config(self._editing_scheduler(steps).config), steps)
+
+    def _editing_scheduler(self, steps: int) -> Any:  # noqa: ANN401 - see make_scheduler
+        scheduler = self.make_scheduler("DDIM", steps)
+        if scheduler.config.timestep_spacing != "linspace":
+            return scheduler
+        return type(scheduler).from_config(scheduler.config, timestep_spacing="leading")
 
     def initial_latents(
         self, seeds: Sequence[int | torch.Generator], height_width: tuple[int, int] | None = None
@@ -441,3 +447,18 @@ def pool_at_end_of_text(states: Tensor, ids: Tensor, eos_token_id: int) -> Tenso
     """
     positions = (ids == eos_token_id).int().argmax(dim=1)
     return states[torch.arange(len(ids), device=ids.device), positions]
+
+
+def _scheduler_solver(name: str, steps: int, make: Callable[[], Any]) -> SchedulerSolver:
+    """The solver of a scheduler, if the scheduler can make the steps."""
+    try:
+        solver = SchedulerSolver(make(), steps)
+        _ = solver.timesteps  # made here, so that a scheduler refuses before the first image
+    except (ArithmeticError, IndexError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"the scheduler {name} cannot make {steps} steps ({reason_of(error)}); change sampling.steps, or set "
+            "sampling.solver to another one, such as DDIM"
+        ) from error
+    return solver

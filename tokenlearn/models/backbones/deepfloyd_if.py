@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tokenlearn.errors import UserError
 from tokenlearn.models.backbones.base import DiffusionBackbone
 from tokenlearn.models.backbones.conditioning import Conditioning
-from tokenlearn.models.backbones.latent_diffusion import Precision, ddpm_process
+from tokenlearn.models.backbones.latent_diffusion import ddpm_process
 from tokenlearn.models.backbones.loading import load_pipeline
-from tokenlearn.models.frozen import freeze
+from tokenlearn.models.frozen import Precision, freeze
 from tokenlearn.tokens.bank import TokenBank
 
 _CHANNELS = 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,13 @@ from tokenlearn.errors import UserError
 from tokenlearn.models.backbones.base import DiffusionBackbone
 from tokenlearn.models.backbones.conditioning import Conditioning
 from tokenlearn.models.backbones.prefix_cache import PrefixCache
-from tokenlearn.models.frozen import freeze
+from tokenlearn.models.frozen import Precision, freeze
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Precision = Literal["float32", "bfloat16", "float16"]
-
+_SLICE_PIXELS = 512 * 512
+"""Pixels that the VAE takes at once: an image of 512x512, or many small ones. Its activations grow with them."""
 
 _KINDS: dict[str, Kind] = {"epsilon": "noise", "v_prediction": "velocity", "sample": "x0"}
 
@@ -148,10 +148,17 @@ class LatentDiffusion(DiffusionBackbone):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """See :meth:`DiffusionBackbone.encode_images`."""
-        latents: Tensor = self.vae.encode(2 * images - 1).latent_dist.mode()
-        return (latents.float() - self._shift) * self._scaling
+        parts = [self.vae.encode(2 * part - 1).latent_dist.mode().float() for part in _slices(images, 1)]
+        return (torch.cat(parts) - self._shift) * self._scaling
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """See :meth:`DiffusionBackbone.decode_latents`."""
-        decoded: Tensor = self.vae.decode(latents / self._scaling + self._shift, return_dict=False)[0]
-        return decoded.float() / 2 + 0.5
+        slices = _slices(latents / self._scaling + self._shift, self.vae_scale_factor)
+        parts = [self.vae.decode(part, return_dict=False)[0].float() for part in slices]
+        return torch.cat(parts) / 2 + 0.5
+
+
+def _slices(tensor: Tensor, pixels_per_side: int) -> Sequence[Tensor]:
+    """Parts of a batch (B, C, h, w) that the VAE takes one after another; an element has so many pixels a side."""
+    pixels = tensor.shape[-2] * tensor.shape[-1] * pixels_per_side**2
+    return torch.split(tensor, max(1, _SLICE_PIXELS // pixels))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ def load_pipeline(
         pipeline_class: diffusers class that loads it.
         pretrained: hub id or folder.
         revision: branch, tag or commit of the hub repository.
-        variant: variant of the weight files, such as ``fp16``.
+        variant: variant of the weight files, such as ``fp16``; None for the plain files, or for those of ``fp16`` in a
+            folder that has no others.
         models: components that must be there, by the pipeline's names; beside a ``text_encoder`` there must be its
             ``tokenizer``, and beside a ``text_encoder_2`` its ``tokenizer_2``.
         options: further arguments of the class, such as components to leave out.
@@ -42,6 +44,7 @@ def load_pipeline(
 
     folder = Path(resolve(pretrained)).expanduser()
     local = folder.is_dir()
+    refuse_single_file(pretrained, pipeline_class.__name__)
     if not local and (pretrained.startswith((".", "/", "~")) or pretrained.count("/") != 1):
         # Some old hub ids have no slash, but all models of these layouts that still load have an owner.
         raise UserError(
@@ -49,13 +52,15 @@ def load_pipeline(
         )
     try:
         if local:
+            variant = variant or _only_variant(folder, models)
             _check_folder(folder, variant, models)
         with quiet_models():
             pipeline = pipeline_class.from_pretrained(
                 str(folder) if local else pretrained,
                 revision=revision,
                 variant=variant,
-                low_cpu_mem_usage=False,  # anything else needs accelerate
+                # Loads each weight into its place, without a second model of random ones.
+                low_cpu_mem_usage=find_spec("accelerate") is not None,
                 **options,
             )
         _check_family(pretrained, pipeline.config, models)
@@ -70,6 +75,25 @@ def load_pipeline(
             "name and the network, or give a local folder"
         ) from error
     return pipeline
+
+
+def refuse_single_file(pretrained: str, pipeline: str = "StableDiffusionPipeline") -> None:
+    """Refuse a checkpoint in one file, as web interfaces share them.
+
+    Args:
+        pretrained: hub id, folder or file.
+        pipeline: diffusers class that converts it.
+
+    Raises:
+        UserError: saying how to convert it.
+    """
+    endings = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+    if pretrained.casefold().endswith(endings) and not Path(resolve(pretrained)).expanduser().is_dir():
+        raise UserError(
+            f"'{pretrained}' is a checkpoint in a single file, not a folder of a diffusers pipeline; convert it once "
+            f"with diffusers: {pipeline}.from_single_file('{pretrained}').save_pretrained('FOLDER'), and "
+            "give the folder"
+        )
 
 
 def download_index(pretrained: str, revision: str | None) -> Path:
@@ -123,17 +147,31 @@ def _check_folder(folder: Path, variant: str | None, models: Sequence[str]) -> N
         if not any((folder / tokenizer / name).is_file() for name in ("vocab.json", "tokenizer.json", "spiece.model")):
             raise _missing(folder, f"{tokenizer}/vocab.json")
     for model in models:
-        stems = ["model", "pytorch_model"] if model.startswith("text_encoder") else ["diffusion_pytorch_model"]
-        files = [f"{stem}{tail}{suffix}" for stem in stems for tail in tails for suffix in (".safetensors", ".bin")]
-        indices = [f"{stem}.safetensors.index{tail}.json" for stem in stems for tail in tails]
-        if any((folder / model / name).is_file() for name in files):
+        names = _weight_files(model, tails)
+        found = [folder / model / name for name in names if (folder / model / name).is_file()]
+        if not found:
+            raise _missing(folder, f"{model}/{names[0]}")
+        if (index := found[0]).suffix != ".json":
             continue
-        index = next((folder / model / name for name in indices if (folder / model / name).is_file()), None)
-        if index is None:
-            raise _missing(folder, f"{model}/{files[0]}")
         for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
             if not (folder / model / shard).is_file():
                 raise _missing(folder, f"{model}/{shard}")
+
+
+def _weight_files(model: str, tails: Sequence[str]) -> list[str]:
+    """Names of the files that a component's weights may be in."""
+    stems = ["model", "pytorch_model"] if model.startswith("text_encoder") else ["diffusion_pytorch_model"]
+    files = [f"{stem}{tail}{suffix}" for stem in stems for tail in tails for suffix in (".safetensors", ".bin")]
+    return files + [f"{stem}.safetensors.index{tail}.json" for stem in stems for tail in tails]
+
+
+def _only_variant(folder: Path, models: Sequence[str]) -> str | None:
+    """``fp16`` if a component of a folder has weights of this variant and no plain ones."""
+
+    def has(model: str, tail: str) -> bool:
+        return any((folder / model / name).is_file() for name in _weight_files(model, [tail]))
+
+    return "fp16" if any(has(model, ".fp16") and not has(model, "") for model in models) else None
 
 
 def _missing(folder: Path, name: str) -> UserError:

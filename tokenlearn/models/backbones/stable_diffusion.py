@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from tokenlearn.models.backbones.base import pool_at_end_of_text
 from tokenlearn.models.backbones.conditioning import Conditioning
-from tokenlearn.models.backbones.latent_diffusion import LatentDiffusion, Precision
+from tokenlearn.models.backbones.latent_diffusion import LatentDiffusion
 from tokenlearn.models.backbones.loading import load_pipeline
+from tokenlearn.models.frozen import Precision
 from tokenlearn.tokens.bank import TokenBank
 
 
@@ -20,7 +21,8 @@ class StableDiffusion(LatentDiffusion):
     Args:
         pretrained: hub id or folder. The safety checker is not loaded.
         revision: branch, tag or commit of the hub repository.
-        variant: variant of the weight files, such as ``fp16``.
+        variant: variant of the weight files, such as ``fp16``; null for the plain ones, or for those of ``fp16`` in a
+            folder that has no others.
         dtype: precision of the network and the text encoder.
         gradient_checkpointing: recompute activations inside of the network and the VAE in the backward pass; less
             memory, about a third more time.
