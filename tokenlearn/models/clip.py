@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 
@@ -53,6 +53,11 @@ class ClipModel(FrozenModule):
         self._crop = dict(processor.crop_size) if processor.do_center_crop else None
         self._interpolation = _INTERPOLATION.get(int(processor.resample), "bicubic")
         mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
+        if not all(math.isfinite(value) for value in mean) or not all(0 < value < math.inf for value in std):
+            raise UserError(
+                f"CLIP '{pretrained}' normalises by image_mean {mean} and image_std {std}; correct them in its "
+                "preprocessor_config.json to finite numbers, the std above 0"
+            )
         self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1), persistent=False)
         freeze(self)
@@ -146,7 +151,7 @@ def _load(pretrained: str) -> tuple[Any, Any, Any]:
             model, info = clip_class.from_pretrained(source, output_loading_info=True)
             tokenizer = CLIPTokenizer.from_pretrained(source)
             processor = CLIPImageProcessor.from_pretrained(source)
-    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
+    except Exception as error:  # a damaged folder can fail in any way
         if local:
             raise UserError(
                 f"cannot load the CLIP in '{pretrained}' ({reason_of(error)}); download or export it again"
