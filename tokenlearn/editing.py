@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,10 +20,7 @@ from tokenlearn.diffusion import (
 from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.guidance import ComposableGuidance, GuidedModel
 from tokenlearn.models import Conditioning, DiffusionBackbone
-
-if TYPE_CHECKING:
-    from tokenlearn.pipeline import Pipeline
-
+from tokenlearn.pipeline import Pipeline, finished
 
 Inversion = Literal["ddim", "edit_friendly"] | ReversibleSolver
 """How images are inverted.
@@ -136,7 +133,7 @@ class ImageEditor:
             step_options=noisy.step_options,
             from_timestep=self.editing.timestep,
         )
-        return self.backbone.decode_latents(noisy.finish(edited)).clamp(0, 1)
+        return finished(self.backbone.decode_latents(noisy.finish(edited)))
 
     def denoise_towards(
         self,

@@ -45,9 +45,11 @@ class EditableImages(Protocol):
 
     Attributes:
         names: the name of each.
+        prompts: prompts of images that are to be generated.
     """
 
     names: list[str]
+    prompts: Sequence[str]
 
     def __getitem__(self, index: int) -> EditableImage:
         """One image."""
@@ -72,6 +74,7 @@ class FolderImages:
         self, source: str | Path | Image.Image | Sequence[Image.Image], short_side: int, multiple: int
     ) -> None:
         self.short_side, self.multiple = short_side, multiple
+        self.prompts: Sequence[str] = ()
         self.images: Sequence[Path | Image.Image]
         if isinstance(source, str | Path):
             self.images, self.names = _files(source)
@@ -111,6 +114,7 @@ class GeneratedImages:
         if not prompts or not seeds:
             raise UserError(f"model.{'seeds' if prompts else 'prompts'} is empty; give at least one")
         self.size = (size, size) if isinstance(size, int) else size
+        self.prompts: Sequence[str] = prompts
         self.specified = [(prompt, seed) for prompt in prompts for seed in seeds]
         self.names = [generated_name(index, prompt, seed) for index, prompt in enumerate(prompts) for seed in seeds]
 

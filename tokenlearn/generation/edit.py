@@ -13,7 +13,7 @@ from tokenlearn.errors import UserError, check_at_least, check_template
 from tokenlearn.generation.base import ImageBatches, batches_to_edit, images_to_edit, unfinished
 from tokenlearn.generation.results import EditResult, EditTask, ResultPlan, file_stem
 from tokenlearn.models import DiffusionBackbone
-from tokenlearn.pipeline import Sampling
+from tokenlearn.pipeline import Sampling, finished
 from tokenlearn.token_task import TokenTask
 from tokenlearn.tokens import Embeddings
 
@@ -94,6 +94,8 @@ class Edit(TokenTask, EditTask):
                     f"no token '{token}' to edit with, only {', '.join(known) or 'none at all'}; give its file in "
                     "model.embeddings, or --ckpt_path"
                 )
+        edited = [token for token, _ in _scales(self.edits, self.interpolations)]
+        self.check_prompts([*self.images.prompts, self.editing.source_prompt, self.template, *edited])
 
     def predict_step(self, batch: list[EditableImage | str]) -> list[EditResult]:
         """Edit the images of a batch that are not done."""
@@ -106,7 +108,7 @@ class Edit(TokenTask, EditTask):
     def _edit(self, image: EditableImage) -> EditResult:
         if image.image is None:
             latents = self.generate_latents([image.prompt], [image.seed])
-            before = self.backbone.decode_latents(latents).clamp(0, 1)
+            before = finished(self.backbone.decode_latents(latents))
         else:
             latents, before = self.backbone.encode_images(image.image), image.image
         source = source_of(self.pipeline, self.editing)

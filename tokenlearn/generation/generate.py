@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from tokenlearn.data.batches import PromptBatch
+from tokenlearn.data.interfaces import WholePrompts, find_data
 from tokenlearn.generation.results import GeneratedBatch
 from tokenlearn.models import DiffusionBackbone
-from tokenlearn.pipeline import Sampling
+from tokenlearn.pipeline import Sampling, finished
 from tokenlearn.token_task import TokenTask
 from tokenlearn.tokens import Embeddings
 
@@ -34,7 +35,21 @@ class Generate(TokenTask):
         super().__init__(backbone, sampling)
         self.load_embeddings(embeddings)
 
+    def on_predict_start(self) -> None:
+        """Check the tokens of all prompts before the first image.
+
+        Raises:
+            UserError: if a prompt has a token that is not loaded.
+        """
+        data = find_data(self.trainer, WholePrompts)
+        if data is not None:
+            self.check_prompts(data.prompts)
+
     def predict_step(self, batch: PromptBatch) -> GeneratedBatch:
-        """Images of a batch of prompts and seeds."""
-        images = self.pipeline.generate(batch.templates, batch.seeds).clamp(0, 1)
+        """Images of a batch of prompts and seeds.
+
+        Raises:
+            UserError: if an image is not finite.
+        """
+        images = finished(self.pipeline.generate(batch.templates, batch.seeds))
         return GeneratedBatch(images, batch.templates, batch.seeds, batch.class_indices)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tokenlearn.errors import UserError, reason_of
 from tokenlearn.files import atomic_write
 from tokenlearn.models.clip import ClipModel
-from tokenlearn.models.frozen import FrozenModule, freeze
+from tokenlearn.models.frozen import FrozenModule, freeze, require_finite
 from tokenlearn.paths import resolve
 
 
@@ -96,9 +96,12 @@ class AestheticHead(FrozenModule):
 
         Returns:
             (B,) float32 scores on the scale of the head's training ratings, usually 1 to 10; not clipped.
+
+        Raises:
+            UserError: if they are not finite, unless they have a gradient.
         """
         scores: Tensor = self.head(self.clip.image_features(images))
-        return scores.squeeze(1)
+        return require_finite(scores.squeeze(1), images, self.pretrained)
 
 
 def save_aesthetic_head(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenlearn.errors import UserError, reason_of
-from tokenlearn.models.frozen import FrozenModule, freeze
+from tokenlearn.models.frozen import FrozenModule, freeze, require_finite
 from tokenlearn.paths import resolve
 
 
@@ -107,9 +107,12 @@ class TimmClassifier(FrozenModule):
 
         Returns:
             (B, num_classes) float32 logits.
+
+        Raises:
+            UserError: if they are not finite, unless they have a gradient.
         """
         logits: Tensor = self.model(self.preprocess(images))
-        return logits.float()
+        return require_finite(logits.float(), images, self.pretrained)
 
     def features(self, images: Tensor) -> Tensor:
         """Penultimate features, the input of the last layer.
@@ -119,11 +122,14 @@ class TimmClassifier(FrozenModule):
 
         Returns:
             (B, F) float32 features.
+
+        Raises:
+            UserError: if they are not finite, unless they have a gradient.
         """
         features: Tensor = self.model.forward_head(
             self.model.forward_features(self.preprocess(images)), pre_logits=True
         )
-        return features.float()
+        return require_finite(features.float(), images, self.pretrained)
 
     def trunk_features(self, images: Tensor) -> Tensor:
         """Features at every position of the trunk's last feature map, before pooling.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tokenlearn.errors import UserError, reason_of
-from tokenlearn.models.frozen import FrozenModule, freeze
+from tokenlearn.models.frozen import FrozenModule, freeze, require_finite
 from tokenlearn.paths import resolve
 from tokenlearn.quiet import quiet_models
 
@@ -85,10 +85,14 @@ class ClipModel(FrozenModule):
 
         Returns:
             (B, D) float32 unit vectors.
+
+        Raises:
+            UserError: if they are not finite, unless they have a gradient.
         """
         # The return type of `get_image_features` depends on the version of transformers.
         pooled = self.model.vision_model(pixel_values=self.preprocess(images)).pooler_output
-        return functional.normalize(self.model.visual_projection(pooled).float(), dim=-1)
+        features = functional.normalize(self.model.visual_projection(pooled).float(), dim=-1)
+        return require_finite(features, images, self.pretrained)
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Directions of texts. Texts longer than ``max_prompt_length`` are truncated.

@@ -80,6 +80,22 @@ def load_bank(
     return bank, files
 
 
+def tokens_by_setting(embeddings: Embeddings, files: Sequence[EmbeddingFile]) -> list[tuple[str, ...]]:
+    """Tokens of each file or folder that a setting names: those of a folder together.
+
+    Args:
+        embeddings: the setting.
+        files: what :func:`load_embeddings` read for it.
+    """
+    names = [embeddings] if isinstance(embeddings, str) else list(embeddings)
+    folders = [] if isinstance(embeddings, Mapping) else [Path(resolve(name)).expanduser() for name in names]
+    groups: dict[Path | str, tuple[str, ...]] = {}
+    for file in files:
+        folder = file.path.parent if file.path is not None and file.path.parent in folders else file.token
+        groups[folder] = (*groups.get(folder, ()), file.token)
+    return list(groups.values())
+
+
 @dataclass
 class LearnedTokens:
     """Tokens and what is known of them: the result of a training, to be used by a pipeline or saved.
