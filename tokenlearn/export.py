@@ -11,7 +11,8 @@ from torch import Tensor
 from tokenlearn.errors import UserError
 from tokenlearn.tokens.bank import TokenBank
 from tokenlearn.tokens.checkpoint import checkpoint_about
-from tokenlearn.tokens.files import EmbeddingFormat, embedding_file_name, load_embedding, save_embedding
+from tokenlearn.tokens.embeddings import embedding_file_names
+from tokenlearn.tokens.files import EmbeddingFormat, load_embedding, save_embedding
 
 
 def export(
@@ -37,7 +38,8 @@ def export(
         Paths of the files.
 
     Raises:
-        UserError: if neither or both sources are given, the source cannot be read, or it lacks one of ``tokens``.
+        UserError: if neither or both sources are given, the source cannot be read, it lacks one of ``tokens``, or
+            two tokens would be written to the same file.
     """
     if (ckpt_path is None) == (embedding is None):
         raise UserError("give either --ckpt_path or --embedding, the source of the tokens")
@@ -50,9 +52,9 @@ def export(
         if token not in sources:
             raise UserError(f"no token '{token}' in '{ckpt_path or embedding}'; it has {', '.join(sources)}")
     written = []
-    for token in tokens or sources:
+    for name, token in embedding_file_names(tokens or sources).items():
         vectors, metadata = sources[token]
-        path = Path(output_dir) / embedding_file_name(token)
+        path = Path(output_dir) / name
         written.append(save_embedding(path, token, vectors, metadata, format, scale))
         print(path)
     return written

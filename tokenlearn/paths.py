@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tokenlearn.errors import UserError
+from tokenlearn.errors import UserError, reason_of, shown
 
 _PACKAGE = Path(__file__).parent
 _FOLDERS = ("configs", "checkpoints")
@@ -29,9 +29,16 @@ def resolve(path: str | os.PathLike[str]) -> str:
     Returns:
         ``path`` if it exists; else the bundled file or folder of this name, if there is one; else ``path``, so the
         caller can try it as a hub id or report it.
+
+    Raises:
+        UserError: if the operating system cannot look for such a path, because it is too long for instance.
     """
-    local = Path(path).expanduser()
-    if local.exists() or local.parts[:1] not in {(folder,) for folder in _FOLDERS}:
+    try:
+        local = Path(path).expanduser()
+        exists = local.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot look for the path {shown(path)} ({reason_of(error)}); correct it") from None
+    if exists or local.parts[:1] not in {(folder,) for folder in _FOLDERS}:
         return str(path)
     bundled = bundled_root() / local
     return str(bundled) if bundled.exists() else str(path)

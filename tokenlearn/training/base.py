@@ -18,6 +18,7 @@ from tokenlearn.models import DiffusionBackbone
 from tokenlearn.pipeline import Sampling
 from tokenlearn.token_task import TokenTask
 from tokenlearn.tokens import TokenBank, load_embeddings, vectors_from_words, vocabulary_norm_range
+from tokenlearn.tokens.embeddings import embedding_file_names
 from tokenlearn.tokens.settings import TokenSettings
 
 
@@ -121,9 +122,10 @@ class TokenTraining(TokenTask):
             words: placeholder to word or words.
 
         Raises:
-            UserError: if words are not in the vocabulary, placeholders are not usable, or an embedding file cannot be
-                read or does not fit its token.
+            UserError: if words are not in the vocabulary, placeholders are not usable or share a file name, or an
+                embedding file cannot be read or does not fit its token.
         """
+        embedding_file_names(words)  # refuses now what would fail after the training
         bank = TokenBank(dict.fromkeys(words, self.token_settings.num_vectors), self.backbone.embedding_widths)
         for token, start in words.items():
             bank.set(token, self.vectors_of(start))
