@@ -11,9 +11,14 @@ from typing import NamedTuple, Protocol
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from tokenlearn.data.pixels import rgb_pixels, to_rgb, unit_range
+from tokenlearn.data.pixels import rgb_pixels, to_rgb, unit_range, warn_of_left_out
 from tokenlearn.errors import UserError, reason_of
 from tokenlearn.paths import resolve
+
+_MOST_RATIO = 8
+_NO_PIXELS = frozenset(
+    {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+)  # formats that Pillow recognises and cannot decode
 
 
 def generated_name(index: int, prompt: str, seed: int) -> str:
@@ -88,10 +93,15 @@ class FolderImages:
         """One image, upright and in RGB.
 
         Raises:
-            UserError: if its file cannot be read.
+            UserError: if its file cannot be read, or one side is more than eight times as long as the other.
         """
         source = self.images[index]
         image = _upright_rgb(source) if isinstance(source, Image.Image) else _read(source)
+        if max(image.size) > _MOST_RATIO * min(image.size):  # its longer side would be thousands of pixels
+            raise UserError(
+                f"image '{self.names[index]}' has {image.width}x{image.height} pixels; crop it, so that one side is "
+                f"at most {_MOST_RATIO} times as long as the other"
+            )
         scale = self.short_side / min(image.size)
         width, height = (max(1, round(side * scale / self.multiple)) * self.multiple for side in image.size)
         resized = image.resize((width, height), Image.Resampling.LANCZOS)
@@ -127,6 +137,8 @@ class GeneratedImages:
 def _read(path: Path) -> Image.Image:
     try:
         with Image.open(path) as opened:
+            if not all(opened.size):
+                raise ValueError("it has no pixels")
             return _upright_rgb(opened)
     except Exception as error:  # decoders raise errors of many kinds
         raise UserError(f"cannot read image '{path}' ({reason_of(error)}); remove or replace it") from error
@@ -158,10 +170,13 @@ def _files(source: str | Path) -> tuple[list[Path], list[str]]:
 
 
 def _image_files(root: Path) -> list[Path]:
-    readable = {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
+    extensions = Image.registered_extensions().items()
+    readable = {suffix for suffix, form in extensions if form in Image.OPEN and form not in _NO_PIXELS}
+    found = list(root.rglob("*"))
+    warn_of_left_out(found, readable, root)
     return sorted(
         path
-        for path in root.rglob("*")
+        for path in found
         if path.suffix.lower() in readable
         and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(root).parts)
