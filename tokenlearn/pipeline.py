@@ -407,5 +407,5 @@ def _pipeline_class(pretrained: str, revision: str | None) -> str:
         index = download_index(pretrained, revision)
     try:
         return str(json.loads(index.read_text())["_class_name"])
-    except (ValueError, KeyError, UnicodeDecodeError):
+    except (ValueError, KeyError, TypeError):  # whatever JSON it is
         raise UserError(f"'{index}' names no pipeline class; download the model again") from None

@@ -85,10 +85,7 @@ def broken_classifier(tmp_path):
 def test_a_judge_that_gives_nan_does_not_judge(broken_classifier):
     judge, images = ClassifierLoss(broken_classifier, "hat"), torch.rand(2, 3, 32, 32)
     for figure in (judge.score, judge.confidence, broken_classifier.features):
-        with (
-            pytest.raises(UserError, match=r"broken' gives values that are not finite for finite images"),
-            torch.no_grad(),
-        ):
+        with torch.no_grad(), pytest.raises(UserError, match=r"broken' gives values .* not finite for finite images"):
             figure(images)
     assert judge.loss(images.requires_grad_()).isnan().all()  # the training says which step it was
 

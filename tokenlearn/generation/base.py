@@ -8,7 +8,7 @@ from functools import partial
 import lightning as L
 
 from tokenlearn.data.images_to_edit import EditableImage, EditableImages, FolderImages, GeneratedImages
-from tokenlearn.data.sources import Item, items_below
+from tokenlearn.data.sources import Item, Skipped, items_below
 from tokenlearn.data.streams import EvaluationBatches
 from tokenlearn.errors import UserError
 from tokenlearn.generation.results import ResultPlan, ResultStore
@@ -54,6 +54,9 @@ def batches_to_edit(
 ) -> ImageBatches:
     """This rank's images in batches; of images whose results a callback of the trainer has stored, the name alone.
 
+    An image that cannot be read does not stop the others: its name takes its place, and a warning at the end counts
+    such images.
+
     Args:
         images: images of all ranks.
         plan: results of each image.
@@ -63,10 +66,16 @@ def batches_to_edit(
     callbacks: Sequence[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     stores = [callback for callback in callbacks if isinstance(callback, ResultStore)]
 
-    # Finished images count too: a process that had no image left would not meet the others at the end.
-    def load(item: Item) -> EditableImage | str:
+    # Finished images and those that cannot be read count too, by their names: a process that had no image left would
+    # not meet the others at the end.
+    def load(item: Item) -> EditableImage | str | Skipped:
         name = images.names[item.index]
-        return name if any(store.is_done(plan, name) for store in stores) else images[item.index]
+        if any(store.is_done(plan, name) for store in stores):
+            return name
+        try:
+            return images[item.index]
+        except UserError as error:
+            return Skipped(name, str(error))
 
     count = len(images.names)
     return EvaluationBatches(
@@ -78,6 +87,7 @@ def batches_to_edit(
         rank=trainer.global_rank,
         world_size=trainer.world_size,
         num_workers=_READERS,
+        in_place_of=lambda skipped: skipped.name,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -90,9 +91,11 @@ class Edit(TokenTask, EditTask):
         known = self.learned_placeholders
         for token, _ in _scales(self.edits, self.interpolations):
             if token not in known:
+                near = difflib.get_close_matches(token, known, n=1)
                 raise UserError(
-                    f"no token '{token}' to edit with, only {', '.join(known) or 'none at all'}; give its file in "
-                    "model.embeddings, or --ckpt_path"
+                    f"no token '{token}' to edit with, only {', '.join(known) or 'none at all'}; "
+                    + (f"did you mean '{near[0]}'? Else " if near else "")
+                    + "give its file in model.embeddings, or --ckpt_path"
                 )
         edited = [token for token, _ in _scales(self.edits, self.interpolations)]
         self.check_prompts([*self.images.prompts, self.editing.source_prompt, self.template, *edited])

@@ -130,7 +130,7 @@ def _check_index(pretrained: str, index: Any, models: Sequence[str], overridden:
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list):
             continue
-        library, class_name = entry if len(entry) == 2 else (entry, None)
+        library, class_name = (*entry, None, None)[:2]
         if library is None or (name in overridden and name not in models):
             continue
         if library not in _LIBRARIES:
