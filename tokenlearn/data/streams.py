@@ -134,8 +134,8 @@ class EvaluationBatches(Generic[Sample, Batch]):
             depend on the items; None to leave skipped items out.
 
     Raises:
-        UserError: if there are fewer items than processes; or in the iteration, if all items of this rank are skipped
-            and something takes their place.
+        UserError: if there are fewer items than processes; or in the iteration of the only process, if all items are
+            skipped and something takes their place.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class EvaluationBatches(Generic[Sample, Batch]):
                     skipped.append(sample)
                     if self.in_place_of is None:
                         continue
-                    if self.count is not None and len(skipped) == len(range(self.rank, self.count, self.world_size)):
+                    if self.world_size == 1 and len(skipped) == self.count:
                         raise UserError(
                             f"none of {len(skipped)} images can be used, such as {_described(skipped[0])}; remove or "
                             "replace them"
