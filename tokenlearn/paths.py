@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tokenlearn.errors import UserError, reason_of, shown
+from tokenlearn.errors import UserError, shown
 
 _PACKAGE = Path(__file__).parent
 _FOLDERS = ("configs", "checkpoints")
@@ -37,7 +37,8 @@ def resolve(path: str | os.PathLike[str]) -> str:
         local = Path(path).expanduser()
         exists = local.exists()
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"cannot look for the path {shown(path)} ({reason_of(error)}); correct it") from None
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(f"cannot look for the path {shown(path)} ({reason}); correct it") from None
     if exists or local.parts[:1] not in {(folder,) for folder in _FOLDERS}:
         return str(path)
     bundled = bundled_root() / local
