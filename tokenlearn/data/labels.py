@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,12 +119,15 @@ def check_label_values(dataset: Any, labels: Sequence[Label]) -> None:  # noqa: 
     Raises:
         UserError: naming the column.
     """
+    import datasets  # type: ignore[import-untyped]
+
     for column in dict.fromkeys(label.column for label in labels if not label.stored_names):
         read = [label for label in labels if label.column == column]
-        rows = dataset.unique(column) if all(label.place is None for label in read) else dataset[column]
+        plain = isinstance(dataset.features[column], datasets.Value)
+        rows = dataset.unique(column) if plain else dataset[column]
         for label in read:
-            values = {label.value(row) for row in rows}
-            if {-1, 1} <= {value for value in values if value == value} <= {-1, 1, None}:
+            numbers = {value for row in rows if isinstance(value := label.value(row), int | float)}
+            if {-1, 1} == {number for number in numbers if not math.isnan(number)}:
                 raise UserError(
                     f"column '{column}' has -1 and 1 but no 0 for '{label.attribute}', and -1 means that the class is "
                     "not known; write 0 for absent and 1 for present"

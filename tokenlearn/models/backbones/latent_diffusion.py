@@ -34,8 +34,9 @@ def ddpm_process(scheduler: Any, pretrained: str) -> DiscreteProcess:  # noqa: A
     from diffusers import DDPMScheduler
 
     config = scheduler.config
+    # Where a file states no schedule, the default of diffusers is that of no model of this family.
     for key in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type"):
-        if key not in config:
+        if key not in config or (key == "beta_schedule" and key in config.get("_use_default_values", ())):
             raise UserError(
                 f"the {type(scheduler).__name__} of '{pretrained}' states no '{key}', so the model is of another "
                 "family; choose another model.backbone.class_path"
