@@ -21,9 +21,9 @@ from tokenlearn.diffusion import (
 from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.guidance import ComposableGuidance, GuidedModel
 from tokenlearn.models import Conditioning, DiffusionBackbone
+from tokenlearn.pipeline import Pipeline, finished
 
 if TYPE_CHECKING:
-    from tokenlearn.pipeline import Pipeline
     from tokenlearn.tokens import TokenBank
 
 
@@ -140,7 +140,7 @@ class ImageEditor:
             step_options=noisy.step_options,
             from_timestep=self.editing.timestep,
         )
-        return self.backbone.decode_latents(noisy.finish(edited)).clamp(0, 1)
+        return finished(self.backbone.decode_latents(noisy.finish(edited)))
 
     def denoise_towards(
         self,

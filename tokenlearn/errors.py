@@ -79,3 +79,10 @@ def check_braces(text: str, setting: str, content: str) -> None:
 def reason_of(error: Exception) -> str:
     """A library's error message in one line of at most 200 characters, or the name of its class if it is empty."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def shown(text: object, length: int = 60) -> str:
+    """Text of a foreign file in quotes for a message: at most ``length`` characters, control characters escaped."""
+    whole = str(text)
+    cut = whole if len(whole) <= length else f"{whole[:length]}..."
+    return f"'{''.join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in cut)}'"

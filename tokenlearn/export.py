@@ -7,13 +7,8 @@ from pathlib import Path
 from tokenlearn.errors import UserError
 from tokenlearn.tokens.bank import TokenBank
 from tokenlearn.tokens.checkpoint import checkpoint_about, read_checkpoint
-from tokenlearn.tokens.files import (
-    EmbeddingFile,
-    EmbeddingFormat,
-    embedding_file_name,
-    load_embedding,
-    save_embedding,
-)
+from tokenlearn.tokens.embeddings import embedding_file_names
+from tokenlearn.tokens.files import EmbeddingFile, EmbeddingFormat, load_embedding, save_embedding
 
 
 def export(
@@ -39,7 +34,8 @@ def export(
         Paths of the files.
 
     Raises:
-        UserError: if neither or both sources are given, the source cannot be read, or it lacks one of ``tokens``.
+        UserError: if neither or both sources are given, the source cannot be read, it lacks one of ``tokens``, or
+            two tokens would be written to the same file.
     """
     if (ckpt_path is None) == (embedding is None):
         raise UserError("give either --ckpt_path or --embedding, the source of the tokens")
@@ -52,9 +48,9 @@ def export(
         if token not in sources:
             raise UserError(f"no token '{token}' in '{ckpt_path or embedding}'; it has {', '.join(sources)}")
     written = []
-    for token in tokens or sources:
+    for name, token in embedding_file_names(tokens or sources).items():
         file = sources[token]
-        path = Path(output_dir).expanduser() / embedding_file_name(token)
+        path = Path(output_dir).expanduser() / name
         written.append(save_embedding(path, token, file.vectors, file.metadata, format, scale, file.space))
         print(path)
     return written

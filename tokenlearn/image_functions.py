@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,20 +202,35 @@ def read_images(
 ) -> list[EditableImage]:
     """Images at a size that a model takes, with their names and sizes.
 
+    Of a folder, images that cannot be read are left out with a warning.
+
     Args:
         images: images or their files.
         backbone: the model.
         size: (height, width), of which the smaller is their shorter side; None for the size the model was trained for.
 
     Raises:
-        UserError: if an image cannot be read, or there is none.
+        UserError: if a named image or no image of a folder can be read, or there is none.
     """
     from tokenlearn.data.images_to_edit import FolderImages
 
     side = min(size or (backbone.latent_size * backbone.vae_scale_factor,))
     sources = [images] if isinstance(images, Image.Image | str | Path) else images
     folders = [FolderImages(source, side, backbone.vae_scale_factor) for source in sources]
-    read = [folder[index] for folder in folders for index in range(len(folder.names))]
+    read: list[EditableImage] = []
+    skipped: list[UserError] = []
+    for folder in folders:
+        for index in range(len(folder.names)):
+            try:
+                read.append(folder[index])
+            except UserError as error:
+                if len(folder.names) == 1:
+                    raise
+                skipped.append(error)
+    if skipped and not read:
+        raise UserError(f"none of {len(skipped)} images can be used, such as this: {skipped[0]}") from skipped[0]
+    if skipped:
+        warnings.warn(f"skipped {len(skipped)} images that cannot be used, such as this: {skipped[0]}", stacklevel=2)
     if not read:
         raise UserError("the list of images is empty; give at least one")
     return read

@@ -28,7 +28,7 @@ from tokenlearn.guidance import ClassifierFreeGuidance, GuidedModel, require_dif
 from tokenlearn.losses.objective import Objective
 from tokenlearn.models import Conditioning
 from tokenlearn.objectives import require_judge_differs
-from tokenlearn.pipeline import Pipeline, Sampling
+from tokenlearn.pipeline import Pipeline, Sampling, finished
 from tokenlearn.progress import Meter
 
 History = list[dict[str, float]]
@@ -208,7 +208,7 @@ class LatentOptimiser:
                     _check_finite(row["loss"], name, step)
                     rows.append(row)
                 if step in (0, settings.steps) or step in snapshots:
-                    images_after[step] = images.detach().clamp(0, 1).cpu()
+                    images_after[step] = finished(images.detach()).cpu()
                 if not last:
                     latents, buffer = optimisation_step(
                         latents.detach(),

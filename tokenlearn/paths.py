@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tokenlearn.errors import UserError
+from tokenlearn.errors import UserError, shown
 
 _PACKAGE = Path(__file__).parent
 _FOLDERS = ("configs", "checkpoints")
@@ -29,9 +29,17 @@ def resolve(path: str | os.PathLike[str]) -> str:
     Returns:
         ``path`` with ``~`` expanded if it exists; else the bundled file or folder of this name, if there is one; else
         ``path``, so the caller can try it as a hub id or report it.
+
+    Raises:
+        UserError: if the operating system cannot look for such a path, because it is too long for instance.
     """
-    local = Path(path).expanduser()
-    if local.exists():
+    try:
+        local = Path(path).expanduser()
+        exists = local.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(f"cannot look for the path {shown(path)} ({reason}); correct it") from None
+    if exists:
         return str(local)
     if local.parts[:1] not in {(folder,) for folder in _FOLDERS}:
         return str(path)

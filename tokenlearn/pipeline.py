@@ -160,6 +160,7 @@ class Pipeline:
         """
         pipeline = self.with_sampling(**changes) if changes else self
         given = [prompts] if isinstance(prompts, str) else list(prompts)
+        pipeline.check_prompts(given)  # before the first image, not at the prompt itself
         samples = [(prompt, seed) for prompt in given for seed in seeds]
         images: list[Image.Image] = []
         for start in range(0, len(samples), batch_size):
@@ -228,8 +229,29 @@ class Pipeline:
         return optimise_latents(self, prompts, objective=objective, **settings)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of B rows for B prompts with this pipeline's tokens, differentiable by these."""
-        return self.backbone.encode_prompts(prompts, self.tokens)
+        """Conditioning of B rows for B prompts with this pipeline's tokens, differentiable by these.
+
+        Raises:
+            UserError: if a prompt has a token that is not loaded, or the conditioning is constant and not finite.
+        """
+        self.check_prompts(prompts)
+        conditioning = self.backbone.encode_prompts(prompts, self.tokens)
+        if not torch.is_grad_enabled() and not conditioning.prompt_embeds.isfinite().all():
+            rows = conditioning.prompt_embeds.flatten(1).isfinite().all(dim=1).tolist()
+            raise UserError(
+                f"the text encoder gives values that are not finite for '{prompts[rows.index(False)]}'; the vectors "
+                "of a token in it are too large, or the precision too low: use another embedding file, float32 or "
+                "bfloat16"
+            )
+        return conditioning
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts with tokens that are not loaded.
+
+        Raises:
+            UserError: naming the first such token.
+        """
+        check_tokens(prompts, self.tokens.placeholders if self.tokens is not None else ())
 
     def unconditional(self) -> Conditioning:
         """One row for the negative prompt, a constant."""
@@ -254,7 +276,6 @@ class Pipeline:
             UserError: if a concept prompt has a token that is not loaded.
         """
         rule = rule or self.sampling.rule
-        check_tokens(rule.concept_prompts, self.tokens.placeholders if self.tokens is not None else ())
         concepts = [self.encode([concept]) for concept in rule.concept_prompts]
         return GuidedModel(self.backbone, rule, rule.conditionings(self.unconditional(), prompt, *concepts))
 
@@ -328,15 +349,27 @@ class Pipeline:
         return self.backbone.decode_latents(latents)
 
 
+def finished(images: Tensor) -> Tensor:
+    """Generated images (B, 3, H, W) clamped to [0, 1], as they are written and judged.
+
+    Raises:
+        UserError: if a value is not finite, which would be written as black.
+    """
+    if not images.isfinite().all():
+        raise UserError(
+            "the generated images are not finite and would be black; use float32 or bfloat16, lower the guidance "
+            "scale, or check the schedule and the weights of the model"
+        )
+    return images.clamp(0, 1)
+
+
 def to_images(images: Tensor) -> list[Image.Image]:
     """PIL images of (B, 3, H, W) in [0, 1], rounded as diffusers rounds.
 
     Raises:
         UserError: if a value is not finite.
     """
-    if not images.isfinite().all():
-        raise UserError("the images are not finite; use float32 or bfloat16, or lower the guidance scale")
-    pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    pixels = (finished(images.detach().float()) * 255).round().to(torch.uint8)
     return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in pixels]
 
 
@@ -378,5 +411,5 @@ def _pipeline_class(pretrained: str, revision: str | None) -> str:
         index = download_index(pretrained, revision)
     try:
         return str(json.loads(index.read_text())["_class_name"])
-    except (ValueError, KeyError, UnicodeDecodeError):
+    except (ValueError, KeyError, TypeError):  # whatever JSON it is
         raise UserError(f"'{index}' names no pipeline class; download the model again") from None

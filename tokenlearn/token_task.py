@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from tokenlearn.data.interfaces import ImageConsumer
@@ -16,6 +17,7 @@ from tokenlearn.models import DiffusionBackbone
 from tokenlearn.pipeline import Pipeline, Sampling
 from tokenlearn.tokens import Embeddings, TokenBank, load_bank, vocabulary_hash
 from tokenlearn.tokens.checkpoint import CHECKPOINT_KEY, checkpoint_about
+from tokenlearn.tokens.embeddings import tokens_by_setting
 
 DEFAULT_MONITOR = "val/guided_accuracy"
 """Logged figure by which the best tokens are chosen where the task names no other."""
@@ -46,6 +48,7 @@ class TokenTask(L.LightningModule, ImageConsumer):
         self.strict_loading = False  # checkpoints hold the bank only; on_load_checkpoint checks that they do
         self.backbone = backbone
         self.bank = None
+        self._loaded_together: list[tuple[str, ...]] = []
         self.vocabulary_hash = vocabulary_hash(backbone.text_encoders[0])
         backbone.make_solver(sampling.solver, sampling.steps)  # refuses now what would fail at the first image
         self.pipeline = Pipeline(backbone, sampling=sampling)
@@ -76,7 +79,28 @@ class TokenTask(L.LightningModule, ImageConsumer):
             UserError: if a file cannot be read, has vectors of another width, or is for another model.
         """
         if embeddings:
-            self.use_bank(load_bank(embeddings, self.backbone.embedding_widths, self.vocabulary_hash)[0])
+            bank, files = load_bank(embeddings, self.backbone.embedding_widths, self.vocabulary_hash)
+            self.use_bank(bank)
+            self._loaded_together = tokens_by_setting(embeddings, files)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts with tokens that are not loaded, and warn of loaded tokens that no prompt has.
+
+        Of the tokens of a folder or a checkpoint, one that is used is enough.
+
+        Args:
+            prompts: all prompts of the run, but the negative prompt and the concepts of the settings' guidance.
+
+        Raises:
+            UserError: naming the first token that is not loaded.
+        """
+        given = [*prompts, self.sampling.negative_prompt, *self.sampling.rule.concept_prompts]
+        self.pipeline.check_prompts(given)
+        text = "\n".join(given).casefold()
+        for tokens in self._loaded_together:
+            if not any(token.casefold() in text for token in tokens):
+                names = ", ".join(tokens[:6]) + (f" and {len(tokens) - 6} more" if len(tokens) > 6 else "")
+                rank_zero_warn(f"no prompt uses the loaded {names}; write a token into a prompt as it is spelled here")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - overloaded in nn.Module
         """The bank's state only."""
@@ -131,6 +155,7 @@ class TokenTask(L.LightningModule, ImageConsumer):
                 torch.cuda.set_rng_state_all([state.cpu() for state in checkpoint["rng"]["cuda"]])
         if self.takes_checkpoint_tokens:
             self.use_bank(TokenBank(about["num_vectors"], about["embedding_widths"], spaces).to(self.device))
+            self._loaded_together = [tuple(about["num_vectors"])]
 
     @property
     def image_size(self) -> int:

@@ -80,8 +80,10 @@ def test_tokens_of_embedding_files_and_checkpoints(make, tmp_path):
     save_embedding(tmp_path / "hat.safetensors", "<hat>", [torch.ones(1, 16)], {})
     task = make(prompts=["a <hat>"], embeddings=str(tmp_path))
     other = make(prompts=["a <hat>"])
-    (first,), (second,) = edit(task, 0), edit(other, 0)
+    (first,), (second,) = edit(task, 0), edit(make(prompts=["a hat"]), 0)
     assert not torch.allclose(first.before, second.before, atol=1e-4)
+    with pytest.raises(UserError, match="'<hat>' of 'a <hat>' is not loaded"):
+        edit(other, 0)
     checkpoint = {"state_dict": task.state_dict()}
     task.on_save_checkpoint(checkpoint)
     other.on_load_checkpoint(checkpoint)

@@ -255,12 +255,13 @@ def test_validation_counts_edits_that_are_needed(make):
     # Each image has one class of each attribute, and is counted for the others.
     assert total[:2].sum() == 6
     assert total[2:].sum() == 2 * 6
-    logits = task.classifier(task.backbone.decode_latents(task.clean_latents(batch)).clamp(0, 1))
-    assert total.tolist() == [
-        *(int((logits[:, 0] > 0).sum()), int((logits[:, 0] <= 0).sum())),
-        *(6 - int((logits[:, 2:5].argmax(dim=1) == k).sum()) for k in range(3)),
-    ]
-    assert torch.equal(task.judged_accuracy.compute(), task.guided_accuracy.compute())  # twins here
+    before = task.backbone.decode_latents(task.clean_latents(batch)).clamp(0, 1)
+    for classifier, accuracy in ((task.classifier, task.guided_accuracy), (task.judge, task.judged_accuracy)):
+        logits = classifier(before)
+        assert accuracy.compute()[:, 1].tolist() == [
+            *(int((logits[:, 0] > 0).sum()), int((logits[:, 0] <= 0).sum())),
+            *(6 - int((logits[:, 2:5].argmax(dim=1) == k).sum()) for k in range(3)),
+        ]
     assert sheet["rows"] == [row for row in ("image", *TOKENS) for _ in range(4)]
     assert sheet["images"].shape == (6 * 4, 3, 16, 16)
     assert task.validation_step(batch, 1) is None

@@ -16,7 +16,7 @@ from torch import Tensor
 from tokenlearn.callbacks.images import save_image, sheet, to_image
 from tokenlearn.callbacks.origins import origin_of, say_what_is_not_of_the_run
 from tokenlearn.callbacks.run_folder import common_run_folder
-from tokenlearn.errors import UserError, check_at_least
+from tokenlearn.errors import check_at_least
 from tokenlearn.files import atomic_write
 from tokenlearn.generation.results import (
     BEFORE,
@@ -39,11 +39,10 @@ class ResultWriter(L.Callback, ResultStore):
 
     ``images/<edit>/<name>.png`` is an edit at the image's size, pasted onto the image where the task says so,
     ``strips/<name>.png`` its interpolations, ``before_after.png`` (of semantic guidance ``contact_sheet.png``) the
-    sheet. Generated images are in
-    ``images/before/``, recorded guidance in ``guidance/<edit>/seed<seed>.safetensors``. Optimised latents are in
-    ``latents/<name>.safetensors``, and the steps of their optimisation in ``losses/<name>.csv``. An image that has all
-    of its files, made with the same settings and tokens from the same image, is not edited again, so an interrupted
-    run resumes with the same ``--output_dir``. An image that cannot be read is reported when all others are done.
+    sheet. Generated images are in ``images/before/``, recorded guidance in
+    ``guidance/<edit>/seed<seed>.safetensors``. Optimised latents are in ``latents/<name>.safetensors``, and the steps of
+    their optimisation in ``losses/<name>.csv``. An image that has all of its files, made with the same settings and
+    tokens from the same image, is not edited again, so an interrupted run resumes with the same ``--output_dir``.
 
     Args:
         rows: images on the sheet at most.
@@ -65,7 +64,6 @@ class ResultWriter(L.Callback, ResultStore):
         self._run_folder = Path()
         self._task: L.LightningModule | None = None
         self._indices: dict[str, int] = {}
-        self._unreadable: dict[str, str] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Agree on the run folder."""
@@ -74,7 +72,6 @@ class ResultWriter(L.Callback, ResultStore):
             self._run_folder = common_run_folder(trainer)
             self._task = pl_module
             self._indices = {name: index for index, name in enumerate(pl_module.images.names)}
-            self._unreadable = {}
             self.__dict__.pop("_origin", None)
 
     @cached_property
@@ -86,10 +83,6 @@ class ResultWriter(L.Callback, ResultStore):
     def is_done(self, plan: ResultPlan, name: str) -> bool:
         """See :class:`tokenlearn.generation.results.ResultStore`."""
         return not self.overwrite and self._is_complete(plan, name)
-
-    def leave_out(self, name: str, reason: str) -> None:
-        """See :class:`tokenlearn.generation.results.ResultStore`."""
-        self._unreadable[name] = reason
 
     def progress(self) -> tuple[int, int] | None:
         """How many images are done, and how many there are; None if the task makes none for this callback."""
@@ -158,10 +151,6 @@ class ResultWriter(L.Callback, ResultStore):
         trainer.strategy.barrier("edits of all processes")
         if trainer.is_global_zero:
             self._write_sheet(pl_module)
-        if self._unreadable:
-            count, reason = len(self._unreadable), next(iter(self._unreadable.values()))
-            others = f"; {count} images cannot be read, all others are done" if count > 1 else "; all others are done"
-            raise UserError(f"{reason}{others}")
 
     def _write_sheet(self, task: EditTask) -> None:
         plan = task.plan

@@ -17,7 +17,7 @@ from tokenlearn.data.broken_images import broken_rows
 from tokenlearn.data.image_samples import ImageLoader, ImageReading, ImageSample, collate_images
 from tokenlearn.data.image_source import ImageSource, is_portraits, open_images
 from tokenlearn.data.interfaces import ImageConsumer, LabelledImages, consumer_of, trainer_of
-from tokenlearn.data.labels import Label, LabelColumns, read_labels
+from tokenlearn.data.labels import Label, LabelColumns, check_label_values, read_labels
 from tokenlearn.data.latent_cache import LatentCache, LatentCaching, build_latents, in_full_batches
 from tokenlearn.data.pixels import unit_range
 from tokenlearn.data.prefetch import prefetch
@@ -132,6 +132,8 @@ class ImageDataModule(L.LightningDataModule, LabelledImages):
         if self.streaming:
             self._parts = streamed_parts(self._found.open, dataset, keep=self.keep, held_out=self.held_out)
         else:
+            if not self._found.portraits:
+                check_label_values(dataset, self._labels)
             usable = self._usable_rows(dataset, self._found)
             self._parts = indexed_parts(dataset, usable, keep=self.keep, held_out=self.held_out, source=self.source)
 

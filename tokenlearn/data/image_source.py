@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tokenlearn.data.pixels import warn_of_left_out
 from tokenlearn.errors import UserError, reason_of
 from tokenlearn.paths import resolve
 
 _PORTRAITS = "portraits:"
 _PORTRAITS_PER_SHARD = 256
 _SAVED_SHARDS = 64
+_SPLITS = frozenset(
+    {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
+)
 
 
 @dataclass(frozen=True)
@@ -109,9 +114,10 @@ def _saved(path: Path, split: str, streaming: bool) -> tuple[Callable[[], Any], 
 def _built(path: Path, source: str, split: str, streaming: bool) -> tuple[Callable[[], Any], str]:
     import datasets
 
+    images: int | None = None  # number of images in a folder, of which metadata may name fewer
     name = re.split(r"[\[+]", split)[0]  # of 'train[:100]'
     if path.is_dir():
-        builder = _folder_builder(path, name)
+        builder, images = _folder_builder(path, name)
     elif path.suffix == ".parquet":
         builder = datasets.load_dataset_builder("parquet", data_files={name: str(path)})
     elif source.startswith((".", "/", "~")) or source.count("/") != 1:
@@ -125,23 +131,59 @@ def _built(path: Path, source: str, split: str, streaming: bool) -> tuple[Callab
 
     def prepared() -> Any:  # noqa: ANN401 - datasets has no types
         builder.download_and_prepare()
-        return builder.as_dataset(split=split)
+        rows = builder.as_dataset(split=split)
+        if images is not None and split == name and len(rows) < images:
+            warnings.warn(
+                f"left out of '{source}': {images - len(rows)} of {images} images, which have no row in the metadata",
+                stacklevel=2,
+            )
+        return rows
 
     return prepared, fingerprint
 
 
-def _folder_builder(path: Path, name: str) -> Any:  # noqa: ANN401 - datasets has no types
+def _folder_builder(path: Path, name: str) -> tuple[Any, int | None]:
+    """The builder of a folder, and the number of images in a folder of images."""
     import datasets
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder  # type: ignore[import-untyped]
 
     folder = path / name if (path / name).is_dir() else path
-    suffixes = {file.suffix.lower() for file in folder.rglob("*")}
-    if not suffixes.isdisjoint(ImageFolder.EXTENSIONS):
+    files = list(folder.rglob("*"))
+    warn_of_left_out(files, ImageFolder.EXTENSIONS, folder)
+    images = [file for file in files if file.suffix.lower() in ImageFolder.EXTENSIONS and file.is_file()]
+    if images:
+        if folder != path:
+            _require_split(path, name, ImageFolder.EXTENSIONS)
         # All files, named: otherwise the loader takes words such as 'test' in their names for splits.
-        return datasets.load_dataset_builder("imagefolder", data_dir=str(folder), data_files={name: "**"})
-    if ".parquet" in suffixes:
-        return datasets.load_dataset_builder(str(path))
+        builder = datasets.load_dataset_builder("imagefolder", data_dir=str(folder), data_files={name: "**"})
+        hidden = [file for file in images if any(_is_hidden(part) for part in file.relative_to(folder).parts)]
+        return builder, len(images) - len(hidden)
+    if any(file.suffix.lower() == ".parquet" for file in files):
+        return datasets.load_dataset_builder(str(path)), None
     raise UserError(f"no images in the folder '{folder}'; set data.source to a folder of PNG, JPEG or parquet files")
+
+
+def _require_split(path: Path, name: str, suffixes: Collection[str]) -> None:
+    """Refuse a folder that is named like the split beside others that are not: it may be a class."""
+    others = sorted(
+        folder.name
+        for folder in path.iterdir()
+        if folder.is_dir()
+        and folder.name != name
+        and folder.name.lower() not in _SPLITS
+        and not _is_hidden(folder.name)
+        and any(file.suffix.lower() in suffixes for file in folder.rglob("*"))
+    )
+    if others:
+        raise UserError(
+            f"'{path}' has images in '{name}', which is the name of the split, and in {', '.join(others[:6])}; set "
+            f"data.source to '{path / name}' if it is a split, or rename it if it is a class"
+        )
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or one that the loader leaves out, such as ``__MACOSX``."""
+    return name.startswith((".", "__"))
 
 
 def _encoded(dataset: Any, image_column: str) -> Any:  # noqa: ANN401 - either kind of data set

@@ -12,9 +12,14 @@ from typing import NamedTuple, Protocol
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from tokenlearn.data.pixels import rgb_pixels, to_rgb, unit_range
+from tokenlearn.data.pixels import rgb_pixels, to_rgb, unit_range, warn_of_left_out
 from tokenlearn.errors import UserError, reason_of
 from tokenlearn.paths import resolve
+
+_MOST_RATIO = 8
+_NO_PIXELS = frozenset(
+    {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+)  # formats that Pillow recognises and cannot decode
 
 
 def generated_name(index: int, prompt: str, seed: int) -> str:
@@ -48,9 +53,11 @@ class EditableImages(Protocol):
 
     Attributes:
         names: the name of each.
+        prompts: prompts of images that are to be generated.
     """
 
     names: list[str]
+    prompts: Sequence[str]
 
     def __getitem__(self, index: int) -> EditableImage:
         """One image."""
@@ -81,6 +88,7 @@ class FolderImages:
         self, source: str | Path | Image.Image | Sequence[Image.Image], short_side: int, multiple: int
     ) -> None:
         self.short_side, self.multiple = short_side, multiple
+        self.prompts: Sequence[str] = ()
         self.images: Sequence[Path | Image.Image]
         if isinstance(source, str | Path):
             self.images, self.names = _files(source)
@@ -94,10 +102,15 @@ class FolderImages:
         """One image, upright and in RGB.
 
         Raises:
-            UserError: if its file cannot be read.
+            UserError: if its file cannot be read, or one side is more than eight times as long as the other.
         """
         source = self.images[index]
         image = _upright_rgb(source) if isinstance(source, Image.Image) else _read(source)
+        if max(image.size) > _MOST_RATIO * min(image.size):  # its longer side would be thousands of pixels
+            raise UserError(
+                f"image '{self.names[index]}' has {image.width}x{image.height} pixels; crop it, so that one side is "
+                f"at most {_MOST_RATIO} times as long as the other"
+            )
         scale = self.short_side / min(image.size)
         width, height = (max(1, round(side * scale / self.multiple)) * self.multiple for side in image.size)
         resized = image.resize((width, height), Image.Resampling.LANCZOS)
@@ -131,6 +144,7 @@ class GeneratedImages:
         if not prompts or not seeds:
             raise UserError(f"model.{'seeds' if prompts else 'prompts'} is empty; give at least one")
         self.size = (size, size) if isinstance(size, int) else size
+        self.prompts: Sequence[str] = prompts
         self.specified = [(prompt, seed) for prompt in prompts for seed in seeds]
         self.names = [generated_name(index, prompt, seed) for index, prompt in enumerate(prompts) for seed in seeds]
 
@@ -152,6 +166,8 @@ class GeneratedImages:
 def _read(path: Path) -> Image.Image:
     try:
         with Image.open(path) as opened:
+            if not all(opened.size):
+                raise ValueError("it has no pixels")
             return _upright_rgb(opened)
     except Exception as error:  # decoders raise errors of many kinds
         raise UserError(f"cannot read image '{path}' ({reason_of(error)}); remove or replace it") from error
@@ -183,10 +199,13 @@ def _files(source: str | Path) -> tuple[list[Path], list[str]]:
 
 
 def _image_files(root: Path) -> list[Path]:
-    readable = {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
+    extensions = Image.registered_extensions().items()
+    readable = {suffix for suffix, form in extensions if form in Image.OPEN and form not in _NO_PIXELS}
+    found = list(root.rglob("*"))
+    warn_of_left_out(found, readable, root)
     return sorted(
         path
-        for path in root.rglob("*")
+        for path in found
         if path.suffix.lower() in readable
         and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(root).parts)

@@ -99,6 +99,14 @@ class PromptTemplates(ABC):
         """Prompts with ``{}`` where the class goes."""
 
 
+class WholePrompts(ABC):
+    """Data of prompts that are generated as they are."""
+
+    description: ClassVar[str] = "whole prompts, such as PromptList"
+
+    prompts: Sequence[str]
+
+
 class TaskWrapper(ABC):
     """A module that runs another task, such as an evaluation; data modules look through it at the task."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,6 +60,12 @@ class Label:
     stored_names: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
 
+    def value(self, entry: Any) -> Any:  # noqa: ANN401 - whatever the column holds
+        """The attribute's value in an entry of the column, which may be a list."""
+        if self.place is None or not isinstance(entry, list):
+            return entry
+        return entry[self.place] if self.place < len(entry) else f"too short: {entry}"
+
     def class_index(self, row: Mapping[str, Any], name: str) -> int:
         """Class index in a row, -1 where the row has null, NaN or -1.
 
@@ -69,9 +76,7 @@ class Label:
         Raises:
             UserError: if the row has a value that is not a class.
         """
-        value = row[self.column]
-        if self.place is not None and isinstance(value, list):
-            value = value[self.place] if self.place < len(value) else f"too short: {value}"
+        value = self.value(row[self.column])
         if value is None or value == -1 or value != value:
             return UNKNOWN
         if self.stored_names:
@@ -102,6 +107,31 @@ def read_labels(dataset: Any, settings: LabelColumns) -> list[Label]:  # noqa: A
     if settings.list_column is not None:
         labels += _list_labels(dataset, settings.list_column, settings.list_attributes)
     return labels
+
+
+def check_label_values(dataset: Any, labels: Sequence[Label]) -> None:  # noqa: ANN401 - datasets has no types
+    """Refuse numbers -1 and 1 without 0 for absent and present: -1 means here that the class is not known.
+
+    Args:
+        dataset: a ``Dataset``, whose columns can be read without its images.
+        labels: labels of the data set.
+
+    Raises:
+        UserError: naming the column.
+    """
+    import datasets  # type: ignore[import-untyped]
+
+    for column in dict.fromkeys(label.column for label in labels if not label.stored_names):
+        read = [label for label in labels if label.column == column]
+        plain = isinstance(dataset.features[column], datasets.Value)
+        rows = dataset.unique(column) if plain else dataset[column]
+        for label in read:
+            numbers = {value for row in rows if isinstance(value := label.value(row), int | float)}
+            if {-1, 1} == {number for number in numbers if not math.isnan(number)}:
+                raise UserError(
+                    f"column '{column}' has -1 and 1 but no 0 for '{label.attribute}', and -1 means that the class is "
+                    "not known; write 0 for absent and 1 for present"
+                )
 
 
 def _column_labels(

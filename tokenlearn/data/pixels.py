@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+
+_LARGEST_OF_12_BITS = 2**12 - 1
+_LARGEST_OF_16_BITS = 2**16 - 1
+_OTHER_IMAGES = frozenset(
+    {".heic", ".heif", ".avif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".psd", ".svg"}
+)
 
 
 def unit_range(pixels: Sequence[Tensor]) -> Tensor:
@@ -18,13 +27,66 @@ def unit_range(pixels: Sequence[Tensor]) -> Tensor:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB: transparent ones on white, 16-bit grey ones with their whole range."""
+    """An image of any mode as RGB: transparent ones on white, 16-bit grey ones with their whole range.
+
+    Raises:
+        ValueError: if the pixels are numbers whose white is not known.
+    """
+    if image.mode.startswith("I") or image.mode == "F":  # a conversion would cut them off at 255
+        return _grey_of_numbers(image).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if image.mode.startswith("I"):  # a conversion would cut it off at 255
-        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
+
+
+def _grey_of_numbers(image: Image.Image) -> Image.Image:
+    """A grey image of 16-bit integers, or of floating-point numbers in [0, 1].
+
+    Integers up to 4095 only are of 8 or 12 bits, or are 16-bit images that are nearly black.
+    """
+    pixels = np.asarray(image)
+    lowest, highest = pixels.min(), pixels.max()
+    if image.mode == "F":
+        known = bool(lowest >= 0 and highest <= 1)  # and no NaN
+        grey = np.rint(np.where(known, pixels, 0) * 255)
+    else:
+        known = bool(lowest >= 0 and (highest == 0 or _LARGEST_OF_12_BITS < highest <= _LARGEST_OF_16_BITS))
+        grey = pixels // 256
+    if not known:
+        raise ValueError(
+            f"pixels from {lowest:g} to {highest:g} in mode {image.mode}, whose white is not known; convert it to 8 "
+            "bits"
+        )
+    if isinstance(transparent := image.info.get("transparency"), int):
+        grey = np.where(pixels == transparent, 255, grey)
+    return Image.fromarray(grey.astype(np.uint8))
+
+
+def warn_of_left_out(files: Iterable[Path], readable: Collection[str], folder: str | Path) -> None:
+    """Warn of images in a folder that no decoder here reads, and of links to folders, which are not followed.
+
+    Args:
+        files: everything below the folder.
+        readable: suffixes of files that are read.
+        folder: the folder, as the user named it.
+    """
+    unread: Counter[str] = Counter()
+    links: list[Path] = []
+    for file in files:
+        if (suffix := file.suffix.lower()) in _OTHER_IMAGES and suffix not in readable:
+            unread[suffix] += 1
+        elif file.is_symlink() and file.is_dir():
+            links.append(file)
+    if unread:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
+        warnings.warn(f"left out of '{folder}': {kinds}; convert them to JPEG or PNG", stacklevel=2)
+    if links:
+        warnings.warn(
+            f"left out of '{folder}': {len(links)} links to folders, such as '{links[0].name}'; name the folders "
+            "themselves, or copy them",
+            stacklevel=2,
+        )
 
 
 def rgb_pixels(image: Image.Image) -> Tensor:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import lightning as L
 
 from tokenlearn.data.batches import PromptBatch, PromptKind
-from tokenlearn.data.interfaces import ClassConsumer, PromptTemplates, consumer_of, trainer_of
+from tokenlearn.data.interfaces import ClassConsumer, PromptTemplates, WholePrompts, consumer_of, trainer_of
 from tokenlearn.data.sources import CountingSource, Item, items_below
 from tokenlearn.data.streams import BatchStream, EvaluationBatches
 from tokenlearn.errors import UserError, check_at_least, check_seeds, check_template
@@ -176,7 +176,7 @@ class PromptDataModule(L.LightningDataModule, PromptTemplates):
         return list(consumer_of(trainer_of(self), ClassConsumer).class_descriptions.values())
 
 
-class PromptList(L.LightningDataModule):
+class PromptList(L.LightningDataModule, WholePrompts):
     """Whole prompts to generate, each with every seed.
 
     Args:

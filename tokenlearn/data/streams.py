@@ -130,9 +130,12 @@ class EvaluationBatches(Generic[Sample, Batch]):
         rank: this process among ``world_size``.
         world_size: number of processes.
         num_workers: threads that load in advance.
+        in_place_of: makes the sample that takes the place of a skipped item, so that the number of batches does not
+            depend on the items; None to leave skipped items out.
 
     Raises:
-        UserError: if there are fewer items than processes.
+        UserError: if there are fewer items than processes; or in the iteration of the only process, if all items are
+            skipped and something takes their place.
     """
 
     def __init__(
@@ -146,12 +149,13 @@ class EvaluationBatches(Generic[Sample, Batch]):
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
+        in_place_of: Callable[[Skipped], Sample] | None = None,
     ) -> None:
         # Lightning skips a process without batches, and the others would wait for it.
         if count is not None and count < world_size:
             raise UserError(f"{count} images cannot be split among {world_size} devices; lower trainer.devices")
         self.items, self.count, self.load, self.collate = items, count, load, collate
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.num_workers, self.in_place_of = batch_size, num_workers, in_place_of
         self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
@@ -167,7 +171,14 @@ class EvaluationBatches(Generic[Sample, Batch]):
             for sample in prefetch(self.load, items, workers=self.num_workers, depth=2 * self.batch_size):
                 if isinstance(sample, Skipped):
                     skipped.append(sample)
-                    continue
+                    if self.in_place_of is None:
+                        continue
+                    if self.world_size == 1 and len(skipped) == self.count:
+                        raise UserError(
+                            f"none of {len(skipped)} images can be used, such as {_described(skipped[0])}; remove or "
+                            "replace them"
+                        )
+                    sample = self.in_place_of(sample)
                 samples.append(sample)
                 if len(samples) == self.batch_size:
                     yield self.collate(samples)

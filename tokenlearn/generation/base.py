@@ -8,7 +8,7 @@ from functools import partial
 import lightning as L
 
 from tokenlearn.data.images_to_edit import EditableImage, EditableImages, FolderImages, GeneratedImages
-from tokenlearn.data.sources import Item, items_below
+from tokenlearn.data.sources import Item, Skipped, items_below
 from tokenlearn.data.streams import EvaluationBatches
 from tokenlearn.errors import UserError, check_seeds
 from tokenlearn.generation.results import ResultPlan, ResultStore
@@ -55,6 +55,9 @@ def batches_to_edit(
 ) -> ImageBatches:
     """This rank's images in batches; of images whose results a callback of the trainer has stored, the name alone.
 
+    An image that cannot be read does not stop the others: its name takes its place, and a warning at the end counts
+    such images.
+
     Args:
         images: images of all ranks.
         plan: results of each image.
@@ -64,26 +67,28 @@ def batches_to_edit(
     callbacks: Sequence[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     stores = [callback for callback in callbacks if isinstance(callback, ResultStore)]
     indices = {name: index for index, name in enumerate(images.names)}
+    broken: set[str] = set()
 
-    # Finished images count too: a process that had no image left would not meet the others at the end.
-    def load(item: Item) -> EditableImage | str:
+    # Finished images and those that cannot be read count too, by their names: a process that had no image left would
+    # not meet the others at the end.
+    def load(item: Item) -> EditableImage | str | Skipped:
         name = images.names[item.index]
         if any(store.is_done(plan, name) for store in stores):
             return name
         try:
             return images[item.index]
         except UserError as error:
-            if not stores:
-                raise
-            for store in stores:
-                store.leave_out(name, str(error))
-            return name
+            broken.add(name)
+            return Skipped(name, str(error))
 
     def collate(samples: Sequence[EditableImage | str]) -> list[EditableImage | str]:
         """A batch, whole if any of it is to be made: part of one would be computed with other roundings."""
-        if batch_size == 1 or all(isinstance(sample, str) for sample in samples):
+        if batch_size == 1 or not any(isinstance(sample, EditableImage) for sample in samples):
             return list(samples)
-        return [images[indices[sample]] if isinstance(sample, str) else sample for sample in samples]
+        return [
+            images[indices[sample]] if isinstance(sample, str) and sample not in broken else sample
+            for sample in samples
+        ]
 
     count = len(images.names)
     return EvaluationBatches(
@@ -95,6 +100,7 @@ def batches_to_edit(
         rank=trainer.global_rank,
         world_size=trainer.world_size,
         num_workers=_READERS,
+        in_place_of=lambda skipped: skipped.name,
     )
 
 

@@ -107,7 +107,12 @@ class Doodl(TokenTask, EditTask):
         return batches_to_edit(self.images, self.plan, self.trainer, batch_size=self.batch_size)
 
     def on_predict_start(self) -> None:
-        """Show the steps where the trainer shows progress at all."""
+        """Check the tokens of all prompts, and show the steps where the trainer shows progress at all.
+
+        Raises:
+            UserError: if a prompt has a token that is not loaded.
+        """
+        self.check_prompts([*self.images.prompts, self.source_prompt])
         self._shows_progress = self.trainer.progress_bar_callback is not None and self.global_rank == 0
 
     def predict_step(self, batch: list[EditableImage | str]) -> list[EditResult]:

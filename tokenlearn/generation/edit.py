@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -14,7 +15,7 @@ from tokenlearn.generation.base import ImageBatches, batches_to_edit, images_to_
 from tokenlearn.generation.results import EditResult, EditTask, ResultPlan, file_stem
 from tokenlearn.models import DiffusionBackbone
 from tokenlearn.pasting import Paste, is_pasted
-from tokenlearn.pipeline import Sampling
+from tokenlearn.pipeline import Sampling, finished
 from tokenlearn.token_task import TokenTask
 from tokenlearn.tokens import Embeddings
 
@@ -98,11 +99,15 @@ class Edit(TokenTask, EditTask):
         known = self.learned_placeholders
         for token, _ in _scales(self.edits, self.interpolations):
             if token not in known:
+                near = difflib.get_close_matches(token, known, n=1)
                 raise UserError(
-                    f"no token '{token}' to edit with, only {', '.join(known) or 'none at all'}; give its file in "
-                    "model.embeddings, or --ckpt_path"
+                    f"no token '{token}' to edit with, only {', '.join(known) or 'none at all'}; "
+                    + (f"did you mean '{near[0]}'? Else " if near else "")
+                    + "give its file in model.embeddings, or --ckpt_path"
                 )
         self._true_edits()  # refuses now what would fail at the first image
+        edited = [token for token, _ in _scales(self.edits, self.interpolations)]
+        self.check_prompts([*self.images.prompts, self.editing.source_prompt, self.template, *edited])
 
     def _true_edits(self) -> list[dict[str, float]]:
         """All edits and then the images of all strips, as token to the strength to edit with."""
@@ -120,7 +125,7 @@ class Edit(TokenTask, EditTask):
     def _edit(self, image: EditableImage) -> EditResult:
         if image.image is None:
             latents = self.generate_latents([image.prompt], [image.seed])
-            before = self.backbone.decode_latents(latents).clamp(0, 1)
+            before = finished(self.backbone.decode_latents(latents))
         else:
             latents, before = self.backbone.encode_images(image.image), image.image
         source = source_of(self.pipeline, self.editing)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from tokenlearn.data.batches import PromptBatch
+from tokenlearn.data.interfaces import WholePrompts, find_data
 from tokenlearn.generation.results import BatchStore, GeneratedBatch
 from tokenlearn.models import DiffusionBackbone
-from tokenlearn.pipeline import Sampling
+from tokenlearn.pipeline import Sampling, finished
 from tokenlearn.token_task import TokenTask
 from tokenlearn.tokens import Embeddings
 
@@ -36,12 +37,26 @@ class Generate(TokenTask):
         super().__init__(backbone, sampling)
         self.load_embeddings(embeddings)
 
+    def on_predict_start(self) -> None:
+        """Check the tokens of all prompts before the first image.
+
+        Raises:
+            UserError: if a prompt has a token that is not loaded.
+        """
+        data = find_data(self.trainer, WholePrompts)
+        if data is not None:
+            self.check_prompts(data.prompts)
+
     def predict_step(self, batch: PromptBatch) -> GeneratedBatch:
-        """Images of a batch of prompts and seeds; none if a callback of the trainer has stored them all."""
+        """Images of a batch of prompts and seeds; none if a callback of the trainer has stored them all.
+
+        Raises:
+            UserError: if an image is not finite.
+        """
         # Part of a batch would be computed with other roundings than the whole.
         callbacks = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
         stores = [callback for callback in callbacks if isinstance(callback, BatchStore)]
         if any(store.is_batch_done(batch.templates, batch.seeds, batch.class_indices) for store in stores):
             return GeneratedBatch(torch.empty(0, 3, 1, 1), [], [], [])
-        images = self.pipeline.generate(batch.templates, batch.seeds).clamp(0, 1)
+        images = finished(self.pipeline.generate(batch.templates, batch.seeds))
         return GeneratedBatch(images, batch.templates, batch.seeds, batch.class_indices)

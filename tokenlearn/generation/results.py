@@ -115,10 +115,6 @@ class ResultStore(ABC):
     def is_done(self, plan: ResultPlan, name: str) -> bool:
         """Whether all results of an image are stored, so that the task leaves it out."""
 
-    @abstractmethod
-    def leave_out(self, name: str, reason: str) -> None:
-        """Remember that an image cannot be read, so that it is reported when all others are done."""
-
 
 class BatchStore(ABC):
     """A callback that stores generated images, and knows which are there already from an earlier, interrupted run."""

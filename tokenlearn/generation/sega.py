@@ -15,11 +15,11 @@ from tokenlearn.editing import Editing, ImageEditor
 from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.generation.base import ImageBatches, batches_to_edit, images_to_edit, unfinished
 from tokenlearn.generation.results import EditResult, EditTask, ResultPlan, file_stem
-from tokenlearn.guidance import SEGA, GuidedModel, RecordedGuidance, SemanticEdit, check_tokens
+from tokenlearn.guidance import SEGA, GuidedModel, RecordedGuidance, SemanticEdit
 from tokenlearn.guidance.semantic import MomentumAfter, ThresholdOver
 from tokenlearn.models import Conditioning, DiffusionBackbone
 from tokenlearn.pasting import Paste, is_pasted
-from tokenlearn.pipeline import Sampling
+from tokenlearn.pipeline import Sampling, finished
 from tokenlearn.token_task import TokenTask
 from tokenlearn.tokens import Embeddings
 
@@ -127,12 +127,13 @@ class Sega(TokenTask, EditTask):
         return batches_to_edit(self.images, self.plan, self.trainer, batch_size=self.batch_size)
 
     def on_predict_start(self) -> None:
-        """Check that every token of a concept is known.
+        """Check that every token of a prompt or a concept is known.
 
         Raises:
             UserError: if one is not.
         """
-        check_tokens([edit.concept for edit in self.edits], self.learned_placeholders)
+        concepts = [edit.concept for edit in self.edits]
+        self.check_prompts([*self.images.prompts, self.editing.source_prompt, *concepts])
 
     def predict_step(self, batch: list[EditableImage | str]) -> list[EditResult]:
         """Edit the images of a batch that are not done."""
@@ -146,7 +147,7 @@ class Sega(TokenTask, EditTask):
 
     def _generated(self, images: Sequence[EditableImage]) -> list[EditResult]:
         prompts, seeds = [image.prompt for image in images], [image.seed for image in images]
-        before = self.pipeline.generate(prompts, seeds).clamp(0, 1)
+        before = finished(self.pipeline.generate(prompts, seeds))
         prompt = self.pipeline.encode(prompts)
         made: list[Tensor] = []
         recordings: list[dict[str, Tensor]] = [{} for _ in images]
@@ -169,7 +170,7 @@ class Sega(TokenTask, EditTask):
 
     def _sample(self, seeds: Sequence[int], model: GuidedModel[Conditioning]) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] of B seeds by a guided model."""
-        return self.backbone.decode_latents(self.pipeline.sample_latents(seeds, model)).clamp(0, 1)
+        return finished(self.backbone.decode_latents(self.pipeline.sample_latents(seeds, model)))
 
     def _photo(self, image: EditableImage, editor: ImageEditor) -> EditResult:
         assert image.image is not None

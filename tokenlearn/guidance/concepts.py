@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -146,13 +147,22 @@ def _with_settings(edit: SemanticEdit | str, scale: float | None) -> SemanticEdi
 def check_tokens(prompts: Sequence[str], known: Collection[str]) -> None:
     """Refuse prompts or concepts with tokens that are not loaded.
 
+    Whatever is in angle brackets is a token, with weights of other programs around it too, as in ``(<hat>:1.2)``. To a
+    text encoder, a token that it does not know is a few letters.
+
     Raises:
-        UserError: naming the first.
+        UserError: naming the first, and the nearest of those that are loaded.
     """
+    names = {name.casefold(): name for name in known}
     for prompt in prompts:
         for token in _TOKEN.findall(prompt):
-            if token not in known:
-                raise UserError(
-                    f"token '{token}' of '{prompt}' is not loaded, only {', '.join(known) or 'none'}; give its file "
-                    "in model.embeddings, or --ckpt_path"
-                )
+            if any(token.casefold() in name for name in names):  # upper and lower case are the same in prompts
+                continue
+            near = difflib.get_close_matches(token.casefold(), names, n=1)
+            hint = f"; did you mean '{names[near[0]]}'?" if near else ""
+            more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+            loaded = f"loaded are {', '.join(list(known)[:12])}{more}" if known else "no token is"
+            raise UserError(
+                f"token '{token}' of '{prompt}' is not loaded{hint}; {loaded}: give its file in model.embeddings, or "
+                "--ckpt_path"
+            )

@@ -8,18 +8,16 @@ import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenlearn.errors import UserError, reason_of
 from tokenlearn.files import atomic_write
 from tokenlearn.models.clip import ClipModel
-from tokenlearn.models.frozen import FrozenModule, Precision, freeze
+from tokenlearn.models.frozen import FrozenModule, Precision, freeze, require_finite
 from tokenlearn.paths import resolve
 
 
@@ -71,15 +69,16 @@ class AestheticHead(FrozenModule):
                 f"aesthetic head '{pretrained}' does not exist; give an existing folder or a file with the state dict "
                 "of a linear head"
             )
-        clip_name = clip or _relative_to(source, config.get("clip"))
+        named = config.get("clip")
+        clip_name = clip or _relative_to(source, named if isinstance(named, str) else None)
         if clip_name is None:
             raise UserError(f"aesthetic head '{pretrained}' does not name its CLIP; set 'clip'")
         self.pretrained = pretrained
         self.clip = ClipModel(clip_name, dtype)
-        self.head = build_aesthetic_head(self.clip.feature_dim, config.get("hidden_sizes", ()))
         try:
+            self.head = build_aesthetic_head(self.clip.feature_dim, config.get("hidden_sizes", ()))
             self.head.load_state_dict(weights)
-        except RuntimeError as error:
+        except Exception as error:  # any JSON and any pickle of tensors can be in the files
             raise UserError(
                 f"aesthetic head '{pretrained}' does not fit the {self.clip.feature_dim} features of CLIP "
                 f"'{clip_name}' ({reason_of(error)}); set 'clip' to the CLIP that the head was trained on"
@@ -98,9 +97,12 @@ class AestheticHead(FrozenModule):
 
         Returns:
             (B,) float32 scores on the scale of the head's training ratings, usually 1 to 10; not clipped.
+
+        Raises:
+            UserError: if they are not finite, unless they have a gradient.
         """
         scores: Tensor = self.head(self.clip.image_features(images))
-        return scores.squeeze(1)
+        return require_finite(scores.squeeze(1), images, self.pretrained)
 
 
 def save_aesthetic_head(
@@ -139,6 +141,8 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             )
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"a {type(config).__name__}, not an object")
     except ValueError as error:
         raise UserError(
             f"cannot read '{folder / 'config.json'}' ({reason_of(error)}); download or export the head again"
@@ -151,7 +155,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         weights: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # a damaged file can fail in any way
         raise UserError(
             f"cannot load the aesthetic head in '{file}' ({reason_of(error)}); download or export it again"
         ) from error

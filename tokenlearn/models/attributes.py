@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from tokenlearn.errors import UserError
 from tokenlearn.losses import AttributeClass, attribute_directions, attribute_logits
 from tokenlearn.models.classifier import TimmClassifier
 from tokenlearn.tokens.settings import check_distinct, token_name
+
+_DENIALS = frozenset({"no", "not", "non", "none", "without", "absent", "negative", "false", "off"})
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ def labelled_attributes(
 def check_class_names(attribute: LabelledAttribute, found: Sequence[str], fix: str) -> None:
     """Refuse data whose class indices differ in meaning from the attribute's.
 
-    The data may use other names for the classes, but not the same names in another order.
+    The data may use other names for the classes, but not the same names in another order. Names in a folder or a
+    column are in alphabetical order: ``smile`` comes before ``without``, the reverse of absent and present.
 
     Args:
         attribute: the attribute to learn.
@@ -73,14 +77,41 @@ def check_class_names(attribute: LabelledAttribute, found: Sequence[str], fix: s
         fix: instruction for the user, which ends the message.
 
     Raises:
-        UserError: if the number of classes or their order differs; it names both lists.
+        UserError: if the number of classes differs, or a name has another place; it names both lists. There is a
+            warning of what two other names are taken for.
     """
     expected, names = attribute.class_names, tuple(found)
-    if names and (len(names) != len(expected) or (set(names) == set(expected) and names != expected)):
+    if not names:
+        return
+    if len(names) != len(expected) or _is_reordered(names, expected):
         raise UserError(
             f"the classes of '{attribute.name}' are {', '.join(names)} in the data and {', '.join(expected)} in the "
             f"model; {fix}"
         )
+    boolean = expected == (f"no {attribute.name}", attribute.name)
+    if boolean and not _denies(names[0]) and _plain(names[1]) != _plain(attribute.name):
+        warnings.warn(
+            f"images of class '{names[0]}' are taken for '{expected[0]}', those of '{names[1]}' for '{expected[1]}'; "
+            f"if it is the other way round, {fix}",
+            stacklevel=2,
+        )
+
+
+def _is_reordered(names: Sequence[str], expected: Sequence[str]) -> bool:
+    """Whether a name is expected at another place, or the first of two classes is present and the second absent."""
+    places = {_plain(name): place for place, name in enumerate(expected)}
+    if any(places.get(_plain(name), place) != place for place, name in enumerate(names)):
+        return True
+    return _denies(expected[0]) and not _denies(names[0]) and _denies(names[1])
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+
+
+def _denies(name: str) -> bool:
+    """Whether a class's name says that something is absent."""
+    return _plain(name).split(" ")[0] in _DENIALS
 
 
 @dataclass(frozen=True, eq=False)

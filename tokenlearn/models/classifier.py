@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,12 +13,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenlearn.errors import UserError, reason_of
-from tokenlearn.models.frozen import FrozenModule, Precision, freeze
+from tokenlearn.models.frozen import FrozenModule, Precision, freeze, require_finite
 from tokenlearn.paths import resolve
 
 
@@ -57,12 +57,13 @@ class TimmClassifier(FrozenModule):
         try:
             self.model = cast(Any, timm.create_model(source, pretrained=True))
             config = _config(source)
-        except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        except Exception as error:  # a damaged folder can fail in any way
             raise UserError(_load_failure(pretrained, source, error)) from error
+        _check_loaded(pretrained, self.model)
         self.pretrained = pretrained
         self.num_classes = int(self.model.num_classes)
         self.multi_label = bool(config.get("multi_label", False))
-        self.label_names, self._aliases = _labels(self.model)
+        self.label_names, self._aliases = _labels(self.model, pretrained)
         if len(self.label_names) != self.num_classes:
             raise UserError(
                 f"classifier '{pretrained}' has {self.num_classes} outputs but {len(self.label_names)} label names; "
@@ -73,6 +74,11 @@ class TimmClassifier(FrozenModule):
             raise UserError(
                 f"classifier '{pretrained}' pads its inputs (crop mode 'border'), which is not supported; give a "
                 "classifier with crop mode 'center' or 'squash'"
+            )
+        if not all(math.isfinite(mean) for mean in data["mean"]) or not all(0 < std < math.inf for std in data["std"]):
+            raise UserError(
+                f"classifier '{pretrained}' normalises by mean {data['mean']} and std {data['std']}; correct them in "
+                "its config.json to finite numbers, the std above 0"
             )
         if data["interpolation"] not in ("bilinear", "bicubic", "nearest"):
             data["interpolation"] = "bicubic"  # torch has no Lanczos filter; bicubic is the closest antialiased one
@@ -108,9 +114,12 @@ class TimmClassifier(FrozenModule):
 
         Returns:
             (B, num_classes) float32 logits.
+
+        Raises:
+            UserError: if they are not finite, unless they have a gradient.
         """
         logits: Tensor = self.model(self._inputs(images))
-        return logits.float()
+        return require_finite(logits.float(), images, self.pretrained)
 
     def features(self, images: Tensor) -> Tensor:
         """Penultimate features, the input of the last layer.
@@ -120,9 +129,12 @@ class TimmClassifier(FrozenModule):
 
         Returns:
             (B, F) float32 features.
+
+        Raises:
+            UserError: if they are not finite, unless they have a gradient.
         """
         features: Tensor = self.model.forward_head(self.model.forward_features(self._inputs(images)), pre_logits=True)
-        return features.float()
+        return require_finite(features.float(), images, self.pretrained)
 
     def trunk_features(self, images: Tensor) -> Tensor:
         """Features at every position of the trunk's last feature map, before pooling.
@@ -271,6 +283,21 @@ def _source(pretrained: str) -> str:
     return pretrained
 
 
+def _check_loaded(pretrained: str, model: Any) -> None:  # noqa: ANN401 - timm's models have no common type
+    """Refuse a head that timm made anew because its size differs from the files', and inputs other than RGB."""
+    stored = model.pretrained_cfg.get("num_classes")
+    if stored is not None and stored != model.num_classes:
+        raise UserError(
+            f"classifier '{pretrained}' has {model.num_classes} outputs, but its files have {stored}, so its last "
+            "layer would be random; correct num_classes and model_args in its config.json"
+        )
+    channels = next((part.in_channels for part in model.modules() if isinstance(part, nn.Conv2d)), 3)
+    if channels != 3:
+        raise UserError(
+            f"classifier '{pretrained}' takes images of {channels} channels, not the 3 of RGB; give another classifier"
+        )
+
+
 def _config(source: str) -> dict[str, Any]:
     """Content of the ``config.json`` of a folder or hub model; empty for timm model names."""
     prefix, _, rest = source.partition(":")
@@ -303,7 +330,7 @@ def _normalised(name: str) -> str:
     return " ".join(name.replace("_", " ").casefold().split())
 
 
-def _labels(model: Any) -> tuple[tuple[str, ...], dict[str, list[int]]]:  # noqa: ANN401
+def _labels(model: Any, pretrained: str) -> tuple[tuple[str, ...], dict[str, list[int]]]:  # noqa: ANN401
     """Names of a model's outputs, and the outputs that each normalised name or synonym can mean."""
     from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
@@ -314,8 +341,13 @@ def _labels(model: Any) -> tuple[tuple[str, ...], dict[str, list[int]]]:  # noqa
         names, descriptions = imagenet.label_names(), imagenet.label_descriptions(as_dict=True)
     if names is None:
         names = [str(index) for index in range(model.num_classes)]
-    if isinstance(names, Mapping):  # index to name
-        names = [names[key] for key in sorted(names, key=int)]
+    if isinstance(names, Mapping):  # index to name, or name to index
+        items = [(value, key) if isinstance(value, int) else (key, value) for key, value in names.items()]
+        if not all(str(index).isdecimal() for index, _ in items):
+            raise UserError(f"'label_names' of classifier '{pretrained}' is no list of names; correct its config.json")
+        names = [name for _, name in sorted(items, key=lambda item: int(item[0]))]
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"'label_names' of classifier '{pretrained}' is no list of names; correct its config.json")
     aliases: defaultdict[str, list[int]] = defaultdict(list)
     for index, name in enumerate(names):
         for alias in {_normalised(word) for word in (name, *descriptions.get(name, "").split(",")) if word}:

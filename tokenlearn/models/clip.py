@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 
 from tokenlearn.errors import UserError, reason_of
-from tokenlearn.models.frozen import FrozenModule, Precision, freeze
+from tokenlearn.models.frozen import FrozenModule, Precision, freeze, require_finite
 from tokenlearn.paths import resolve
 from tokenlearn.quiet import quiet_models
 
@@ -55,6 +55,11 @@ class ClipModel(FrozenModule):
         self._crop = dict(processor.crop_size) if processor.do_center_crop else None
         self._interpolation = _INTERPOLATION.get(int(processor.resample), "bicubic")
         mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
+        if not all(math.isfinite(value) for value in mean) or not all(0 < value < math.inf for value in std):
+            raise UserError(
+                f"CLIP '{pretrained}' normalises by image_mean {mean} and image_std {std}; correct them in its "
+                "preprocessor_config.json to finite numbers, the std above 0"
+            )
         self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1), persistent=False)
         freeze(self)
@@ -82,11 +87,15 @@ class ClipModel(FrozenModule):
 
         Returns:
             (B, D) float32 unit vectors.
+
+        Raises:
+            UserError: if they are not finite, unless they have a gradient.
         """
         # The return type of `get_image_features` depends on the version of transformers.
         pixels = self.preprocess(images).to(self.model.dtype)
         pooled = self.model.vision_model(pixel_values=pixels).pooler_output
-        return functional.normalize(self.model.visual_projection(pooled).float(), dim=-1)
+        features = functional.normalize(self.model.visual_projection(pooled).float(), dim=-1)
+        return require_finite(features, images, self.pretrained)
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Directions of texts. Texts longer than ``max_prompt_length`` are truncated.
@@ -149,7 +158,7 @@ def _load(pretrained: str) -> tuple[Any, Any, Any]:
             model, info = clip_class.from_pretrained(source, output_loading_info=True)
             tokenizer = CLIPTokenizer.from_pretrained(source)
             processor = CLIPImageProcessor.from_pretrained(source)
-    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
+    except Exception as error:  # a damaged folder can fail in any way
         if local:
             raise UserError(
                 f"cannot load the CLIP in '{pretrained}' ({reason_of(error)}); download or export it again"

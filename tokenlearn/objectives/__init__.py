@@ -4,7 +4,7 @@ from tokenlearn.losses.objective import Crops, Objective, ObjectiveSum, as_objec
 from tokenlearn.objectives.aesthetic import AestheticLoss
 from tokenlearn.objectives.classifier import ClassifierLoss
 from tokenlearn.objectives.clip import CLIPImageLoss, CLIPTextLoss
-from tokenlearn.objectives.judges import is_same_model, require_judge_differs
+from tokenlearn.objectives.judges import have_same_weights, is_same_model, require_judge_differs
 from tokenlearn.objectives.symmetry import SymmetryLoss
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "ObjectiveSum",
     "SymmetryLoss",
     "as_objective",
+    "have_same_weights",
     "is_same_model",
     "require_judge_differs",
 ]

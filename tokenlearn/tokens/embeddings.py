@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tokenlearn.errors import UserError
+from tokenlearn.errors import UserError, shown
 from tokenlearn.paths import resolve
 from tokenlearn.tokens.bank import TokenBank
 from tokenlearn.tokens.calibration import CALIBRATION, Calibration
@@ -43,6 +43,11 @@ def load_embeddings(embeddings: Embeddings) -> list[EmbeddingFile]:
         files = [load_embedding(path) for name in names for path in _paths(name)]
     seen: dict[str, Path | None] = {}
     for file in files:
+        if any(letter.isspace() for letter in file.token):
+            raise UserError(
+                f"'{file.path}' names its token '{file.token}', which is not one word; name it by {{<token>: file}} "
+                "in model.embeddings"
+            )
         if file.token in seen:
             raise UserError(
                 f"'{file.path}' names the token '{file.token}', as '{seen[file.token]}' does; leave one out, or "
@@ -82,10 +87,27 @@ def load_bank(
             bank.calibrations[file.token] = Calibration.from_json(file.metadata[CALIBRATION], file.path)
         if vocabulary is not None and file.metadata.get("vocabulary_hash", vocabulary) != vocabulary:
             raise UserError(
-                f"'{file.path}' was learned on '{file.metadata.get('base_model', 'another model')}', whose text "
+                f"'{file.path}' was learned on {shown(file.metadata.get('base_model', 'another model'))}, whose text "
                 "encoder differs from this backbone's; set model.backbone to that model, or learn the token anew"
             )
     return bank, files
+
+
+def tokens_by_setting(embeddings: Embeddings, files: Sequence[EmbeddingFile]) -> list[tuple[str, ...]]:
+    """Tokens of each file or folder that a setting names: those of a folder together.
+
+    Args:
+        embeddings: the setting.
+        files: what :func:`load_embeddings` read for it.
+    """
+    names = [embeddings] if isinstance(embeddings, str) else list(embeddings)
+    folders = [] if isinstance(embeddings, Mapping) else [Path(resolve(name)).expanduser() for name in names]
+    groups: dict[str, tuple[str, ...]] = {}
+    for file in files:
+        folder = None if file.path is None else file.path.parent
+        group = str(folder) if folder in folders else file.token
+        groups[group] = (*groups.get(group, ()), file.token)
+    return list(groups.values())
 
 
 @dataclass
@@ -151,12 +173,6 @@ class LearnedTokens:
         Raises:
             UserError: if two tokens give the same file name, or a file cannot be written.
         """
-        tokens: dict[str, str] = {}
-        for token in self.placeholders:
-            name = embedding_file_name(token)
-            if name in tokens:
-                raise UserError(f"the tokens '{tokens[name]}' and '{token}' both give the file '{name}'; rename one")
-            tokens[name] = token
         return [
             save_embedding(
                 Path(folder).expanduser() / name,
@@ -167,8 +183,23 @@ class LearnedTokens:
                 scale,
                 self.bank.spaces[token],
             )
-            for name, token in tokens.items()
+            for name, token in embedding_file_names(self.placeholders).items()
         ]
+
+
+def embedding_file_names(tokens: Iterable[str]) -> dict[str, str]:
+    """The file name of each token's embedding file, to the token.
+
+    Raises:
+        UserError: if two tokens give the same file name, so that one would replace the other, or one gives none.
+    """
+    named: dict[str, str] = {}
+    for token in tokens:
+        name = embedding_file_name(token)
+        if name in named:
+            raise UserError(f"the tokens '{named[name]}' and '{token}' both give the file '{name}'; rename one")
+        named[name] = token
+    return named
 
 
 def _paths(name: str) -> list[Path]:

@@ -23,6 +23,7 @@ from tokenlearn.pipeline import Sampling
 from tokenlearn.token_task import TokenTask
 from tokenlearn.tokens import TokenBank, load_embeddings, vectors_from_words, vocabulary_norm_range
 from tokenlearn.tokens.directions import vectors_of_outputs
+from tokenlearn.tokens.embeddings import embedding_file_names
 from tokenlearn.tokens.settings import TokenSettings
 from tokenlearn.training.learning_rate import lr_schedule
 from tokenlearn.training.optimizer_settings import apply_changes, changes, settings_of
@@ -142,9 +143,10 @@ class TokenTraining(TokenTask):
             words: placeholder to word or words.
 
         Raises:
-            UserError: if words are not in the vocabulary, placeholders are not usable, or an embedding file cannot be
-                read or does not fit its token.
+            UserError: if words are not in the vocabulary, placeholders are not usable or share a file name, or an
+                embedding file cannot be read or does not fit its token.
         """
+        embedding_file_names(words)  # refuses now what would fail after the training
         settings = self.token_settings
         bank = TokenBank(
             dict.fromkeys(words, settings.num_vectors),

@@ -19,7 +19,7 @@ from tokenlearn.metrics.class_accuracy import ClassAccuracy
 from tokenlearn.models import DiffusionBackbone
 from tokenlearn.models.attributes import resolve_attributes
 from tokenlearn.models.classifier import TimmClassifier
-from tokenlearn.objectives import is_same_model
+from tokenlearn.objectives import have_same_weights, is_same_model
 from tokenlearn.pipeline import Sampling
 from tokenlearn.tokens.settings import TokenSettings
 from tokenlearn.training.base import TokenTraining, adamw
@@ -110,6 +110,10 @@ class Caso(TokenTraining):
             raise UserError(f"model.judge '{judge}' is also model.classifier '{classifier}'; name another judge")
         self.classifier = TimmClassifier(classifier)
         self.judge = None if judge is None else TimmClassifier(judge)
+        if self.judge is not None and have_same_weights(self.judge, self.classifier):
+            raise UserError(
+                f"model.judge '{judge}' has the weights of model.classifier '{classifier}'; name another judge"
+            )
         self.attributes = resolve_attributes(attributes, self.classifier, tokens.placeholder)
         self.judge_attributes = (
             [] if self.judge is None else resolve_attributes(attributes, self.judge, tokens.placeholder)

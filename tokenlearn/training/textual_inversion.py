@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import SumMetric
 
@@ -112,6 +113,7 @@ class TextualInversion(TokenTraining):
             for name, token in zip(attribute.class_names, attribute.placeholders, strict=True)
         }
         self.placeholders = list(starts)
+        self._images_of_token = torch.zeros(len(starts), dtype=torch.long)
         self.use_bank(self.make_bank(starts))
         # A value that is not finite must stay in the sum: the tokens are then no improvement.
         self.validation_error = SumMetric(nan_strategy="disable")
@@ -140,6 +142,7 @@ class TextualInversion(TokenTraining):
         positions = self.sample_positions(len(batch.names))
         rngs = [np.random.default_rng([self.seed, place]) for place in positions]
         errors, labelled = self.denoising_errors(batch, rngs)
+        self._count_images(batch)
         count = self.trainer.strategy.reduce(labelled.sum(), reduce_op="sum")
         if not count:
             raise UserError(
@@ -150,6 +153,27 @@ class TextualInversion(TokenTraining):
         loss = self.require_finite(errors[labelled].sum() * self.trainer.world_size / count)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.names), sync_dist=True)
         return loss
+
+    def _count_images(self, batch: ImageBatch) -> None:
+        """Count the images of the class of each token."""
+        first = 0
+        for attribute, classes in zip(self.attributes, zip(*self._classes(batch), strict=True), strict=True):
+            for index in classes:
+                if index != UNKNOWN:
+                    self._images_of_token[first + index] += 1
+            first += len(attribute.class_names)
+
+    def on_train_end(self) -> None:
+        """Warn of tokens that are as they started, because no image was of their class; a resumed fit cannot know."""
+        if self.resumed:
+            return
+        counts = self.trainer.strategy.reduce(self._images_of_token.to(self.device), reduce_op="sum")
+        unseen = [token for token, count in zip(self.placeholders, counts.tolist(), strict=True) if not count]
+        if unseen:
+            rank_zero_warn(
+                f"no training image was of the class of {', '.join(unseen)}, which learned nothing; check the labels: "
+                "-1 and empty values mean that a class is not known"
+            )
 
     @torch.no_grad()
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Any] | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -55,9 +56,12 @@ class DiffusionBackbone(FrozenModule, ABC):
         embedding_widths: width of each text encoder's input embedding.
         takes_shared_latents: whether :meth:`forward` takes several conditionings of the same latents, at less than
             several times the cost.
+        clip_sample: whether schedulers clip predicted latents to [-1, 1]; None for what the scheduler's configuration
+            says.
     """
 
     takes_shared_latents = False
+    clip_sample: ClassVar[bool | None] = None
 
     def __init__(
         self,
@@ -296,16 +300,26 @@ class DiffusionBackbone(FrozenModule, ABC):
         config = self._scheduler.config
         pipeline_class = type(self._scheduler)
         if name is None:
-            return pipeline_class.from_config(config)
+            return pipeline_class.from_config(config, **self._scheduler_options(pipeline_class))
         classes = {cls.__name__.casefold(): cls for cls in (pipeline_class, *self._scheduler.compatibles)}
         for suffix in ("", "Scheduler", "DiscreteScheduler"):
             if found := classes.get((name + suffix).casefold()):
-                # Stable Diffusion's PNDM has no Runge-Kutta start; the configuration of another class lacks the key.
-                pndm = found.__name__ == "PNDMScheduler" and "skip_prk_steps" not in config
-                return found.from_config(config, **({"skip_prk_steps": True} if pndm else {}))
+                return found.from_config(config, **self._scheduler_options(found))
         names = sorted(cls.__name__.removesuffix("Scheduler") for cls in classes.values())
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
         raise UserError(f"no scheduler '{name}' for this model; did you mean {' or '.join(near)}?")
+
+    def _scheduler_options(self, scheduler_class: Any) -> dict[str, bool]:  # noqa: ANN401 - as above
+        """What the model was trained for, where the class's default is for another kind of model.
+
+        The configuration of another class lacks the keys, or has the defaults of its class.
+        """
+        options = {}
+        if scheduler_class.__name__ == "PNDMScheduler" and "skip_prk_steps" not in self._scheduler.config:
+            options["skip_prk_steps"] = True  # Stable Diffusion's PNDM has no Runge-Kutta start
+        if self.clip_sample is not None and "clip_sample" in inspect.signature(scheduler_class.__init__).parameters:
+            options["clip_sample"] = self.clip_sample  # latents are not in [-1, 1]
+        return options
 
     def make_solver(self, solver: str | ReversibleSolver | None, steps: int) -> Solver:
         """Bind a solver to this model and to a number of steps.

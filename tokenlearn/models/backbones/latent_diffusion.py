@@ -34,8 +34,9 @@ def ddpm_process(scheduler: Any, pretrained: str) -> DiscreteProcess:  # noqa: A
     from diffusers import DDPMScheduler
 
     config = scheduler.config
+    # Where a file states no schedule, the default of diffusers is that of no model of this family.
     for key in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type"):
-        if key not in config:
+        if key not in config or (key == "beta_schedule" and key in config.get("_use_default_values", ())):
             raise UserError(
                 f"the {type(scheduler).__name__} of '{pretrained}' states no '{key}', so the model is of another "
                 "family; choose another model.backbone.class_path"
@@ -45,6 +46,45 @@ def ddpm_process(scheduler: Any, pretrained: str) -> DiscreteProcess:  # noqa: A
     # Not every scheduler keeps alphas_cumprod as in training (Euler's are changed for zero terminal SNR).
     schedule_class: Any = DDPMScheduler
     return DiscreteProcess(schedule_class.from_config(config).alphas_cumprod, _KINDS[prediction])
+
+
+def _check_shapes(pretrained: str, pipeline: Any) -> None:  # noqa: ANN401 - as above
+    """Refuse a network that takes more than noisy latents, a timestep and a prompt, or other ones than are made here.
+
+    Raises:
+        UserError: naming what the network takes.
+    """
+    network, vae = pipeline.unet.config, pipeline.vae.config
+    channels = vae.get("latent_channels")
+    if {network.get("in_channels"), network.get("out_channels")} != {channels}:
+        kind = {9: " as for inpainting", 8: " as of instruct-pix2pix", 5: " as with depth"}
+        raise UserError(
+            f"the network of '{pretrained}' takes {network.get('in_channels')} channels"
+            f"{kind.get(network.get('in_channels'), '')} and gives {network.get('out_channels')}, its VAE has "
+            f"{channels}; give a text-to-image model"
+        )
+    if network.get("time_cond_proj_dim") is not None:
+        raise UserError(
+            f"the network of '{pretrained}' is distilled to take the guidance scale as an input (time_cond_proj_dim "
+            f"{network['time_cond_proj_dim']}), which is not supported; give the model that it was distilled from"
+        )
+    encoders = (getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2"))
+    width = sum(encoder.config.hidden_size for encoder in encoders if encoder is not None)
+    expected = network.get("cross_attention_dim")
+    if network.get("encoder_hid_dim") is None and set(expected if isinstance(expected, list) else [expected]) != {
+        width
+    }:
+        raise UserError(
+            f"the network of '{pretrained}' takes prompts of width {expected}, its text encoders give {width}; "
+            "download the model again, or give another"
+        )
+    if not isinstance(network.get("sample_size"), int | list | tuple):
+        raise UserError(f"the network of '{pretrained}' has no sample_size; set it in the config.json of the unet")
+    if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
+        raise UserError(
+            f"the VAE of '{pretrained}' states mean and deviation of its latents, which are not used here; give a "
+            "model whose VAE states a scaling_factor alone"
+        )
 
 
 class LatentDiffusion(DiffusionBackbone):
@@ -68,6 +108,7 @@ class LatentDiffusion(DiffusionBackbone):
     """
 
     addition_embed_type: ClassVar[str | None] = None
+    clip_sample = False
 
     def __init__(
         self,
@@ -86,6 +127,7 @@ class LatentDiffusion(DiffusionBackbone):
                 f"the network of '{pretrained}' is of another family than {type(self).__name__}; choose another "
                 "model.backbone.class_path"
             )
+        _check_shapes(pretrained, pipeline)
         size = unet_config.sample_size
         super().__init__(
             pretrained=pretrained,

@@ -34,7 +34,7 @@ def is_training(content: Mapping[Any, Any]) -> bool:
 
 def read_training(content: Mapping[Any, Any]) -> Content:
     """The content of a pickle of AUTOMATIC1111's training."""
-    metadata = {key: str(content[key]) for key in _METADATA if content.get(key) is not None}
+    metadata = {key: str(content[key]) for key in _METADATA if isinstance(content.get(key), str | int | float)}
     stored = content["string_to_param"]
     params = dict(stored.items()) if isinstance(stored, Mapping | nn.ParameterDict) else {}
     # The key is "*" in all but a few old files; programs that read those take the first.

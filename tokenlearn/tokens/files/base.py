@@ -27,11 +27,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tokenlearn.errors import UserError
+from tokenlearn.errors import UserError, reason_of, shown
 from tokenlearn.files import atomic_write
 from tokenlearn.paths import resolve
 from tokenlearn.tokens.bank import Space
@@ -42,6 +43,13 @@ from tokenlearn.tokens.files.family import Content, Family, Found
 EmbeddingFormat = Literal["a1111", "comfyui", "invokeai", "kohya", "diffusers", "onetrainer"]
 
 SAFETENSORS = ".safetensors"
+MOST_VECTORS = 1024
+"""Largest number of vectors of a token; no text encoder takes prompts of as many units."""
+
+_MOST_BYTES = 2**28  # of a file: 1024 vectors of the widest text encoders take 16 MB
+_MOST_KEYS = 64
+_MOST_LETTERS = 100  # of a token, which file systems take as a name
+_LARGEST = 65504.0  # of half precision, in which text encoders often work
 _FAMILIES: dict[EmbeddingFormat, Family] = {
     "a1111": a1111,
     "comfyui": a1111,
@@ -176,16 +184,39 @@ def load_embedding(path: str | os.PathLike[str], token: str | None = None) -> Em
         The token, its vectors and the file's metadata.
 
     Raises:
-        UserError: if the file is missing, damaged, an unsafe pickle, of an unknown kind, or has non-finite values.
+        UserError: if the file is missing, damaged, an unsafe pickle, too large, of an unknown kind, or has values that
+            are not finite or beyond half precision; or if its token cannot be written.
     """
     source = Path(resolve(path)).expanduser()
     if not source.is_file():
         raise UserError(f"no embedding file '{source}'; check the path")
-    content = _read(source)
+    if (size := source.stat().st_size) > _MOST_BYTES:
+        raise UserError(f"'{source}' has {size} bytes, more than any embedding; is it a whole model?")
+    try:
+        return _loaded(_read(source), source, token)
+    except UserError:
+        raise
+    except Exception as error:  # what is in a foreign file can fail in any way
+        raise UserError(
+            f"'{source}' holds something else than an embedding ({type(error).__name__}); is it another kind of file?"
+        ) from None
+
+
+def _loaded(content: Content, source: Path, token: str | None) -> EmbeddingFile:
     if not content.tensors:
         raise UserError(f"'{source}' holds no embedding vectors; is it another kind of file?")
+    if not all(isinstance(key, str) for key in content.tensors) or len(content.tensors) > _MOST_KEYS:
+        raise UserError(
+            f"'{source}' holds {len(content.tensors)} entries that are not all named tensors of an embedding; is it "
+            "another kind of file?"
+        )
     found = _find(frozenset(content.tensors), source)
     name = token or content.metadata.get("token") or found.token or content.token or _token_from_name(source)
+    if not name.isprintable() or len(name) > _MOST_LETTERS:
+        raise UserError(
+            f"'{source}' names its token {shown(name)}, of {len(name)} letters, which cannot be written; name it by "
+            "{<token>: file} in model.embeddings, or pass token="
+        )
     vectors = [_as_vectors(content.tensors[key], key, source) for key in found.keys]
     if outputs.VERSION_KEY in content.tensors:
         return EmbeddingFile(name, vectors, content.metadata, source, _output_space(content, source))
@@ -200,7 +231,7 @@ def _read(source: Path) -> Content:
         return _read_safetensors(source)
     if source.suffix not in pickles.SUFFIXES:
         raise UserError(f"'{source}' is not an embedding file; expected {SAFETENSORS}, {', '.join(pickles.SUFFIXES)}")
-    stored = pickles.read_pickle(source)
+    stored = pickles.read_pickle(source, _MOST_BYTES)
     if isinstance(stored, Tensor):
         return Content({a1111.KEY: stored})
     if not isinstance(stored, Mapping):
@@ -211,20 +242,21 @@ def _read(source: Path) -> Content:
 def _read_safetensors(source: Path) -> Content:
     try:
         with safe_open(source, framework="pt", device="cpu") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            keys = list(file.keys())
+            tensors = {key: file.get_tensor(key) if len(keys) <= _MOST_KEYS else None for key in keys}
             return Content(tensors, dict(file.metadata() or {}))
-    except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"'{source}' is not a whole safetensors file ({reason}); copy or export it again") from None
+    except Exception as error:  # a damaged header can fail in any way
+        raise UserError(
+            f"'{source}' is not a whole safetensors file ({shown(reason_of(error))}); copy or export it again"
+        ) from None
 
 
 def _find(keys: frozenset[str], source: Path) -> Found:
     for family in _READERS:
         if (found := family.find(keys, source)) is not None:
             return found
-    raise UserError(
-        f"'{source}' has the keys {', '.join(sorted(keys)[:6])}; expected one tensor, or {' and '.join(sdxl.KEYS)}"
-    )
+    names = ", ".join(shown(key)[1:-1] for key in sorted(keys)[:6])
+    raise UserError(f"'{source}' has the keys {names}; expected one tensor, or {' and '.join(sdxl.KEYS)}")
 
 
 def _output_space(content: Content, source: Path) -> Space:
@@ -242,7 +274,10 @@ def _output_space(content: Content, source: Path) -> Space:
 def _token_from_name(source: Path) -> str:
     stem = "-".join(source.stem.split()).strip("<>")
     if not stem.isprintable() or not stem:
-        raise UserError(f"'{source}' does not name its token; pass token=")
+        raise UserError(
+            f"{shown(source, 200)} does not name its token; name it by {{<token>: file}} in model.embeddings, or pass "
+            "token="
+        )
     return f"<{stem}>"
 
 
@@ -250,8 +285,24 @@ def _as_vectors(value: Any, key: str, source: Path) -> Tensor:  # noqa: ANN401 -
     """A file's tensor of shape (width,) or (n, width) as (n, width) float32."""
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim not in (1, 2) or not value.numel():
         shape = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise UserError(f"'{source}' has {shape} under '{key}'; expected floating-point vectors (n, width)")
+        raise UserError(f"'{source}' has {shape} under {shown(key)}; expected floating-point vectors (n, width)")
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_nested:
+        raise UserError(f"'{source}' has a sparse or empty tensor under {shown(key)}; expected numbers (n, width)")
+    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+        raise UserError(
+            f"'{source}' claims {value.numel()} numbers under {shown(key)} and holds fewer; ask for another file"
+        )
+    if value.ndim == 2 and len(value) > MOST_VECTORS:
+        raise UserError(
+            f"'{source}' has {len(value)} vectors under {shown(key)}, more than a prompt can hold (at most "
+            f"{MOST_VECTORS}); is it a whole table?"
+        )
     vectors = value.detach().float().reshape(-1, value.shape[-1]).contiguous()
     if not vectors.isfinite().all():
         raise UserError(f"'{source}' holds values that are not finite; use an earlier or freshly exported file")
+    if (largest := float(vectors.abs().max())) > _LARGEST:
+        raise UserError(
+            f"'{source}' holds values up to {largest:.3g}, beyond half precision ({_LARGEST:g}), which text encoders "
+            "turn into NaN; use an earlier or freshly exported file"
+        )
     return vectors
