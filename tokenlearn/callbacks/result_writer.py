@@ -39,8 +39,8 @@ class ResultWriter(L.Callback, ResultStore):
 
     ``images/<edit>/<name>.png`` is an edit at the image's size, pasted onto the image where the task says so,
     ``strips/<name>.png`` its interpolations, ``before_after.png`` (of semantic guidance ``contact_sheet.png``) the
-    sheet. Generated images are in ``images/before/``, recorded guidance in
-    ``guidance/<edit>/seed<seed>.safetensors``. Optimised latents are in ``latents/<name>.safetensors``, and the steps of
+    sheet. Generated images are in ``images/before/``, recorded guidance is in
+    ``guidance/<edit>/seed<seed>.safetensors``. Optimised latents are in ``latents/<name>.safetensors``, the steps of
     their optimisation in ``losses/<name>.csv``. An image that has all of its files, made with the same settings and
     tokens from the same image, is not edited again, so an interrupted run resumes with the same ``--output_dir``.
 

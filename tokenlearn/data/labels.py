@@ -140,7 +140,7 @@ def _column_labels(
     classes: Mapping[str, Sequence[str]],
 ) -> list[Label]:
     """Labels with a column each; class names are by default those of a ``ClassLabel``, else in alphabetical order."""
-    import datasets  # type: ignore[import-untyped]
+    import datasets
 
     if superfluous := set(classes).difference(columns):
         raise UserError(

@@ -58,16 +58,18 @@ class _Recorder:
     def __init__(self, model: Model) -> None:
         self._model = model
         self.process: Process = model.process
+        self.conditionings = model.conditionings
         self.latents: list[Tensor] = []
         self.timesteps: list[Tensor] = []
 
     @property
-    def conditionings(self) -> Sequence[Any]:
-        return self._model.conditionings
-
-    @property
     def has_memory(self) -> bool:
         return self._model.has_memory
+
+    def begin(
+        self, timesteps: Tensor, end: Tensor | None = None, generators: Sequence[torch.Generator] | None = None
+    ) -> None:
+        self._model.begin(timesteps, end, generators)
 
     def __call__(self, latents: Tensor, timestep: Tensor, step: int, recompute: bool = False) -> Tensor:
         self.latents.append(latents)
@@ -81,5 +83,5 @@ class _Recorder:
 
     def with_conditionings(self, conditionings: Sequence[Any]) -> Self:
         other = copy.copy(self)  # with the same lists
-        other._model = self._model.with_conditionings(conditionings)
+        other._model, other.conditionings = self._model.with_conditionings(conditionings), conditionings
         return other

@@ -64,7 +64,7 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError("no space left on device")
 
     monkeypatch.setattr("tokenlearn.tokens.files.base.save_file", half_written)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match="no space"):
         save_embedding(path, "<wizard>", [VECTORS + 1], {})
     assert torch.equal(load_embedding(path).vectors[0], VECTORS)
     assert list(tmp_path.iterdir()) == [path]
