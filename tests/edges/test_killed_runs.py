@@ -128,10 +128,14 @@ STEP, VALIDATION = "on_before_zero_grad", "on_validation_batch_start"
         ((STEP, 1, "SIGTERM"), 1, "same"),  # within an epoch
         ((STEP, 3, "SIGINT"), 3, "new"),
         ((STEP, 4, "SIGTERM"), 4, "same"),  # in the last step of an epoch: stops in the validation
-        ((VALIDATION, 4, "SIGINT"), 4, "new"),  # in the last batch of a validation
+        (
+            (VALIDATION, 6, "SIGINT"),
+            4,
+            "new",
+        ),  # in the last batch of the third validation
         ((STEP, 6, "SIGTERM"), 4, "new"),  # in the last step: it is repeated, since its validation is not done
         ((STEP, 4, "crash"), 2, "new"),
-        ((VALIDATION, 4, "crash"), 2, "same"),
+        ((VALIDATION, 6, "crash"), 2, "same"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else str(value),
 )

@@ -68,6 +68,7 @@ def test_tokens_of_one_file_are_refused_before_the_training(tiny_config, tiny_mo
 
 def test_export_does_not_write_two_tokens_to_one_file(tmp_path):
     bank = {"num_vectors": {"<c++>": 1, "<c#>": 1}, "embedding_widths": [4], "metadata": {"<c++>": {}, "<c#>": {}}}
+    bank |= {"base_model": "x", "vocabulary_hash": "y"}
     state = {"bank.vectors.0": torch.rand(2, 4), "bank._extra_state": bank["num_vectors"]}
     torch.save({"tokenlearn": bank, "state_dict": state}, tmp_path / "a.ckpt")
     with pytest.raises(UserError, match="both give the file"):

@@ -15,6 +15,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from tests.diffusion.networks import EMPTY, guided
 from tests.edges.model_folders import WEIGHTS, copied, with_json, with_weights
 from tests.tiny import tiny_classifier
 from tests.tiny_if import tiny_if_pipeline
@@ -98,12 +99,12 @@ def test_files_in_one_variant_alone_name_the_setting(tiny_models, tmp_path):
     folder = copied(tiny_models / "pipeline", tmp_path / "copy")
     for file in WEIGHTS.values():
         path = folder / file
-        path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
-    assert "in the variant fp16 alone, not without one; set model.backbone.variant" in refusal(
+        path.rename(path.with_name(f"{path.stem}.bf16.safetensors"))
+    assert "in the variant bf16 alone, not without one; set model.backbone.variant" in refusal(
         lambda: StableDiffusion(str(folder))
     )
-    assert "not in bf16" in refusal(lambda: StableDiffusion(str(folder), variant="bf16"))
-    StableDiffusion(str(folder), variant="fp16")
+    assert "not in fp16" in refusal(lambda: StableDiffusion(str(folder), variant="fp16"))
+    StableDiffusion(str(folder), variant="bf16")
 
 
 def saved_with(folder, tiny_models, unet=None, vae=None):
@@ -153,7 +154,7 @@ def test_latents_are_not_clipped_by_a_class_that_clips_by_default(tiny_models, t
     ddim = backbone.make_solver("DDIM", 1)
     # A network that predicts no noise: one step to t = 0 leaves z / alpha_T, far outside of [-1, 1].
     clean = ddim.sample(
-        lambda latents, timestep, step, recompute: torch.zeros_like(latents),
+        guided(lambda latents, timestep, conditioning: torch.zeros_like(latents), [EMPTY]),
         latents,
         gradient=None,
         generators=None,
