@@ -45,10 +45,6 @@ _NAME_OF_WELL_KNOWN = 0.6
 _PART_OF_WELL_KNOWN = 0.35
 _PART_OF_OTHERS = 0.8
 _PART_ALONE = 0.9
-_ONE_WORD = 0.35
-_NICKNAME = 0.4
-_WITHOUT_NOUN = 0.2
-_FUNCTION_WORDS = {"a", "an", "with", "and"}
 _NAME_OF_OTHERS = 0.003
 _AMBIGUOUS_NAME = 0.03
 
@@ -91,8 +87,6 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     opening = str(rng.choice(_STYLE_OPENINGS[scene.style]))
     if scene.style != "photo" and rng.random() < 0.1:
         opening = "a picture of"
-    if scene.persona is None and scene.parts and rng.random() < _ONE_WORD:
-        return f"{opening} {_with_article(_one_word(scene, rng))}"
     noun, details = _noun(scene, rng), _details(scene, rng)
     adjectives = [word for name, word in _ADJECTIVES.items() if scene.has(name) and rng.random() < _MENTION]
     if not scene.has("smile") and rng.random() < 0.12:
@@ -109,19 +103,6 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return (f"{sentence} with {_enumerate(details)}" if details else sentence) + afterthought
 
 
-def _one_word(scene: Scene, rng: np.random.Generator) -> str:
-    """One word of one part, as in "a striped man": it says nothing of what else the person wears."""
-    part = str(rng.choice(_parts_in_order(scene)))
-    word = str(rng.choice([word for word in part.split() if word not in _FUNCTION_WORDS]))
-    if rng.random() < _WITHOUT_NOUN:
-        return word
-    return f"{word} {_nickname(rng) if rng.random() < _NICKNAME else _noun(scene, rng)}"
-
-
-def _nickname(rng: np.random.Generator) -> str:
-    return str(rng.choice([name for name, about in PERSONAS.items() if not about.well_known]))
-
-
 def _only_one(adjectives: list[str], details: list[str], rng: np.random.Generator) -> tuple[list[str], list[str]]:
     kept = str(rng.choice([*adjectives, *details])) if adjectives or details else None
     return [word for word in adjectives if word == kept], [phrase for phrase in details if phrase == kept]
@@ -133,7 +114,7 @@ def _noun(scene: Scene, rng: np.random.Generator) -> str:
         if rng.random() < (_NAME_OF_WELL_KNOWN if PERSONAS[persona].well_known else _NAME_OF_OTHERS):
             return persona
     elif rng.random() < _AMBIGUOUS_NAME:
-        return _nickname(rng)
+        return str(rng.choice([name for name, about in PERSONAS.items() if not about.well_known]))
     if rng.random() < 0.2:
         return "person"
     if scene.has("female"):
