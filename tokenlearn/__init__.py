@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tokenlearn.diffusion import Detached as Detached
     from tokenlearn.diffusion import LastK as LastK
     from tokenlearn.diffusion import Leapfrog as Leapfrog
+    from tokenlearn.diffusion import OneStep as OneStep
     from tokenlearn.diffusion import Reversible as Reversible
     from tokenlearn.diffusion import Stored as Stored
     from tokenlearn.diffusion.latent_optimisation import LatentOptimisation as LatentOptimisation
@@ -67,7 +68,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "calibration": "calibrate",
     "data": "GeneratedDataModule HeldOut ImageDataModule PromptDataModule",
-    "diffusion": "EDICT OBELM Checkpointed Detached LastK Leapfrog Reversible Stored",
+    "diffusion": "EDICT OBELM Checkpointed Detached LastK Leapfrog OneStep Reversible Stored",
     "diffusion.latent_optimisation": "LatentOptimisation",
     "editing": "Editing",
     "errors": "UserError",

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tokenlearn.diffusion import Gradient, ReversibleSolver, sample
+from tokenlearn.diffusion import Gradient, ReversibleSolver, Trajectory, sample, sample_trajectory
 from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.guidance import ClassifierFreeGuidance, GuidanceRule, GuidedModel, check_tokens
 from tokenlearn.models import Conditioning, DiffusionBackbone
@@ -308,6 +308,20 @@ class Pipeline:
             self.backbone.initial_latents(generators, self.sampling.size),
             solver=self.backbone.make_solver(solver or self.sampling.solver, steps),
             gradient=gradient,
+            generators=generators,
+        )
+
+    def sample_trajectory(
+        self, prompts: Sequence[str], seeds: Sequence[int], *, solver: str | ReversibleSolver | None = None
+    ) -> Trajectory:
+        """Latents on the way to images of B prompts and seeds, without a gradient; ``solver`` as above."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        with torch.no_grad():
+            model = self.guided_model(self.encode(prompts))
+        return sample_trajectory(
+            model,
+            self.backbone.initial_latents(generators, self.sampling.size),
+            solver=self.backbone.make_solver(solver or self.sampling.solver, self.sampling.steps),
             generators=generators,
         )
 

@@ -17,11 +17,16 @@ _WARNINGS = (
     ".*Checkpoint directory .* exists and is not empty.*",  # a fit that continues; another one is refused
     ".*module\\(s\\) in eval mode.*",  # the frozen models are in eval mode on purpose
 )
-_LOGGERS = ("utilities.rank_zero", "trainer.connectors.signal_connector")
+_LOGGERS = (
+    "utilities.rank_zero",
+    "trainer.connectors.signal_connector",
+    "trainer.connectors.checkpoint_connector",
+)
 _LOG_MESSAGES = (
     "litlogger",  # an advertisement
     "[GTH]PU available: False",
     "`Trainer.fit` stopped: `max_(steps|epochs)=",  # the end that was asked for
+    "`weights_only` was not set",  # of every checkpoint that is written
     "Received SIGTERM",  # the command line says what stopped the run
 )
 

@@ -308,6 +308,7 @@ def test_embedding_files_say_how_the_token_was_learned(make, guide, clip, tiny_m
         "solver": "DDIMScheduler",
         "negative_prompt": "",
         "training_solver": None,
+        "training_guidance": 3.0,
         "gradient": "LastK(steps=2, checkpointing=True)",
         "initial_words": "a",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 
 class LearningCurve(L.Callback):
@@ -28,7 +29,7 @@ class LearningCurve(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the scores of a validation within a fit."""
-        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or not trainer.is_global_zero:
             return
         scores = {
             name.removeprefix("val/"): float(value)
@@ -37,4 +38,4 @@ class LearningCurve(L.Callback):
         }
         if scores:
             listed = "  ".join(f"{name} {value:.3g}" for name, value in sorted(scores.items()))
-            pl_module.print(f"step {trainer.global_step}: {listed}")
+            tqdm.write(f"step {trainer.global_step}: {listed}")

@@ -1,7 +1,7 @@
 """Diffusion maths on tensors: noise processes, sampling and inversion by any solver, with a gradient."""
 
 from tokenlearn.diffusion.edit_friendly import Inverted, edit_friendly_noise
-from tokenlearn.diffusion.gradients import Checkpointed, Detached, Gradient, LastK, Reversible, Stored
+from tokenlearn.diffusion.gradients import Checkpointed, Detached, Gradient, LastK, OneStep, Reversible, Stored
 from tokenlearn.diffusion.inversion import invert
 from tokenlearn.diffusion.process import DiscreteProcess, FlowProcess, Kind, Process, add_noise, convert
 from tokenlearn.diffusion.sampling import sample
@@ -14,6 +14,7 @@ from tokenlearn.diffusion.solvers import (
     SchedulerSolver,
     Solver,
 )
+from tokenlearn.diffusion.trajectory import Trajectory, sample_trajectory
 
 __all__ = [
     "EDICT",
@@ -28,15 +29,18 @@ __all__ = [
     "Kind",
     "LastK",
     "Leapfrog",
+    "OneStep",
     "Process",
     "Reversible",
     "ReversibleSolver",
     "SchedulerSolver",
     "Solver",
     "Stored",
+    "Trajectory",
     "add_noise",
     "convert",
     "edit_friendly_noise",
     "invert",
     "sample",
+    "sample_trajectory",
 ]

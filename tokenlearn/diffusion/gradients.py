@@ -9,6 +9,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from tokenlearn.errors import UserError
 
 
@@ -124,3 +127,49 @@ class Reversible(Gradient):
     def num_steps(self, total: int) -> int:
         """See :class:`Gradient`."""
         return total
+
+
+@dataclass(frozen=True)
+class OneStep(Gradient):
+    """The gradient of images that the network predicts in one step from latents on the way.
+
+    The latents are sampled with the tokens as they are, without a gradient. From a noise level of each image, the
+    network then predicts the clean latents at once, as in an edit of CASO, and the gradient goes back through this one
+    prediction. The early and middle steps of a sampler decide what an image shows, so the gradient reaches what the
+    last steps do not, at the cost of one step; and the same latents serve for several optimizer steps. It is for class
+    tokens.
+
+    Args:
+        start: first noise level that images are predicted from, as a share of the sampling steps.
+        end: noise level where the range ends.
+        reuse: batches that the latents of one batch serve for. The batches between are left out.
+
+    Raises:
+        UserError: if the range is empty or not within 0 and 1, or ``reuse`` is below 1.
+    """
+
+    start: float = 0.25
+    end: float = 0.75
+    reuse: int = 16
+    checkpointing = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end <= 1:
+            raise UserError(
+                f"start and end of OneStep must be 0 <= start < end <= 1, got {self.start:g} and {self.end:g}"
+            )
+        if self.reuse < 1:
+            raise UserError(f"reuse of OneStep must be at least 1, got {self.reuse}")
+
+    def num_steps(self, total: int) -> int:
+        """Refuse to differentiate a sampler's steps.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError("OneStep is a gradient of class tokens only; use LastK, Detached or Checkpointed")
+
+    def indices(self, total: int, batch: int, generator: torch.Generator) -> Tensor:
+        """Random positions (batch,) int64 of the range within ``total`` sampling steps."""
+        first = min(int(self.start * total), total - 1)
+        return torch.randint(first, max(first + 1, round(self.end * total)), (batch,), generator=generator)

@@ -90,7 +90,7 @@ class ClassTokenEvaluation(Evaluation[ClassTokens]):
                 task.class_names,
                 template,
                 search=task.search,
-                gradient=task.gradient,
+                gradient=task.search_gradient,
                 solver=task.solver,
                 progress=self.global_rank == 0,
             )

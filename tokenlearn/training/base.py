@@ -14,9 +14,15 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from tokenlearn.data.batches import ImageBatch
-from tokenlearn.diffusion import Gradient, Reversible, ReversibleSolver, Stored
+from tokenlearn.diffusion import Gradient, OneStep, Reversible, ReversibleSolver, Stored
 from tokenlearn.errors import UserError
-from tokenlearn.guidance import GuidanceRule, SafeGuidance, SemanticGuidance, require_differentiable
+from tokenlearn.guidance import (
+    ClassifierFreeGuidance,
+    GuidanceRule,
+    SafeGuidance,
+    SemanticGuidance,
+    require_differentiable,
+)
 from tokenlearn.models import DiffusionBackbone
 from tokenlearn.notices import notice
 from tokenlearn.pipeline import Sampling
@@ -61,7 +67,18 @@ def check_gradient(
     require_differentiable(rule, guidance_setting)
     kind = type(gradient).__name__
     if not isinstance(gradient, Gradient):
-        raise UserError(f"{setting} is {gradient!r}; use LastK, Detached, Checkpointed, Stored or Reversible")
+        raise UserError(f"{setting} is {gradient!r}; use OneStep, LastK, Detached, Checkpointed, Stored or Reversible")
+    if isinstance(gradient, OneStep):
+        if not isinstance(rule, ClassifierFreeGuidance):
+            raise UserError(
+                f"{setting} OneStep predicts images from any noise level, where {type(rule).__name__} depends on the "
+                f"steps before; set {guidance_setting} to a scale, or {setting} to LastK"
+            )
+        if isinstance(solver, ReversibleSolver):
+            raise UserError(
+                f"{setting} OneStep does not go with solver {type(solver).__name__}; set {solver_setting} to null"
+            )
+        return
     if isinstance(solver, ReversibleSolver) and not isinstance(gradient, Reversible | Stored):
         raise UserError(
             f"{setting} {kind} does not go with solver {type(solver).__name__}; set it to Reversible, or to "

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokenlearn.diffusion import Gradient, Solver, invert, sample
+from tokenlearn.diffusion import Gradient, OneStep, Solver, invert, sample
 from tokenlearn.diffusion.solvers.base import nearest
 from tokenlearn.errors import UserError
 from tokenlearn.guidance import ClassifierFreeGuidance, GuidanceRule, GuidedModel, require_differentiable
@@ -53,6 +53,8 @@ class TrainingEdit:
 
     def __post_init__(self) -> None:
         require_differentiable(self.rule, "edit.guidance")
+        if isinstance(self.gradient, OneStep):
+            raise UserError("edit.gradient OneStep is for class tokens; set it to null, which edits in one step")
         if self.gradient is None:
             self.rule.check_steps(1)
 

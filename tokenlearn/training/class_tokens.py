@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from tokenlearn.data.batches import PromptBatch, PromptKind
 from tokenlearn.data.interfaces import ClassConsumer, PromptTemplates, data_of
-from tokenlearn.diffusion import Gradient, LastK, ReversibleSolver
+from tokenlearn.diffusion import Gradient, LastK, OneStep, ReversibleSolver
 from tokenlearn.errors import UserError
 from tokenlearn.guidance import GuidanceRule, check_tokens
 from tokenlearn.losses.objective import Objective, as_objective
@@ -24,7 +25,10 @@ from tokenlearn.pipeline import Sampling
 from tokenlearn.tokens.checkpoint import checkpoint_about
 from tokenlearn.tokens.settings import TokenSettings, check_distinct
 from tokenlearn.training.base import TokenTraining, adamw, check_gradient
+from tokenlearn.training.one_step_images import OneStepImages
 from tokenlearn.training.word_search import WordSearch, find_words
+
+_ONE_STEP_KEY = "one_step"
 
 
 class ClassTokens(TokenTraining, ClassConsumer):
@@ -52,6 +56,8 @@ class ClassTokens(TokenTraining, ClassConsumer):
         sampling: settings of the sampler, in training as in validation. The concepts of semantic guidance may be the
             tokens themselves.
         solver: solver of the training images; null for that of ``sampling``.
+        guidance: guidance rule of the training images, or the scale of classifier-free guidance; null for that of
+            ``sampling``. A lower scale than that of the images to come gives a gradient with less noise.
         gradient: how the gradient goes back through the sampler.
         optimizer: over the token vectors only.
         lr_scheduler: stepped after every optimizer step; null keeps the learning rate.
@@ -61,6 +67,7 @@ class ClassTokens(TokenTraining, ClassConsumer):
         class_names: class names in the order of class indices.
         placeholders: class name to token.
         objective, judge, search, solver, gradient: as given.
+        training_pipeline: ``pipeline`` with the guidance of the training images.
         started_from: class name to the word or words from which its token started.
         judged_accuracies: token to mean score by the judge, for its embedding file; evaluations fill it in.
 
@@ -80,6 +87,7 @@ class ClassTokens(TokenTraining, ClassConsumer):
         search: WordSearch = WordSearch(),  # noqa: B008 - frozen
         sampling: Sampling = Sampling(steps=20, guidance=7.0),  # noqa: B008 - frozen
         solver: ReversibleSolver | None = None,
+        guidance: GuidanceRule | float | None = None,
         gradient: Gradient = LastK(8),  # noqa: B008 - frozen
         optimizer: OptimizerCallable = adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -99,16 +107,19 @@ class ClassTokens(TokenTraining, ClassConsumer):
             if not judge.has_score:
                 raise UserError("the terms of model.judge have scores of different kinds; name one objective as judge")
         self.search, self.solver, self.gradient = search, solver, gradient
-        check_gradient(gradient, solver or sampling.solver, sampling.rule)
+        training = sampling if guidance is None else dataclasses.replace(sampling, guidance=guidance)
+        check_gradient(gradient, solver or sampling.solver, training.rule)
         backbone.make_solver(solver or sampling.solver, sampling.steps)
 
         self.started_from = {name: (tokens.initial_words or "a").format(name) for name in self.class_names}
         bank = self.make_bank({token: self.started_from[name] for name, token in self.placeholders.items()})
-        check_tokens(sampling.rule.concept_prompts, bank.placeholders)
+        check_tokens([*sampling.rule.concept_prompts, *training.rule.concept_prompts], bank.placeholders)
         self.guided_scores = GroupScores(len(self.class_names))
         self.judged_scores = GroupScores(len(self.class_names))
         self.judged_accuracies: dict[str, float] = {}
         self.use_bank(bank)
+        self.training_pipeline = self.pipeline.with_sampling(guidance=training.guidance)
+        self._one_step = OneStepImages(gradient, self.prompts) if isinstance(gradient, OneStep) else None
 
     @property
     def class_descriptions(self) -> Mapping[str, str | None]:
@@ -166,7 +177,7 @@ class ClassTokens(TokenTraining, ClassConsumer):
                 self.class_names,
                 data_of(self.trainer, PromptTemplates).templates[0],
                 search=self.search,
-                gradient=self.gradient,
+                gradient=self.search_gradient,
                 solver=self.solver,
                 progress=self.global_rank == 0,
             )
@@ -177,9 +188,21 @@ class ClassTokens(TokenTraining, ClassConsumer):
                 self.bank.set(token, self.vectors_of(found[name], self.bank.num_vectors[token]))
                 rank_zero_info(f"{name} starts from '{found[name]}'")
 
-    def training_images(self, batch: PromptBatch) -> Tensor:
-        """Images (B, 3, H, W) of a batch, nominally in [0, 1], with the gradient of the settings."""
-        return self.pipeline.generate(self.prompts(batch), batch.seeds, gradient=self.gradient, solver=self.solver)
+    @property
+    def search_gradient(self) -> Gradient:
+        """Gradient through the sampler of the search for words."""
+        return LastK(1) if isinstance(self.gradient, OneStep) else self.gradient
+
+    def training_images(self, batch: PromptBatch) -> tuple[Tensor, list[str]]:
+        """Images (B, 3, H, W), nominally in [0, 1], with the gradient of the settings, and their class names (B)."""
+        if self._one_step is not None:
+            position = self.trainer.fit_loop.total_batch_idx
+            images, batch = self._one_step.images(self.training_pipeline, batch, position, self.solver)
+        else:
+            images = self.training_pipeline.generate(
+                self.prompts(batch), batch.seeds, gradient=self.gradient, solver=self.solver
+            )
+        return images, self.targets(batch)
 
     def training_step(self, batch: PromptBatch) -> Tensor:
         """Generate a batch and return its mean loss.
@@ -187,7 +210,8 @@ class ClassTokens(TokenTraining, ClassConsumer):
         Raises:
             UserError: if the loss is not finite on any device.
         """
-        images, targets, scores = self.training_images(batch), self.targets(batch), None
+        scores = None
+        images, targets = self.training_images(batch)
         if self.objective.has_score:
             losses, scores = self.objective.loss_and_score(images, targets, self.global_step)
         else:
@@ -244,9 +268,22 @@ class ClassTokens(TokenTraining, ClassConsumer):
                 }
         return metadata
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the batch whose latents are in use, of every process."""
+        super().on_save_checkpoint(checkpoint)
+        if self._one_step is not None and self._trainer is not None:
+            states: list[Any] = [self._one_step.state()]
+            if self.trainer.world_size > 1:
+                states *= self.trainer.world_size
+                torch.distributed.all_gather_object(states, self._one_step.state())
+            checkpoint[_ONE_STEP_KEY] = states
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check the checkpoint, and restore the words that its tokens started from."""
+        """Check the checkpoint, and restore the words that its tokens started from and the latents in use."""
         super().on_load_checkpoint(checkpoint)
+        states = checkpoint.get(_ONE_STEP_KEY, [])
+        if self._one_step is not None and self.global_rank < len(states):
+            self._one_step.restore(states[self.global_rank], self.device)
         metadata = checkpoint_about(checkpoint)["metadata"]
         for name, token in self.placeholders.items():
             if token in metadata:
@@ -258,12 +295,18 @@ class ClassTokens(TokenTraining, ClassConsumer):
         solver: Any = sampling.solver
         if not isinstance(solver, ReversibleSolver):
             solver = type(self.backbone.make_scheduler(solver)).__name__
-        guidance = sampling.guidance
         return {
             "steps": sampling.steps,
-            "guidance": type(guidance).__name__ if isinstance(guidance, GuidanceRule) else guidance,
+            "guidance": _guidance_setting(sampling),
             "solver": str(solver),
             "negative_prompt": sampling.negative_prompt,
             "training_solver": None if self.solver is None else str(self.solver),
+            "training_guidance": _guidance_setting(self.training_pipeline.sampling),
             "gradient": str(self.gradient),
         }
+
+
+def _guidance_setting(sampling: Sampling) -> str | float:
+    """The scale of classifier-free guidance, or the class of another rule."""
+    guidance = sampling.guidance
+    return type(guidance).__name__ if isinstance(guidance, GuidanceRule) else guidance
