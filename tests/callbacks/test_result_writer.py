@@ -140,6 +140,10 @@ def test_errors_give_one_line(config, folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert str(tmp_path / "empty") in error_of([*command[:-1], str(tmp_path / "empty")], capsys)
     assert "model.images" in error_of(command[:3], capsys)
+
+
+def test_a_broken_image_does_not_stop_the_others(config, folder, tmp_path):
     (folder / "deeper" / "broken.png").write_text("not an image")
-    error = error_of(command, capsys)
-    assert "deeper/broken.png" in error
+    with pytest.warns(UserWarning, match=r"skipped 1 images that cannot be used, such as 'deeper/broken'"):
+        main(["predict", "--config", str(config), "--model.images", str(folder)])
+    assert len(list((tmp_path / "run" / "images").rglob("*.png"))) == 3 * len(EDITS)

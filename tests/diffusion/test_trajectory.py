@@ -79,5 +79,5 @@ def test_bad_settings(settings, names):
 
 
 def test_samplers_refuse_it(backbone, model):
-    with pytest.raises(UserError, match="OneStep.*class tokens.*LastK"):
+    with pytest.raises(UserError, match=r"OneStep.*class tokens.*LastK"):
         sample(model, noise(), solver=backbone.make_solver("DDIM", STEPS), gradient=OneStep())

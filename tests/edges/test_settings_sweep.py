@@ -16,6 +16,7 @@ from tokenlearn.data.prompts import PromptList
 from tokenlearn.diffusion import Gradient, ReversibleSolver
 from tokenlearn.errors import UserError
 from tokenlearn.evaluation import AttributeEdits, ClassTokenEvaluation, DoodlEvaluation, SegaEvaluation
+from tokenlearn.evaluation.sega_settings import ConceptSettings
 from tokenlearn.guidance import GuidanceRule
 from tokenlearn.losses.objective import Objective, ObjectiveSum
 from tokenlearn.setting_checks import Section, check_settings
@@ -153,6 +154,7 @@ def parts(tmp_path_factory) -> Mapping[str, Any]:
         "folder": str(folder),
         "number": 2,
         "name": "variant",
+        "add": ConceptSettings(),
         "columns": {"style": "a"},
         "label": "smile",
         "prompt": "a man",

@@ -9,7 +9,7 @@ from tokenlearn.data import PromptDataModule
 from tokenlearn.data.batches import PromptBatch
 from tokenlearn.diffusion import EDICT, OneStep
 from tokenlearn.errors import UserError
-from tokenlearn.guidance import SEGA
+from tokenlearn.guidance import SEGA, SemanticEdit
 from tokenlearn.objectives import ClassifierLoss
 from tokenlearn.pipeline import Pipeline, Sampling
 from tokenlearn.training import ClassTokens, TrainingEdit
@@ -109,7 +109,7 @@ def test_killed_and_resumed_equals_uninterrupted(make, sampled, tmp_path, stop):
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({"guidance": SEGA(["a hat"], warmup_steps=1)}, "OneStep.*depends on the steps before"),
+        ({"guidance": SEGA([SemanticEdit("a hat", warmup_steps=1)])}, "OneStep.*depends on the steps before"),
         ({"solver": EDICT()}, "OneStep.*EDICT.*model.solver"),
     ],
 )
@@ -119,5 +119,5 @@ def test_what_it_does_not_go_with(make, options, names):
 
 
 def test_edits_in_one_step_have_their_own_setting():
-    with pytest.raises(UserError, match="edit.gradient OneStep.*null"):
+    with pytest.raises(UserError, match=r"edit\.gradient OneStep.*null"):
         TrainingEdit(gradient=OneStep())

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from torch.optim import SGD, AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau
 
 from tokenlearn.errors import UserError
 from tokenlearn.training.optimizer_settings import apply_changes, changes, settings_of
@@ -73,3 +73,13 @@ def test_a_schedule_that_is_over_is_refused():
     checkpoint, new = stepped(adamw(lr=0.1), steps=5), adamw(lr=0.1)
     with pytest.raises(UserError, match=r"model.lr_scheduler is over .* step 5 "):
         apply_changes(checkpoint, settings_of(adamw(lr=0.1), None), new, OneCycleLR(new, max_lr=1.0, total_steps=3))
+
+
+def test_a_schedule_of_plateaus_begins_anew():
+    checkpoint, new = stepped(adamw(lr=0.1)), adamw(lr=0.3)
+    plateaus = ReduceLROnPlateau(adamw(lr=0.1), patience=4)
+    apply_changes(checkpoint, settings_of(adamw(lr=0.1), plateaus), new, ReduceLROnPlateau(new, patience=2))
+    scheduler = ReduceLROnPlateau(adamw(lr=0.3), patience=9)
+    scheduler.load_state_dict(checkpoint["lr_schedulers"][0])
+    assert (scheduler.patience, scheduler.num_bad_epochs, scheduler.best) == (2, 0, math.inf)
+    assert checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] == 0.3

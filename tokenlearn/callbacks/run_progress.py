@@ -35,6 +35,17 @@ class RunProgress(ProgressBar):
         """Show progress again."""
         self._enabled = True
 
+    @property
+    def is_enabled(self) -> bool:
+        """Whether anything is shown, which the module's ``print`` asks for."""
+        return self._enabled
+
+    def print(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - arguments of the built-in function
+        """Print a line above the bars."""
+        from tqdm import tqdm  # type: ignore[import-untyped]
+
+        tqdm.write(" ".join(map(str, args)))
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin to count the steps of the whole fit."""
         total = trainer.max_steps if trainer.max_steps >= 0 else trainer.estimated_stepping_batches

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from tokenlearn.errors import UserError, reason_of
 
@@ -41,7 +41,8 @@ def apply_changes(
 ) -> None:
     """Put the settings of a new optimizer and schedule into a checkpoint, as if they had held from the first step.
 
-    Moments of the optimizer stay, unless it is of another class. The schedule is stepped to the checkpoint's step.
+    Moments of the optimizer stay, unless it is of another class. The schedule is stepped to the checkpoint's step; one
+    that waits for plateaus begins anew, since its figures so far are not known.
 
     Args:
         checkpoint: checkpoint of the trainer, which is changed.
@@ -54,7 +55,7 @@ def apply_changes(
     """
     new = settings_of(optimizer, scheduler)
     steps: int = checkpoint["global_step"]
-    if scheduler is not None:
+    if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a schedule that is stepped without its optimizer
             try:
