@@ -109,7 +109,7 @@ def test_killed_and_resumed_equals_uninterrupted(make, sampled, tmp_path, stop):
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({"guidance": SEGA([SemanticEdit("a hat", warmup_steps=1)])}, "OneStep.*depends on the steps before"),
+        ({"guidance": SEGA([SemanticEdit(concept="a hat", warmup_steps=1)])}, "OneStep.*depends on the steps before"),
         ({"solver": EDICT()}, "OneStep.*EDICT.*model.solver"),
     ],
 )
