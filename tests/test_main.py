@@ -220,7 +220,7 @@ def test_test_judges_a_checkpoint(tiny_config, tmp_path, capsys):
     config = tiny_config({"output_dir": str(tmp_path / "tested")}, "test")
     main(["test", "--config", config, "--ckpt_path", str(last)])
     summary = json.loads((tmp_path / "tested" / "summary.json").read_text())
-    assert summary.keys() == {"mean_accuracy_name", "mean_accuracy_described", "mean_accuracy_token"}
+    assert summary.keys() == {f"mean_accuracy_{kind}" for kind in ("name", "described", "start", "token")}
     assert summary["mean_accuracy_name"] == fitted["judged_accuracy_name"]
     table = (tmp_path / "tested" / "table.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in table] == ["class", "wizard", "pirate"]

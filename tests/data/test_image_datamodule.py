@@ -280,7 +280,7 @@ def test_keep(labelled, streaming):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_portraits_know_their_attributes(streaming):
     options = {"images": ImageReading(size=64), "labels": LabelColumns({"style": "style"})}
-    made = module("portraits:6:3", streaming=streaming, **options)
+    made = module("portraits:6:3", streaming=streaming, eval_batch_size=6, **options)
     batches = list(in_order(made))
     images = torch.cat([batch.images for batch in batches])
     for index in range(6):

@@ -96,7 +96,7 @@ def test_every_kind_and_class_is_tested_with_the_same_seeds():
     for template, seed, index, kind in samples:
         drawn.setdefault((index, kind), []).append((template, seed))
     described = {(0, "described"), (2, "described")}  # the pirate has no description
-    assert set(drawn) == {(index, kind) for index in range(3) for kind in ("name", "token")} | described
+    assert set(drawn) == {(index, kind) for index in range(3) for kind in ("name", "start", "token")} | described
     assert len({tuple(pairs) for pairs in drawn.values()}) == 1
     assert len({seed for _, seed in drawn[0, "name"]}) == 5
 

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch.nn import functional
 
+import tokenlearn.progress
 from tests.tiny import write_image_config
 from tests.training.caso_tasks import (
     ATTRIBUTES,
@@ -338,7 +339,8 @@ def test_initialisers(make, kind):
     assert task.bank.vectors[0].requires_grad
 
 
-def test_the_start_has_a_progress_bar(make, capsys):
+def test_the_start_shows_progress(make, capsys, monkeypatch):
+    monkeypatch.setattr(tokenlearn.progress, "INTERVAL", 0.0)
     initialisation = Initialisation("ridge", words=3)
     fit(make(initialisation=initialisation), Faces(labelled_batches()), enable_progress_bar=True)
     assert "Starting tokens" in capsys.readouterr().err
@@ -492,7 +494,7 @@ def test_fit_leaves_everything_that_it_names(config, tmp_path, capsys):
             about = file.metadata()
         assert (about["method"], about["attribute"], about["class"]) == ("caso", "smile", ("no smile", "smile")[row])
     sheets = {path.name for path in (run / "validation").iterdir()}
-    assert sheets == {"step-000002.png", "step-000004.png", "final.png"}
+    assert sheets == {"step-000000.png", "step-000002.png", "step-000004.png", "final.png"}
     assert str(run / "validation" / "final.png") in out
     assert list(run.glob("events.out.tfevents*"))
     # A resumed run that improves on nothing still leaves files.

@@ -360,6 +360,7 @@ def test_fit_leaves_embedding_files(config, tmp_path):
             ("no smile", "smile")[row],
         )
     assert {path.name for path in (run / "validation").iterdir()} == {
+        "step-000000.png",
         "step-000002.png",
         "step-000004.png",
         "final.png",

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from tokenlearn.data.portraits import ATTRIBUTES, PERSONA_LABELS, STYLES, export_folder, portrait, portraits_dataset
+from tokenlearn.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,7 @@ def test_export_folder_goes_on_where_it_stopped(tmp_path, monkeypatch):
         real(self, path, **options)
 
     monkeypatch.setattr(Image.Image, "save", full_disk)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="disk full"):
         export_folder(folder, 5, seed=3)
     assert sorted(path.name for path in folder.iterdir()) == ["000000.png", "000001.png"]
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
