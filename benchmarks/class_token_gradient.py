@@ -58,8 +58,10 @@ class AccuracyOverTime(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add a check, also before the first step, where Lightning calls it a sanity check."""
-        accuracy = float(trainer.callback_metrics["val/judged_accuracy"])
-        self.checks.append((trainer.global_step, self._seconds, accuracy))
+        self.checks.append((trainer.global_step, self._seconds, self._judged(trainer)))
+
+    def _judged(self, trainer: L.Trainer) -> float:
+        return float(trainer.callback_metrics["val/judged_accuracy"])
 
 
 def gradients(

@@ -1,0 +1,78 @@
+import json
+
+import pytest
+import yaml
+
+from benchmarks import time_to_accuracy
+from benchmarks.time_to_accuracy import UntilAccurate
+from tokenlearn.errors import UserError
+
+
+@pytest.fixture
+def config(tiny_models, tmp_path):
+    options = {
+        "backbone": {"class_path": "StableDiffusion", "init_args": {"pretrained": str(tiny_models / "pipeline")}},
+        "classes": ["wizard", "pirate"],
+        "objective": {"class_path": "ClassifierLoss", "init_args": {"classifier": str(tiny_models / "guide")}},
+        "judge": {"class_path": "ClassifierLoss", "init_args": {"classifier": str(tiny_models / "judge")}},
+        "sampling": {"steps": 3},
+        "gradient": {"class_path": "OneStep"},
+    }
+    settings = {
+        "seed_everything": 0,
+        "model": {"class_path": "ClassTokens", "init_args": options},
+        "data": {
+            "class_path": "PromptDataModule",
+            "init_args": {"templates": ["a portrait of a {}"], "batch_size": 2, "batches_per_epoch": 2},
+        },
+        "trainer": {"accelerator": "cpu"},
+    }
+    path = tmp_path / "class_token.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def test_a_training_that_does_not_get_there_has_the_cap(config, capsys):
+    time_to_accuracy.main(config, accuracy=1.0, images=2, cap=0.05, check_every=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if not line.startswith("  ")][:2] == ["ours", "published"]
+    assert json.loads(lines[-1]) == {
+        "ours_seconds": 0.05,
+        "published_seconds": 0.05,
+        "speedup": 1.0,
+        "capped": ["ours", "published"],
+    }
+
+
+def test_seconds_are_of_the_first_check_that_is_good_enough(config, monkeypatch, capsys):
+    scores = iter([0.1, 0.5, 0.9, 0.0, 0.95])
+    monkeypatch.setattr(UntilAccurate, "_judged", lambda self, trainer: next(scores))
+    time_to_accuracy.main(config, accuracy=0.85, images=1, cap=1000, check_every=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines[:-1]] == [
+        "ours", "  step 0", "  step 1", "  step 2", "published", "  step 0", "  step 1",
+    ]  # fmt: skip
+    figures = json.loads(lines[-1])
+    assert figures["capped"] == []
+    assert figures["ours_seconds"] > 0
+    assert figures["published_seconds"] > 0
+
+
+def test_the_published_seeds_are_five(config, monkeypatch):
+    seen = []
+    original = UntilAccurate.on_train_batch_start
+
+    def record(self, trainer, module, batch, *args):
+        original(self, trainer, module, batch, *args)
+        seen.append(batch.seeds)
+
+    monkeypatch.setattr(UntilAccurate, "on_train_batch_start", record)
+    time_to_accuracy.main(config, accuracy=1.0, images=1, cap=0.01, check_every=2)
+    ours, published = [seeds for seeds in seen if len(seeds) == 2], [seeds for seeds in seen if len(seeds) == 1]
+    assert len({seed for seeds in ours for seed in seeds}) == 2 * len(ours)
+    assert {seed for seeds in published for seed in seeds} == set(range(5))
+
+
+def test_bad_input_is_one_line(config):
+    with pytest.raises(UserError, match=r"accuracy.*got 1\.5, 1 and 20"):
+        time_to_accuracy.main(config, accuracy=1.5, cap=1)
