@@ -118,7 +118,11 @@ def main(
     ):
         print(name)
         clock = UntilAccurate(accuracy, cap, fixed_seeds)
-        changed = changes | {"data.init_args.validation_images": images, "data.init_args.eval_batch_size": images}
+        changed = changes | {
+            "data.init_args.validation_images": images,
+            "data.init_args.eval_batch_size": images,
+            "data.init_args.batches_per_epoch": batches,  # the end of an epoch would cut an accumulation short
+        }
         fit_quietly(settings, changed, seed, clock, _MOST_STEPS, batches)
         seconds[name] = cap if clock.reached is None else clock.reached
         capped += [name] if clock.reached is None else []

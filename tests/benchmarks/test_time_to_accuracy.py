@@ -33,12 +33,12 @@ def config(tiny_models, tmp_path):
 
 
 def test_a_training_that_does_not_get_there_has_the_cap(config, capsys):
-    time_to_accuracy.main(config, accuracy=1.0, images=2, cap=0.05, check_every=1)
+    time_to_accuracy.main(config, accuracy=1.0, images=2, cap=0.1, check_every=1)
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if not line.startswith("  ")][:2] == ["ours", "published"]
     assert json.loads(lines[-1]) == {
-        "ours_seconds": 0.05,
-        "published_seconds": 0.05,
+        "ours_seconds": 0.1,
+        "published_seconds": 0.1,
         "speedup": 1.0,
         "capped": ["ours", "published"],
     }
