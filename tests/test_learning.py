@@ -69,7 +69,7 @@ def test_learn_checks_its_steps(task):
 def test_evaluate_returns_the_table(task):
     data = tl.PromptDataModule(["a {}"], test_images=2)
     table = tl.evaluate(task, data=data, accelerator="cpu", enable_progress_bar=False)
-    assert table.summary.keys() == {"mean_accuracy_name", "mean_accuracy_token"}
+    assert table.summary.keys() == {"mean_accuracy_name", "mean_accuracy_start", "mean_accuracy_token"}
     assert [row.name for row in table.rows] == ["wizard", "pirate"]
 
 
