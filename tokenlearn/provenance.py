@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ class Origin:
             note: what was done to a generated image.
         """
         about = {
-            "version": version("tokenlearn-diffusion"),
+            "version": _package_version(),
             "key": key,
             "prompt": prompt,
             "seed": seed,
@@ -150,7 +150,7 @@ class Origin:
             settings["TI hashes"] = _quoted(", ".join(f"{token}: {hash_}" for token, hash_ in used))
         if note:
             settings["tokenlearn edit"] = _quoted(note)
-        settings["Version"] = f"tokenlearn {version('tokenlearn-diffusion')}"
+        settings["Version"] = f"tokenlearn {_package_version()}"
         negative = self.sampling.negative_prompt
         lines = [prompt, *([f"Negative prompt: {negative}"] if negative else [])]
         return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in settings.items())])
@@ -270,3 +270,11 @@ def key_of(path: Path) -> str | None:
 def _quoted(text: str) -> str:
     """AUTOMATIC1111 quotes values with a comma or a colon in JSON's way."""
     return json.dumps(text, ensure_ascii=False) if any(letter in text for letter in ',:\n"') else text
+
+
+def _package_version() -> str:
+    """Version of the package; of a checkout that runs without being installed, ``source``."""
+    try:
+        return version("tokenlearn-diffusion")
+    except PackageNotFoundError:
+        return "source"
