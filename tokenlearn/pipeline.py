@@ -300,30 +300,28 @@ class Pipeline:
         Raises:
             UserError: if there are fewer than 1 steps.
         """
+        latents, start = self._start(seeds, steps, solver)
+        return sample(model, latents, gradient=gradient, **start)
+
+    def _start(
+        self, seeds: Sequence[int], steps: int | None, solver: str | ReversibleSolver | None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Initial latents (B, C, h, w), and the solver and generators that sampling goes on with."""
         steps = self.sampling.steps if steps is None else steps
         check_at_least("pipeline", 1, steps=steps)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return sample(
-            model,
-            self.backbone.initial_latents(generators, self.sampling.size),
-            solver=self.backbone.make_solver(solver or self.sampling.solver, steps),
-            gradient=gradient,
-            generators=generators,
-        )
+        latents = self.backbone.initial_latents(generators, self.sampling.size)
+        made = self.backbone.make_solver(solver or self.sampling.solver, steps)
+        return latents, {"solver": made, "generators": generators}
 
     def sample_trajectory(
         self, prompts: Sequence[str], seeds: Sequence[int], *, solver: str | ReversibleSolver | None = None
     ) -> Trajectory:
         """Latents on the way to images of B prompts and seeds, without a gradient; ``solver`` as above."""
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         with torch.no_grad():
             model = self.guided_model(self.encode(prompts))
-        return sample_trajectory(
-            model,
-            self.backbone.initial_latents(generators, self.sampling.size),
-            solver=self.backbone.make_solver(solver or self.sampling.solver, self.sampling.steps),
-            generators=generators,
-        )
+        latents, start = self._start(seeds, None, solver)
+        return sample_trajectory(model, latents, **start)
 
     def generate_latents(
         self,

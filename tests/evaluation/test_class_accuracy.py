@@ -8,7 +8,7 @@ import torch
 from tokenlearn.data import PromptDataModule
 from tokenlearn.data.batches import PromptBatch
 from tokenlearn.errors import UserError
-from tokenlearn.evaluation import ClassTokenEvaluation, class_accuracy, evaluation_of
+from tokenlearn.evaluation import ClassTokenEvaluation, evaluation_of
 from tokenlearn.generation import Generate
 from tokenlearn.losses.objective import Objective
 from tokenlearn.main import main
@@ -16,7 +16,7 @@ from tokenlearn.models import StableDiffusion
 from tokenlearn.objectives import ClassifierLoss
 from tokenlearn.pipeline import Sampling
 from tokenlearn.tokens import load_embedding
-from tokenlearn.training import ClassTokens
+from tokenlearn.training import ClassTokens, class_tokens
 
 
 class Brightness(Objective):
@@ -107,7 +107,7 @@ def test_the_token_at_step_0_is_the_words_that_it_started_from(make):
 def test_the_best_word_is_searched_for_or_given(make, monkeypatch):
     found = {"wizard": "hat", "pirate": "man"}
     asked = []
-    monkeypatch.setattr(class_accuracy, "find_words", lambda *args, **options: asked.append(args[2]) or found)
+    monkeypatch.setattr(class_tokens, "find_words", lambda *args, **options: asked.append(args[2]) or found)
     table = table_of(make(), test_images=1, test_kinds=["word"])
     assert asked == [["wizard", "pirate"]]  # once, for all batches
     assert list(table.summary) == ["mean_accuracy_word"]

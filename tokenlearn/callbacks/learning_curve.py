@@ -31,11 +31,15 @@ class LearningCurve(L.Callback):
         """Print the scores of a validation within a fit."""
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or not trainer.is_global_zero:
             return
-        scores = {
-            name.removeprefix("val/"): float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith("val/")
-        }
-        if scores:
+        if scores := validation_figures(trainer):
             listed = "  ".join(f"{name} {value:.3g}" for name, value in sorted(scores.items()))
             tqdm.write(f"step {trainer.global_step}: {listed}")
+
+
+def validation_figures(trainer: L.Trainer) -> dict[str, float]:
+    """The figures of the last validation by their names without ``val/``."""
+    return {
+        name.removeprefix("val/"): float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith("val/")
+    }

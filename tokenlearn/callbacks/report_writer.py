@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from tokenlearn.callbacks.embedding_export import EmbeddingExport
 from tokenlearn.callbacks.image_grid import FINAL_SHEET
 from tokenlearn.callbacks.images import save_image, sheet, to_image
+from tokenlearn.callbacks.learning_curve import validation_figures
 from tokenlearn.files import atomic_write
 
 if TYPE_CHECKING:
@@ -76,11 +77,7 @@ class ReportWriter(L.Callback):
         """After a fit, write ``summary.json`` with the validation figures of the final tokens."""
         if not self._has_fitted or trainer.state.fn != TrainerFn.VALIDATING:
             return
-        figures = {
-            name.removeprefix("val/"): float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith("val/")
-        }
+        figures = validation_figures(trainer)
         folder = Path(trainer.default_root_dir)
         sheets = [("validation images", FINAL_SHEET)] if (folder / FINAL_SHEET).is_file() else []
         printed = {name: f"{value:.3g}" for name, value in figures.items()}

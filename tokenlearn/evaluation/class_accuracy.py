@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -15,7 +15,6 @@ from tokenlearn.evaluation.records import Record
 from tokenlearn.evaluation.table import Column, Figure, Kind, Pivot, Row, Table
 from tokenlearn.losses.objective import Objective
 from tokenlearn.training.class_tokens import ClassTokens
-from tokenlearn.training.word_search import find_words
 
 _CAPTIONS = {"name": "before", "token": "after"}
 _FIT_SUMMARY: dict[PromptKind, str] = {"name": "name", "start": "step0", "token": "after"}
@@ -73,32 +72,19 @@ class ClassTokenEvaluation(Evaluation[ClassTokens]):
         Raises:
             UserError: if the words of the settings lack a class.
         """
-        task, prompts = self.task, []
-        for template, index, kind in zip(batch.templates, batch.class_indices, batch.kinds, strict=True):
-            name = task.class_names[index]
-            subject = f"{self._word(name)} {name}" if kind == "word" else task.subject(name, kind)
-            prompts.append(template.format(subject))
-        return prompts
+        words = self._words(set(self.task.targets(batch))) if "word" in batch.kinds else {}
+        return self.task.prompts(batch, words)
 
-    def _word(self, name: str) -> str:
-        task = self.task
+    def _words(self, names: set[str]) -> Mapping[str, str]:
+        """The words of the settings, or found ones; refused if they lack a class."""
         if self.words is None:
             template = data_of(self.trainer, PromptTemplates).templates[0]
-            self.words = find_words(
-                task.pipeline,
-                task.objective,
-                task.class_names,
-                template,
-                search=task.search,
-                gradient=task.search_gradient,
-                solver=task.solver,
-                progress=self.global_rank == 0,
-            )
+            self.words = self.task.best_words(template, progress=self.global_rank == 0)
             listed = ", ".join(f"{name}: {word}" for name, word in self.words.items())
             rank_zero_info(f"best words by the guiding objective: {listed}")
-        if name not in self.words:
-            raise UserError(f"evaluation.words has no class '{name}'; it has {', '.join(self.words)}")
-        return self.words[name]
+        if missing := sorted(names - self.words.keys()):
+            raise UserError(f"evaluation.words has no class '{missing[0]}'; it has {', '.join(self.words)}")
+        return self.words
 
     def make_table(self, records: list[Record]) -> Table:
         """See :class:`Evaluation`: a row per class, a column per kind of prompt."""

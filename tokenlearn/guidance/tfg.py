@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenlearn.diffusion.process import convert
 from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.guidance.base import C, GuidanceRule, Level, Predictor, Run
-from tokenlearn.guidance.classifier_free import classifier_free_guidance
+from tokenlearn.guidance.classifier_free import ClassifierFreeGuidance
 from tokenlearn.losses.objective import Objective, as_objective
 
 Schedule = Literal["increase", "decrease", "constant"]
@@ -148,16 +148,16 @@ class TFG(GuidanceRule):
         self._run: Run | None = None
 
     def conditionings(self, unconditional: C, prompt: C, *concepts: C) -> list[C]:
-        """See :class:`GuidanceRule`; the prompt alone at scale 1."""
-        return [prompt] if self.guidance_scale == 1 else [unconditional, prompt]
+        """See :class:`GuidanceRule`; those of classifier-free guidance."""
+        return self._classifier_free.conditionings(unconditional, prompt)
 
     def __call__(self, predictions: Sequence[Tensor], step: int) -> Tensor:
         """Classifier-free guidance alone."""
-        if self.guidance_scale == 1:
-            (conditional,) = predictions
-            return conditional
-        unconditional, conditional = predictions
-        return classifier_free_guidance(unconditional, conditional, self.guidance_scale)
+        return self._classifier_free(predictions, step)
+
+    @property
+    def _classifier_free(self) -> ClassifierFreeGuidance:
+        return ClassifierFreeGuidance(self.guidance_scale)
 
     def begin(self, run: Run) -> None:
         """See :class:`GuidanceRule`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -133,12 +134,16 @@ class ClassTokens(TokenTraining, ClassConsumer):
             return f"val/guided_{self.objective.score_name}", "max"
         return "val/loss", "min"
 
-    def subject(self, name: str, kind: PromptKind) -> str:
-        """The phrase for a class in a template: its name, its description, or its token or first words and name.
+    def subject(self, name: str, kind: PromptKind, words: Mapping[str, str] = MappingProxyType({})) -> str:
+        """The phrase for a class in a template: its name, its description, or its name after a token or words.
+
+        Args:
+            name: class name.
+            kind: way of writing the class.
+            words: class name to word, for the kind ``word``.
 
         Raises:
             UserError: if the class has no description.
-            ValueError: for the best single word, which is a matter of the evaluation.
         """
         if kind == "name":
             return name
@@ -147,16 +152,16 @@ class ClassTokens(TokenTraining, ClassConsumer):
         if kind == "start":
             return f"{self.started_from[name]} {name}"
         if kind == "word":
-            raise ValueError("the task knows no best word; ask the evaluation")
+            return f"{words[name]} {name}"
         description = self.classes[name]
         if description is None:
             raise UserError(f"class '{name}' has no description; set model.classes.{name}")
         return description
 
-    def prompts(self, batch: PromptBatch) -> list[str]:
-        """Prompts (B) of a batch."""
+    def prompts(self, batch: PromptBatch, words: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+        """Prompts (B) of a batch; ``words`` as in :meth:`subject`."""
         subjects = [
-            self.subject(self.class_names[index], kind)
+            self.subject(self.class_names[index], kind, words)
             for index, kind in zip(batch.class_indices, batch.kinds, strict=True)
         ]
         return [template.format(subject) for template, subject in zip(batch.templates, subjects, strict=True)]
@@ -170,28 +175,33 @@ class ClassTokens(TokenTraining, ClassConsumer):
         if self.token_settings.initial_words is not None or self.resumed:
             return
         assert self.bank is not None
-        found = self.trainer.strategy.broadcast(
-            find_words(
-                self.pipeline,
-                self.objective,
-                self.class_names,
-                data_of(self.trainer, PromptTemplates).templates[0],
-                search=self.search,
-                gradient=self.search_gradient,
-                solver=self.solver,
-                progress=self.global_rank == 0,
-            )
-        )
+        template = data_of(self.trainer, PromptTemplates).templates[0]
+        found = self.trainer.strategy.broadcast(self.best_words(template, progress=self.global_rank == 0))
         for name, token in self.placeholders.items():
             if token not in self.loaded:
                 self.started_from[name] = found[name]
                 self.bank.set(token, self.vectors_of(found[name], self.bank.num_vectors[token]))
                 rank_zero_info(f"{name} starts from '{found[name]}'")
 
-    @property
-    def search_gradient(self) -> Gradient:
-        """Gradient through the sampler of the search for words."""
-        return LastK(1) if isinstance(self.gradient, OneStep) else self.gradient
+    def best_words(self, template: str, *, progress: bool = True) -> dict[str, str]:
+        """Class to the word of the vocabulary whose images have the lowest loss, see :func:`find_words`.
+
+        Args:
+            template: prompt with ``{}`` where the word goes.
+            progress: whether to show progress bars.
+        """
+        # The preselection differentiates the sampler, which OneStep does not.
+        gradient = LastK(1) if isinstance(self.gradient, OneStep) else self.gradient
+        return find_words(
+            self.pipeline,
+            self.objective,
+            self.class_names,
+            template,
+            search=self.search,
+            gradient=gradient,
+            solver=self.solver,
+            progress=progress,
+        )
 
     def training_images(self, batch: PromptBatch) -> tuple[Tensor, list[str]]:
         """Images (B, 3, H, W), nominally in [0, 1], with the gradient of the settings, and their class names (B)."""
