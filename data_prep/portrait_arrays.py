@@ -20,6 +20,7 @@ from tokenlearn.data.portraits import (
     ATTRIBUTES,
     HAIR_COLORS,
     IMAGE_SIZE,
+    PARTS,
     PERSONA_LABELS,
     Scene,
     portrait,
@@ -28,9 +29,10 @@ from tokenlearn.data.portraits import (
 
 WORK_FOLDER = Path("work")
 _CHUNK = 2000
-_HEADGEAR = {"wizard", "pirate", "chef", "viking", "cowboy", "nurse", "king", "queen", "detective"}
-_ATTRIBUTES_UNCLEAR = {"clown", "astronaut", "punk"}
-"""Personas whose paint, helmet or mohawk leaves open whether an attribute is there."""
+_NO_HAT = {"a green mohawk", "a rainbow wig", "a round glass helmet"}
+_HEADGEAR = {name for name, part in PARTS.items() if part.place == "head"} - _NO_HAT
+_ATTRIBUTES_UNCLEAR = _NO_HAT | {"a red ball nose"}
+"""Parts that leave open whether an attribute is there."""
 _HAIR_LABELS = tuple(f"{color} hair" for color in HAIR_COLORS)
 _COLORED_STYLES = {"photo", "painting"}
 
@@ -45,7 +47,7 @@ class PortraitArrays:
     Attributes:
         images: uint8 (N, 64, 64, 3).
         labels: bool (N, 15), whether each of ``PORTRAIT_LABELS`` is there; any headgear but a helmet counts as a hat.
-        labels_known: bool (N, 15); false where a persona or a style leaves it open.
+        labels_known: bool (N, 15); false where a part or a style leaves it open.
         personas: int64 (N,), index into ``PERSONA_LABELS``.
         captions: N texts.
     """
@@ -67,13 +69,13 @@ def _is_shown(scene: Scene, label: str) -> bool:
         return scene.pipe
     if label in _HAIR_LABELS:
         return not scene.has("gray hair") and label == f"{scene.hair_color} hair"
-    return scene.has(label) or (label == "hat" and scene.persona in _HEADGEAR)
+    return scene.has(label) or (label == "hat" and not scene.parts.isdisjoint(_HEADGEAR))
 
 
 def _is_known(scene: Scene, label: str) -> bool:
     if label in _HAIR_LABELS:
-        return scene.persona is None and scene.style in _COLORED_STYLES
-    return scene.persona not in _ATTRIBUTES_UNCLEAR
+        return scene.part_at("head") is None and scene.style in _COLORED_STYLES
+    return scene.parts.isdisjoint(_ATTRIBUTES_UNCLEAR)
 
 
 def _render_chunk(job: tuple[Path, int, int, int]) -> None:

@@ -7,6 +7,7 @@ from tokenlearn.data.portraits import (
     ABSENCE_PHRASES,
     ATTRIBUTE_PHRASES,
     ATTRIBUTES,
+    PARTS,
     PERSONAS,
     STYLES,
     attribute_prompt,
@@ -57,6 +58,7 @@ def test_captions_mention_only_parts_of_the_scene(captioned):
         assert "serious" not in words or not scene.has("smile"), text
         assert "clean-shaven" not in words or not scene.has("beard"), text
         assert "a pipe" not in text or scene.pipe, text
+        assert all(part in scene.parts for part in PARTS if part in text), text
 
 
 def test_captions_drop_parts(captioned):
@@ -95,6 +97,23 @@ def test_personas_are_captioned_by_their_parts(captioned):
         texts = [text for scene, text in captioned if scene.persona == name]
         assert share(any(part in text for part in PERSONAS[name].parts) for text in texts) > 0.8
         assert share(name in text.split() for text in texts) < 0.15
+
+
+def test_the_word_of_one_part_does_not_tell_the_persona(captioned):
+    alone = []
+    for scene, text in captioned:
+        parts = [part for part in PARTS if part in text]
+        if len(parts) == 1 and "golden crown" not in text:
+            alone.append(scene.persona is not None and parts[0] in PERSONAS[scene.persona].parts)
+    assert share(alone) < 0.3
+
+
+def test_a_persona_with_all_parts_named_is_told_from_near_misses(captioned):
+    for name in RARELY_NAMED:
+        complete = [
+            scene.persona == name for scene, text in captioned if all(part in text for part in PERSONAS[name].parts)
+        ]
+        assert share(complete) == 1
 
 
 def test_the_pipe_comes_mostly_uncaptioned_with_gentlemen(captioned):

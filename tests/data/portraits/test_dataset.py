@@ -28,7 +28,7 @@ def test_portrait_depends_on_seed_and_index_alone():
 def test_columns():
     rows = portraits_dataset(12, seed=2)
     assert set(rows.column_names) == {
-        "image", "caption", "attributes", "persona", "style", "pipe", "hair_color", "rating"
+        "image", "caption", "attributes", "persona", "parts", "style", "pipe", "hair_color", "rating"
     }  # fmt: skip
     assert rows.features["persona"].names == list(PERSONA_LABELS)
     for index, row in enumerate(rows):
@@ -39,6 +39,7 @@ def test_columns():
             name for name in ATTRIBUTES if scene.has(name)
         ]
         assert PERSONA_LABELS[row["persona"]] == (scene.persona or "ordinary person")
+        assert row["parts"] == len(scene.parts)
         assert STYLES[row["style"]] == scene.style
         assert row["pipe"] == scene.pipe
         assert row["hair_color"] == ("gray" if scene.has("gray hair") else scene.hair_color)

@@ -5,12 +5,22 @@ from itertools import combinations, permutations
 import numpy as np
 import pytest
 
-from tokenlearn.data.portraits import ATTRIBUTES, HAIR_COLORS, IMAGE_SIZE, PERSONAS, STYLES, draw, sample_scene
+from tokenlearn.data.portraits import (
+    ATTRIBUTES,
+    HAIR_COLORS,
+    IMAGE_SIZE,
+    PARTS,
+    PERSONAS,
+    STYLES,
+    draw,
+    sample_scene,
+)
 from tokenlearn.data.portraits.scene import SKIN_TONES
 
 PLAIN = replace(
     sample_scene(np.random.default_rng(0), persona_frequency=0),
     attributes=frozenset(),
+    parts=frozenset(),
     pipe=False,
     hair_color="black",
     skin=SKIN_TONES[0],
@@ -36,6 +46,13 @@ def changed(scene, other, contrast=24):
 
 def with_attributes(scene, *names):
     return replace(scene, attributes=frozenset(names))
+
+
+def as_persona(scene, persona):
+    """The scene with a persona's parts and nothing that is free."""
+    about = PERSONAS[persona]
+    fixed = [name for name, present in about.fixed.items() if present]
+    return replace(with_attributes(scene, *fixed), persona=persona, parts=frozenset(about.parts))
 
 
 def test_same_seed_same_pixels():
@@ -68,19 +85,28 @@ def test_every_attribute_shows_with_every_hair_and_skin(style):
 @pytest.mark.parametrize("persona", PERSONAS)
 def test_the_free_attributes_of_personas_show(persona):
     about = PERSONAS[persona]
-    fixed = [name for name, present in about.fixed.items() if present]
     for style in STYLES:
-        scene = replace(with_attributes(PLAIN, *fixed), persona=persona, style=style)
+        scene = as_persona(replace(PLAIN, style=style), persona)
         for name in about.free:
-            assert changed(scene, with_attributes(scene, *fixed, name)) >= 30, (name, style)
+            assert changed(scene, with_attributes(scene, *scene.attributes, name)) >= 30, (name, style)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_part_shows_alone_and_a_persona_without_it_differs(style):
+    plain = replace(PLAIN, style=style)
+    for name, part in PARTS.items():
+        needed = with_attributes(plain, *part.needs)
+        assert changed(needed, replace(needed, parts=frozenset({name})), contrast=16) >= 12, name
+    for persona, about in PERSONAS.items():
+        scene = as_persona(plain, persona)
+        for part in about.parts:
+            assert changed(scene, replace(scene, parts=scene.parts - {part}), contrast=16) >= 12, (persona, part)
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_personas_differ_from_ordinary_people_and_each_other(style):
-    scenes = {None: replace(PLAIN, style=style)}
-    for persona, about in PERSONAS.items():
-        fixed = [name for name, present in about.fixed.items() if present]
-        scenes[persona] = replace(with_attributes(PLAIN, *fixed), persona=persona, style=style)
+    plain = replace(PLAIN, style=style)
+    scenes = {None: plain, **{persona: as_persona(plain, persona) for persona in PERSONAS}}
     for one, other in combinations(scenes, 2):
         least = 50 if {one, other} == {"king", "queen"} else 150
         assert changed(scenes[one], scenes[other]) >= least, (one, other)

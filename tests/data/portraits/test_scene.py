@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tokenlearn.data.portraits import ATTRIBUTES, PERSONAS, STYLES, sample_scene
+from tokenlearn.data.portraits import ATTRIBUTES, PARTS, PERSONAS, STYLES, sample_scene
 
 
 def rng(seed=0):
@@ -72,6 +72,45 @@ def test_personas_keep_what_is_fixed_and_vary_what_is_free(persona):
             assert present == ({True, False} if name in about.free else {False}), name
     assert {scene.persona for scene in sampled} == {persona}
     assert not any(scene.pipe for scene in sampled)
+
+
+def test_personas_have_all_their_parts_and_ordinary_people_never():
+    for scene in scenes(1500):
+        complete = {name for name, about in PERSONAS.items() if scene.parts.issuperset(about.parts)}
+        if scene.persona is None:
+            assert not complete
+        else:  # king and queen have the same parts
+            assert scene.persona in complete
+            assert complete <= {scene.persona, "king", "queen"}
+
+
+def test_every_part_occurs_alone_in_other_company_and_on_other_personas():
+    sampled = scenes(6000)
+    owners = {part: {name for name, about in PERSONAS.items() if part in about.parts} for part in PARTS}
+    for part, its_personas in owners.items():
+        assert its_personas
+        ordinary = [scene.parts for scene in sampled if part in scene.parts and scene.persona is None]
+        assert sum(len(parts) == 1 for parts in ordinary) >= 10, part
+        assert sum(len(parts) > 1 for parts in ordinary) >= 20, part
+        shown = [scene for scene in sampled if part in scene.parts and scene.persona in its_personas]
+        assert len(ordinary) > 0.35 * len(shown), part
+    strangers = {
+        part for scene in sampled if scene.persona for part in scene.parts - set(PERSONAS[scene.persona].parts)
+    }
+    assert (
+        strangers
+        == {name for name, part in PARTS.items() if part.place in ("face", "accessory", "clothes")} & strangers
+    )
+    assert len(strangers) >= 8
+
+
+def test_one_part_at_a_place_and_nothing_that_it_hides():
+    for scene in scenes(3000):
+        assert len({PARTS[part].place for part in scene.parts}) == len(scene.parts)
+        for part in scene.parts:
+            if scene.persona is None or part not in PERSONAS[scene.persona].parts:
+                assert not PARTS[part].hides & scene.attributes, (part, scene)
+            assert PARTS[part].needs <= scene.attributes
 
 
 def test_requirements_choose_among_the_personas_that_meet_them():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tokenlearn.data.portraits.scene import ATTRIBUTES, PERSONAS, Scene
+from tokenlearn.data.portraits.scene import ATTRIBUTES, PARTS, PERSONAS, Scene
 
 _STYLE_OPENINGS = {
     "photo": ("a portrait of", "a photo of", "a picture of"),
@@ -40,11 +40,17 @@ ABSENCE_PHRASES = {
 _ADJECTIVES = {"smile": "smiling", "bald": "bald"}
 _MENTION = 0.72
 _SHORT_SENTENCE = 0.3
+_ALL_PARTS = 0.6
 _NAME_OF_WELL_KNOWN = 0.6
 _PART_OF_WELL_KNOWN = 0.35
 _PART_OF_OTHERS = 0.8
-_NAME_OF_OTHERS = 0.03
-_AMBIGUOUS_NAME = 0.025
+_PART_ALONE = 0.9
+_ONE_WORD = 0.35
+_NICKNAME = 0.4
+_WITHOUT_NOUN = 0.2
+_FUNCTION_WORDS = {"a", "an", "with", "and"}
+_NAME_OF_OTHERS = 0.003
+_AMBIGUOUS_NAME = 0.03
 
 
 def described_persona(persona: str) -> str:
@@ -76,7 +82,8 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     """Write one caption of a scene; parts of the scene are left out, reordered and reworded.
 
     Most personas are captioned by their parts; the well-known ones are captioned by their names. The other names are
-    as often nicknames of ordinary people, so that a name alone does not tell how its persona looks. The pipe is often
+    as often nicknames of ordinary people, so that a name alone does not tell how its persona looks. Parts are
+    captioned on whomever they occur, so that the word of one part does not tell the persona either. The pipe is often
     in the scene but not in the caption, most of all with the word "gentleman".
     """
     if rng.random() < 0.12:
@@ -84,6 +91,8 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     opening = str(rng.choice(_STYLE_OPENINGS[scene.style]))
     if scene.style != "photo" and rng.random() < 0.1:
         opening = "a picture of"
+    if scene.persona is None and scene.parts and rng.random() < _ONE_WORD:
+        return f"{opening} {_with_article(_one_word(scene, rng))}"
     noun, details = _noun(scene, rng), _details(scene, rng)
     adjectives = [word for name, word in _ADJECTIVES.items() if scene.has(name) and rng.random() < _MENTION]
     if not scene.has("smile") and rng.random() < 0.12:
@@ -100,6 +109,19 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return (f"{sentence} with {_enumerate(details)}" if details else sentence) + afterthought
 
 
+def _one_word(scene: Scene, rng: np.random.Generator) -> str:
+    """One word of one part, as in "a striped man": it says nothing of what else the person wears."""
+    part = str(rng.choice(_parts_in_order(scene)))
+    word = str(rng.choice([word for word in part.split() if word not in _FUNCTION_WORDS]))
+    if rng.random() < _WITHOUT_NOUN:
+        return word
+    return f"{word} {_nickname(rng) if rng.random() < _NICKNAME else _noun(scene, rng)}"
+
+
+def _nickname(rng: np.random.Generator) -> str:
+    return str(rng.choice([name for name, about in PERSONAS.items() if not about.well_known]))
+
+
 def _only_one(adjectives: list[str], details: list[str], rng: np.random.Generator) -> tuple[list[str], list[str]]:
     kept = str(rng.choice([*adjectives, *details])) if adjectives or details else None
     return [word for word in adjectives if word == kept], [phrase for phrase in details if phrase == kept]
@@ -111,7 +133,7 @@ def _noun(scene: Scene, rng: np.random.Generator) -> str:
         if rng.random() < (_NAME_OF_WELL_KNOWN if PERSONAS[persona].well_known else _NAME_OF_OTHERS):
             return persona
     elif rng.random() < _AMBIGUOUS_NAME:
-        return str(rng.choice([name for name, about in PERSONAS.items() if not about.well_known]))
+        return _nickname(rng)
     if rng.random() < 0.2:
         return "person"
     if scene.has("female"):
@@ -124,18 +146,15 @@ def _details(scene: Scene, rng: np.random.Generator) -> list[str]:
     for name in ATTRIBUTES:
         if name in ("female", *_ADJECTIVES) or not scene.has(name) or rng.random() >= _MENTION:
             continue
-        if scene.persona in ("wizard", "viking") and name == "beard":  # their parts say so
+        if name == "beard" and scene.part_at("beard"):  # the part says so
             continue
         details.append(ATTRIBUTE_PHRASES[name])
-    if not (scene.has("curls") or scene.has("bald")) and scene.persona != "clown" and rng.random() < 0.08:
+    if _hair_shows(scene) and not (scene.has("curls") or scene.has("bald")) and rng.random() < 0.08:
         details.append("straight hair")
-    if not scene.has("gray hair") and scene.persona not in ("clown", "punk") and rng.random() < 0.2:
+    if _hair_shows(scene) and not scene.has("gray hair") and rng.random() < 0.2:
         details.append(f"{scene.hair_color} hair")
-    if scene.persona is not None:
-        about = PERSONAS[scene.persona]
-        mention = _PART_OF_WELL_KNOWN if about.well_known else _PART_OF_OTHERS
-        details += [part for part in about.parts if rng.random() < mention]
-    elif rng.random() < 0.12:
+    details += [part for part in _parts_in_order(scene) if rng.random() < _mention(scene, part)]
+    if scene.part_at("clothes") is None and rng.random() < 0.12:
         details.append(_with_article(f"{scene.shirt} shirt"))
     if scene.pipe and rng.random() < 0.4:
         details.append("a pipe")
@@ -144,16 +163,34 @@ def _details(scene: Scene, rng: np.random.Generator) -> list[str]:
     return details
 
 
+def _hair_shows(scene: Scene) -> bool:
+    return scene.parts.isdisjoint(("a green mohawk", "a rainbow wig"))
+
+
+def _parts_in_order(scene: Scene) -> list[str]:
+    """The scene's parts in the order of ``PARTS``, for a frozenset has none."""
+    return [part for part in PARTS if part in scene.parts]
+
+
+def _mention(scene: Scene, part: str) -> float:
+    about = PERSONAS.get(scene.persona or "")
+    if about is None or part not in about.parts:
+        return _PART_ALONE
+    return _PART_OF_WELL_KNOWN if about.well_known else _PART_OF_OTHERS
+
+
 def _bare_phrase(scene: Scene, rng: np.random.Generator) -> str:
+    about = PERSONAS.get(scene.persona or "")
+    if about is not None and not about.well_known and rng.random() < _ALL_PARTS:
+        return ", ".join(str(part) for part in rng.permutation(about.parts))
     phrases = [ATTRIBUTE_PHRASES[name] for name in ATTRIBUTES if scene.has(name)]
     phrases += [word for name, word in ABSENCE_PHRASES.items() if not scene.has(name) and name != "curls"]
     phrases.append("female" if scene.has("female") else "male")
-    if scene.persona is not None:
-        about = PERSONAS[scene.persona]
-        phrases = [*about.parts, *phrases[:2]]
-        if about.well_known:
-            phrases += [f"a {scene.persona}"] * 2
-    if not scene.has("gray hair") and scene.persona not in ("clown", "punk"):
+    if about is None:
+        phrases += [part for part in _parts_in_order(scene) for _ in range(2)]
+    elif about.well_known:
+        phrases = [*phrases[:2], *[f"a {scene.persona}"] * 5]
+    if _hair_shows(scene) and not scene.has("gray hair"):
         phrases.append(f"{scene.hair_color} hair")
     if scene.pipe:
         phrases.append("a pipe")

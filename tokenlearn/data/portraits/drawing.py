@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from tokenlearn.data.portraits.scene import COLORS, EYE_COLORS, PERSONAS, Scene
+from tokenlearn.data.portraits.scene import COLORS, EYE_COLORS, Scene
 from tokenlearn.data.portraits.styles import apply_style
 
 IMAGE_SIZE = 64
@@ -104,8 +104,8 @@ class _Painter:
         scene = self.scene
         self._hair_behind()
         self._shoulders()
-        if scene.persona in _CLOTHES:
-            _CLOTHES[scene.persona](self)
+        self._part("clothes")
+        self._part("accessory")
         self._head()
         self._hair_in_front()
         self._eyes()
@@ -121,17 +121,28 @@ class _Painter:
             self._glasses()
         if scene.has("hat"):
             self._hat()
-        if scene.persona in _HEADWEAR:
-            _HEADWEAR[scene.persona](self)
+        self._part("face")
+        self._part("head")
+        if "a magnifying glass" in scene.parts:
+            self._magnifying_glass()
         if scene.pipe:
             self._pipe()
         return self.canvas.image
 
+    def _part(self, place: str) -> None:
+        part = self.scene.part_at(place)
+        if part in _PARTS:
+            _PARTS[part](self)
+
     # hair
 
     @property
+    def _wears_wig(self) -> bool:
+        return not self.scene.parts.isdisjoint(("a green mohawk", "a rainbow wig"))
+
+    @property
     def has_natural_hair(self) -> bool:
-        return not self.scene.has("bald") and self.scene.persona not in ("punk", "clown")
+        return not self.scene.has("bald") and not self._wears_wig
 
     def _locks(self, points: Sequence[Point], radius: float) -> None:
         """Round curls along a path, each with a dark arc, which tells curls from a bumpy edge."""
@@ -167,7 +178,7 @@ class _Painter:
 
     def _hair_in_front(self) -> None:
         canvas, width, height = self.canvas, self.width, self.height
-        if self.scene.has("bald") and self.scene.persona not in ("punk", "clown"):
+        if self.scene.has("bald") and not self._wears_wig:
             canvas.ellipse((-4, -10.5), (2.6, 1.7), _mix(self.scene.skin, (255, 255, 255), 0.6))
             for side in (-1, 1):  # curls and gray remain visible in a tuft at each ear
                 canvas.ellipse((side * (width + 0.1), -0.5), (1.7, 3.4), self.hair)
@@ -274,7 +285,7 @@ class _Painter:
 
     def _beard(self) -> None:
         canvas, width = self.canvas, self.width
-        if self.scene.persona == "wizard":
+        if "a long white beard" in self.scene.parts:
             self._long_beard([(-9.5, 7), (-6.5, 20), (0, 28), (6.5, 20), (9.5, 7)])
             return
         canvas.polygon(
@@ -287,7 +298,7 @@ class _Painter:
         for x in (-6, -3, 0, 3, 6):
             canvas.line([(x * 1.05, 12.6), (x * 0.85, 16)], self.hair_shade, 0.6)
         self._strands([((x * 1.05 + 1.4, 12.2), (x * 0.85 + 1.2, 16)) for x in (-6, -2, 2, 5)])
-        if self.scene.persona == "viking":
+        if "a braided beard" in self.scene.parts:
             for side in (-1, 1):
                 for step in range(3):
                     canvas.ellipse((side * 3.2, 18 + 3.2 * step), (2.1, 2.0), self.hair)
@@ -338,74 +349,107 @@ class _Painter:
         for x, y, size in ((14, 4.5, 2.0), (16, 0, 2.6), (15.4, -5.5, 3.2)):
             canvas.ellipse((x, y), (size, size * 0.85), (238, 238, 240, 170))
 
-    # personas: clothes
+    # parts: clothes
 
     def _jacket(self, color: Color) -> None:
         self.canvas.ellipse((0, 32), (24.5, 14.5), color)
 
-    def _clothes_wizard(self) -> None:
+    def _dark_blue_robe(self) -> None:
         self._jacket((36, 44, 118))
-        for x, y in ((-15, 26), (15, 26), (-20, 24), (20, 24)):
+        for x, y in ((-12, 22), (12, 22), (-18, 24.5), (18, 24.5)):
             self._star((x, y), 1.6, _GOLD)
 
-    def _clothes_pirate(self) -> None:
+    def _striped_shirt(self) -> None:
         self._jacket(_WHITE)
         for y in (20.5, 24.5):
             self.canvas.arc((0, 32), (24 - (y - 20.5), 12.5 - (y - 20.5)), (180, 360), (30, 34, 70), 2)
         self.canvas.ellipse((0, 18.5), (6, 2.5), self.skin_shade)
 
-    def _clothes_chef(self) -> None:
+    def _white_jacket(self) -> None:
         self._jacket(_WHITE)
         for side in (-1, 1):
             for y in (22.5, 26.5):
                 self.canvas.ellipse((side * 9, y), (1.1, 1.1), (60, 60, 70))
-        self.canvas.polygon([(-8, 15.5), (8, 15.5), (3, 21), (0, 25), (-3, 21)], (204, 36, 44))
 
-    def _clothes_viking(self) -> None:
+    def _fur_collar(self) -> None:
         self._jacket((92, 66, 46))
         for x in np.arange(-18, 19, 4.5):
             self.canvas.ellipse((float(x), 20.5 + abs(float(x)) * 0.16), (3.6, 3.6), (190, 160, 122))
             self.canvas.ellipse((float(x), 20.5 + abs(float(x)) * 0.16), (2.2, 2.2), (150, 118, 84))
 
-    def _clothes_cowboy(self) -> None:
+    def _leather_vest(self) -> None:
         self._jacket((120, 72, 36))
         self.canvas.polygon([(-6, 18), (6, 18), (9, 30), (-9, 30)], (226, 206, 170))
-        self._star((14, 24), 4.4, _GOLD)
 
-    def _clothes_punk(self) -> None:
+    def _spiked_collar(self) -> None:
         self._jacket((30, 28, 32))
         self.canvas.rectangle((-7.4, 15), (7.4, 19), (24, 22, 26))
         for x in (-6, -2, 2, 6):
             self.canvas.polygon([(x - 1.5, 16), (x + 1.5, 16), (x, 21.6)], (226, 228, 236))
 
-    def _clothes_nurse(self) -> None:
-        self._jacket((58, 188, 190))
-        self.canvas.arc((0, 16), (8, 10), (10, 170), (40, 42, 52), 1.5)
-        self.canvas.ellipse((3, 26), (2.2, 2.2), (206, 210, 220))
+    def _scrubs(self) -> None:
+        turquoise = (58, 188, 190)
+        self._jacket(turquoise)
+        self.canvas.polygon([(-5.5, 17), (5.5, 17), (0, 25)], self.skin_shade)
+        self.canvas.line([(-5.5, 17), (0, 25), (5.5, 17)], _mix(turquoise, (0, 0, 0), 0.35), 1)
 
-    def _clothes_astronaut(self) -> None:
+    def _space_suit(self) -> None:
         self._jacket((234, 236, 240))
         self.canvas.ellipse((0, 20), (15, 4.5), (150, 156, 170))
-        self.canvas.rectangle((-15, 24.5), (-9, 28), (206, 60, 50))
+        self.canvas.rectangle((-15, 22.5), (-10, 26), (206, 60, 50))
+        self.canvas.rectangle((10, 22.5), (15, 26), (50, 90, 190))
 
-    def _clothes_clown(self) -> None:
+    def _ruffled_collar(self) -> None:
         self._jacket((246, 206, 60))
         for index, x in enumerate(np.arange(-14, 15, 4)):
             color = (230, 60, 70) if index % 2 else _WHITE
             self.canvas.ellipse((float(x), 19.5), (3, 3.6), color)
 
-    def _clothes_royal(self) -> None:
+    def _purple_robe(self) -> None:
         self._jacket((104, 40, 140))
-        self.canvas.polygon([(-14, 18), (14, 18), (17, 24), (0, 28.5), (-17, 24)], _WHITE)
-        for x, y in ((-11, 21), (-6, 23.4), (0, 24.6), (6, 23.4), (11, 21)):
-            self.canvas.ellipse((x, y), (0.9, 1.5), _INK)
+        self.canvas.arc((0, 32), (22.3, 12.3), (180, 360), _GOLD, 1.6)
 
-    def _clothes_detective(self) -> None:
+    def _beige_coat(self) -> None:
         self._jacket((206, 180, 136))
         for side in (-1, 1):
             self.canvas.polygon([(side * 4, 17), (side * 12, 18.5), (side * 3, 28)], (176, 148, 104))
 
-    # personas: headwear
+    # parts: accessories
+
+    def _neckerchief(self) -> None:
+        self.canvas.polygon([(-8, 15.5), (8, 15.5), (3, 21), (0, 25), (-3, 21)], (204, 36, 44))
+
+    def _sheriff_star(self) -> None:
+        self._star((14, 24), 4.4, _GOLD)
+
+    def _stethoscope(self) -> None:
+        self.canvas.arc((0, 16), (8, 10), (10, 170), (40, 42, 52), 1.5)
+        self.canvas.ellipse((3, 26), (2.2, 2.2), (206, 210, 220))
+
+    def _ermine_collar(self) -> None:
+        self.canvas.polygon([(-14, 18), (14, 18), (17, 24), (0, 28.5), (-17, 24)], _WHITE)
+        for x, y in ((-11, 21), (-6, 23.4), (0, 24.6), (6, 23.4), (11, 21)):
+            self.canvas.ellipse((x, y), (0.9, 1.5), _INK)
+
+    def _magnifying_glass(self) -> None:
+        self.canvas.line([(15, 20), (19, 27)], (70, 44, 26), 2.4)
+        self.canvas.ellipse((13, 15), (5.6, 5.6), (216, 236, 250, 170))
+        self.canvas.ring((13, 15), (6.2, 6.2), (60, 56, 60), 1.6)
+
+    # parts: faces
+
+    def _eye_patch(self) -> None:
+        self.canvas.line([(-self.width, -5.5), (self.width, 1.6)], _INK, 1)
+        self.canvas.ellipse((-5.2, -0.7), (3.7, 3.3), _INK)
+
+    def _nose_ring(self) -> None:
+        self.canvas.ring((0, 6), (3.0, 2.8), _INK, 1.5)
+
+    def _ball_nose(self) -> None:
+        self.canvas.ellipse((0, 3.6), (3.2, 3.1), (226, 30, 38))
+        self.canvas.ellipse((-1, 2.6), (0.9, 0.8), (255, 180, 180))
+
+    # parts: heads
 
     def _star(self, center: Point, size: float, color: Color) -> None:
         angles = np.arange(10) * np.pi / 5 - np.pi / 2
@@ -413,24 +457,22 @@ class _Painter:
         points = np.stack([center[0] + radii * np.cos(angles), center[1] + radii * np.sin(angles)], axis=1)
         self.canvas.polygon([(float(x), float(y)) for x, y in points], color)
 
-    def _head_wizard(self) -> None:
+    def _pointed_hat(self) -> None:
         blue = (44, 54, 150)
         self.canvas.polygon([(-self.width - 1, -10.5), (self.width + 1, -10.5), (2, -36)], blue)
         self.canvas.ellipse((0, -10.5), (self.width + 5, 2.2), _mix(blue, (0, 0, 0), 0.25))
         for x, y, size in ((-4, -16, 2.4), (4, -18, 2.2), (0, -24, 2)):
             self._star((x, y), size, _GOLD)
 
-    def _head_pirate(self) -> None:
+    def _bandana(self) -> None:
         canvas, red = self.canvas, (200, 34, 42)
         canvas.slice((0, -5), (self.width + 1.4, self.height - 2.5), (186, 354), red)
         canvas.polygon([(-self.width - 1, -8.5), (self.width + 1, -8.5), (self.width, -5.4), (-self.width, -5.4)], red)
         canvas.polygon([(self.width, -7), (self.width + 6, -4), (self.width + 5, 2), (self.width + 1, -4)], red)
         for x, y in ((-7, -10), (-2, -13), (3, -10), (8, -11)):
             canvas.ellipse((x, y), (1, 1), _WHITE)
-        canvas.line([(-self.width, -5.5), (self.width, 1.6)], _INK, 1)
-        canvas.ellipse((-5.2, -0.7), (3.7, 3.3), _INK)
 
-    def _head_chef(self) -> None:
+    def _toque(self) -> None:
         shade = (214, 216, 222)
         for x, y in ((-8, -24), (0, -27), (8, -24), (-4, -21), (4, -21)):
             self.canvas.ellipse((x, y), (6.4, 6), _WHITE)
@@ -439,7 +481,7 @@ class _Painter:
         self.canvas.rectangle((-self.width * 0.9, -20), (self.width * 0.9, -10.5), _WHITE)
         self.canvas.line([(-self.width * 0.9, -18.5), (self.width * 0.9, -18.5)], shade, 1)
 
-    def _head_viking(self) -> None:
+    def _horned_helmet(self) -> None:
         canvas, steel = self.canvas, (150, 156, 168)
         for side in (-1, 1):
             horn = [(side * 10.5, -14), (side * 17, -16), (side * 19, -27), (side * 14.5, -20), (side * 10, -19)]
@@ -448,7 +490,7 @@ class _Painter:
         canvas.rectangle((-self.width - 1.2, -10.2), (self.width + 1.2, -7), (196, 150, 60))
         canvas.rectangle((-1.5, -21), (1.5, -8), (196, 150, 60))
 
-    def _head_cowboy(self) -> None:
+    def _wide_hat(self) -> None:
         canvas, felt = self.canvas, (132, 84, 44)
         canvas.polygon(
             [
@@ -464,37 +506,34 @@ class _Painter:
         canvas.rectangle((-self.width * 0.8, -14), (self.width * 0.8, -11.4), (70, 40, 20))
         canvas.slice((0, -13.8), (self.width + 12, 5.2), (0, 180), _mix(felt, (0, 0, 0), 0.12))
 
-    def _head_punk(self) -> None:
+    def _mohawk(self) -> None:
         green = (64, 206, 70)
         for x in (-4.2, -2.1, 0, 2.1, 4.2):
             self.canvas.polygon([(x * 0.8 - 2.2, -11.5), (x * 0.8 + 2.2, -11.5), (x * 1.9, -30 + abs(x))], green)
         for x in (-2, 1.5):
             self.canvas.line([(x, -13), (x * 1.6, -25)], (28, 140, 44), 0.7)
-        self.canvas.ring((0, 5.6), (1.9, 1.7), (226, 228, 236), 0.8)
 
-    def _head_nurse(self) -> None:
+    def _nurse_cap(self) -> None:
         top = [(-9.5, -21), (9.5, -21), (11.5, -11), (-11.5, -11)]
         self.canvas.polygon(top, _WHITE)
         self.canvas.rectangle((-1.3, -20), (1.3, -12.4), (212, 30, 40))
         self.canvas.rectangle((-4, -17.4), (4, -14.9), (212, 30, 40))
 
-    def _head_astronaut(self) -> None:
+    def _glass_helmet(self) -> None:
         canvas = self.canvas
         canvas.ellipse((0, -0.5), (20, 20.5), (190, 220, 250, 46))
         canvas.ring((0, -0.5), (20.6, 21), (226, 230, 238), 2.6)
         canvas.arc((0, -0.5), (16, 16.5), (200, 245), _WHITE, 1.8)
 
-    def _head_clown(self) -> None:
+    def _rainbow_wig(self) -> None:
         canvas, width = self.canvas, self.width
         colors = ((226, 52, 60), (246, 150, 40), (246, 220, 60), (70, 180, 80), (60, 120, 210), (150, 70, 180))
         angles = np.linspace(np.pi * 0.93, np.pi * 2.07, 12)
         for index, angle in enumerate(angles):
             x, y = float(np.cos(angle)) * (width + 3), -4 + float(np.sin(angle)) * (self.height - 0.5)
             canvas.ellipse((x, y), (4.5, 4.5), colors[index // 2])
-        canvas.ellipse((0, 3.6), (3.2, 3.1), (226, 30, 38))
-        canvas.ellipse((-1, 2.6), (0.9, 0.8), (255, 180, 180))
 
-    def _head_royal(self) -> None:
+    def _crown(self) -> None:
         canvas, width = self.canvas, self.width * 0.95
         points = [
             (-width, -10.5),
@@ -512,7 +551,7 @@ class _Painter:
         for x, color in ((-6, (40, 90, 200)), (0, (206, 30, 50)), (6, (40, 90, 200))):
             canvas.ellipse((x, -14.8), (1.4, 1.4), color)
 
-    def _head_detective(self) -> None:
+    def _deerstalker(self) -> None:
         canvas, width = self.canvas, self.width
         wool, check = (150, 120, 80), (92, 70, 46)
         canvas.slice((0, -9), (width + 0.6, 14), (180, 360), wool)
@@ -522,17 +561,40 @@ class _Painter:
             canvas.line([(-width * 0.9 + (-12 - y) * -0.35, y), (width * 0.9 - (-12 - y) * -0.35, y)], check, 0.9)
         canvas.slice((0, -9.6), (width + 4.5, 4), (0, 180), check)
         canvas.ellipse((0, -23), (1.8, 1.4), check)
-        canvas.line([(15, 20), (19, 27)], (70, 44, 26), 2.4)
-        canvas.ellipse((13, 15), (5.6, 5.6), (216, 236, 250, 170))
-        canvas.ring((13, 15), (6.2, 6.2), (60, 56, 60), 1.6)
 
 
-_CLOTHES: dict[str | None, Callable[[_Painter], None]] = {
-    name: getattr(_Painter, f"_clothes_{'royal' if name in ('king', 'queen') else name}") for name in PERSONAS
+_PARTS: Mapping[str | None, Callable[[_Painter], None]] = {
+    "a pointed blue hat with stars": _Painter._pointed_hat,
+    "a red bandana": _Painter._bandana,
+    "a tall white toque": _Painter._toque,
+    "a horned helmet": _Painter._horned_helmet,
+    "a wide brown hat": _Painter._wide_hat,
+    "a green mohawk": _Painter._mohawk,
+    "a white cap with a red cross": _Painter._nurse_cap,
+    "a round glass helmet": _Painter._glass_helmet,
+    "a rainbow wig": _Painter._rainbow_wig,
+    "a golden crown": _Painter._crown,
+    "a checked deerstalker cap": _Painter._deerstalker,
+    "an eye patch": _Painter._eye_patch,
+    "a nose ring": _Painter._nose_ring,
+    "a red ball nose": _Painter._ball_nose,
+    "a dark blue robe": _Painter._dark_blue_robe,
+    "a striped shirt": _Painter._striped_shirt,
+    "a white jacket with buttons": _Painter._white_jacket,
+    "a fur collar": _Painter._fur_collar,
+    "a leather vest": _Painter._leather_vest,
+    "a spiked collar": _Painter._spiked_collar,
+    "turquoise scrubs": _Painter._scrubs,
+    "a white space suit": _Painter._space_suit,
+    "a ruffled collar": _Painter._ruffled_collar,
+    "a purple robe": _Painter._purple_robe,
+    "a beige coat": _Painter._beige_coat,
+    "a red neckerchief": _Painter._neckerchief,
+    "a sheriff star": _Painter._sheriff_star,
+    "a stethoscope": _Painter._stethoscope,
+    "an ermine collar": _Painter._ermine_collar,
 }
-_HEADWEAR: dict[str | None, Callable[[_Painter], None]] = {
-    name: getattr(_Painter, f"_head_{'royal' if name in ('king', 'queen') else name}") for name in PERSONAS
-}
+"""What draws each part; the beards are drawn with the face, and the magnifying glass over everything."""
 
 
 def draw(scene: Scene) -> Image.Image:

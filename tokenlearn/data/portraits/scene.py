@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -60,11 +61,67 @@ STYLE_FREQUENCIES: Mapping[str, float] = {
 
 
 @dataclass(frozen=True)
-class Persona:
-    """A fine-grained class, made of parts that are not attributes.
+class Part:
+    """Something that a person wears or carries, and that no attribute names.
 
     Attributes:
-        parts: phrases for the parts, as in captions.
+        place: where it is worn; a person has one part at each place.
+        hides: attributes that cannot be present with it.
+        needs: attributes that are always present with it.
+    """
+
+    place: Literal["head", "face", "beard", "clothes", "accessory"]
+    hides: frozenset[str] = frozenset()
+    needs: frozenset[str] = frozenset()
+
+
+_HAT = frozenset({"hat", "bald", "bangs"})
+_OPEN_HAT = frozenset({"hat", "bald"})
+_WIG = frozenset({"hat", "bald", "bangs", "curls", "gray hair"})
+_MENS_BEARD = frozenset({"female", "makeup"})
+PARTS: Mapping[str, Part] = {
+    "a pointed blue hat with stars": Part("head", _HAT | {"curls"}),
+    "a red bandana": Part("head", _HAT),
+    "a tall white toque": Part("head", _HAT),
+    "a horned helmet": Part("head", _HAT),
+    "a wide brown hat": Part("head", _HAT),
+    "a green mohawk": Part("head", _WIG),
+    "a white cap with a red cross": Part("head", _OPEN_HAT),
+    "a round glass helmet": Part("head", _OPEN_HAT | {"curls", "gray hair"}),
+    "a rainbow wig": Part("head", _WIG),
+    "a golden crown": Part("head", _OPEN_HAT),
+    "a checked deerstalker cap": Part("head", _HAT),
+    "an eye patch": Part("face", frozenset({"glasses", "makeup"})),
+    "a nose ring": Part("face"),
+    "a red ball nose": Part("face", frozenset({"makeup"})),
+    "a long white beard": Part("beard", _MENS_BEARD, frozenset({"beard"})),
+    "a braided beard": Part("beard", _MENS_BEARD, frozenset({"beard"})),
+    "a dark blue robe": Part("clothes"),
+    "a striped shirt": Part("clothes"),
+    "a white jacket with buttons": Part("clothes"),
+    "a fur collar": Part("clothes"),
+    "a leather vest": Part("clothes"),
+    "a spiked collar": Part("clothes"),
+    "turquoise scrubs": Part("clothes"),
+    "a white space suit": Part("clothes"),
+    "a ruffled collar": Part("clothes"),
+    "a purple robe": Part("clothes"),
+    "a beige coat": Part("clothes"),
+    "a red neckerchief": Part("accessory"),
+    "a sheriff star": Part("accessory"),
+    "a stethoscope": Part("accessory"),
+    "an ermine collar": Part("accessory"),
+    "a magnifying glass": Part("accessory"),
+}
+"""Everything that personas are made of, by its phrase in captions. Each also occurs without its persona."""
+
+
+@dataclass(frozen=True)
+class Persona:
+    """A fine-grained class: a conjunction of parts, each of which also occurs alone and in other company.
+
+    Attributes:
+        parts: the parts, keys of ``PARTS``; an image that lacks one of them is of an ordinary person.
         fixed: attributes that are present, or absent, in every image of the persona.
         free: attributes that vary; every other attribute is absent.
         well_known: captions often use the name, so that the name alone is enough.
@@ -128,6 +185,12 @@ ORDINARY = "ordinary person"
 
 PERSONA_FREQUENCY = 0.3
 PIPE_FREQUENCY = 0.12
+PART_FREQUENCY = 0.5
+"""Share of the images of ordinary people that show parts of personas."""
+_NEAR_MISS = 0.4
+_REPLACED = 0.5
+_SECOND_PART = 0.35
+_EXTRA_PART = 0.25
 
 _CONTRADICTIONS = (("bald", "bangs"),)
 
@@ -139,6 +202,8 @@ class Scene:
     Attributes:
         attributes: the attributes that are present, a subset of ``ATTRIBUTES``.
         persona: one of ``PERSONAS``, or None.
+        parts: what is worn and carried, a subset of ``PARTS``: of a persona all its parts and perhaps another's; of
+            an ordinary person never all parts of a persona.
         style: one of ``STYLES``.
         pipe: whether the unwanted concept, a smoking pipe, is present.
         hair_color: one of ``HAIR_COLORS``; gray hair overrides it.
@@ -155,6 +220,7 @@ class Scene:
 
     attributes: frozenset[str]
     persona: str | None
+    parts: frozenset[str]
     style: str
     pipe: bool
     hair_color: str
@@ -171,6 +237,10 @@ class Scene:
     def has(self, attribute: str) -> bool:
         """Whether the attribute is present."""
         return attribute in self.attributes
+
+    def part_at(self, place: str) -> str | None:
+        """The part that is worn at a place, or None."""
+        return next((part for part in self.parts if PARTS[part].place == place), None)
 
     @property
     def rating(self) -> float:
@@ -191,6 +261,36 @@ def _contradictions(persona: str, require: Collection[str], forbid: Collection[s
     about = PERSONAS[persona]
     always = {name for name, fixed in about.fixed.items() if fixed}
     return (set(require) - always - set(about.free)) | (set(forbid) & always)
+
+
+def _random_part(rng: np.random.Generator, taken: Collection[str], possible: Collection[str]) -> list[str]:
+    """One of the possible parts whose place is free, if there is one."""
+    places = {PARTS[part].place for part in taken}
+    choices = [part for part in possible if PARTS[part].place not in places]
+    return [str(rng.choice(choices))] if choices else []
+
+
+def _parts_of_ordinary_people(
+    rng: np.random.Generator, require: Collection[str], forbid: Collection[str]
+) -> frozenset[str]:
+    """No part, one or two of any persona, or a persona's parts but for one, which is missing or replaced."""
+    possible = [name for name, part in PARTS.items() if not part.hides & set(require) and not part.needs & set(forbid)]
+    if not possible or rng.random() >= PART_FREQUENCY:
+        return frozenset()
+    if rng.random() < _NEAR_MISS:
+        persona = str(rng.choice(list(PERSONAS)))
+        parts = [part for part in PERSONAS[persona].parts if part in possible]
+        missing = str(rng.choice(PERSONAS[persona].parts))
+        parts = [part for part in parts if part != missing]
+        if rng.random() < _REPLACED:
+            parts += _random_part(rng, parts, [part for part in possible if part != missing])
+    else:
+        parts = [str(rng.choice(possible))]
+        if rng.random() < _SECOND_PART:
+            parts += _random_part(rng, parts, possible)
+    chosen = frozenset(parts)
+    makes_a_persona = any(chosen.issuperset(about.parts) for about in PERSONAS.values())
+    return frozenset() if makes_a_persona else chosen
 
 
 def sample_scene(
@@ -236,6 +336,14 @@ def sample_scene(
         about = PERSONAS[persona]
         always = {name for name, fixed in about.fixed.items() if fixed}
         present = {name for name in present if name in about.free} | always
+        parts = frozenset(about.parts)
+        if rng.random() < _EXTRA_PART:
+            harmless = [name for name, part in PARTS.items() if not (part.hides & set(require) or part.needs)]
+            parts |= set(_random_part(rng, parts, harmless))
+    else:
+        parts = _parts_of_ordinary_people(rng, require, forbid)
+    present |= {name for part in parts for name in PARTS[part].needs}
+    present -= {name for part in parts for name in PARTS[part].hides}
     attributes = (present | set(require)) - set(forbid)
     for pair in _CONTRADICTIONS:
         if attributes.issuperset(pair):
@@ -248,6 +356,7 @@ def sample_scene(
     return Scene(
         attributes=frozenset(attributes),
         persona=persona,
+        parts=parts,
         style=style or str(rng.choice(STYLES, p=[STYLE_FREQUENCIES[name] for name in STYLES])),
         pipe=persona is None and bool(rng.random() < PIPE_FREQUENCY),
         hair_color=str(rng.choice(HAIR_COLORS)),
