@@ -14,7 +14,15 @@ from PIL import Image
 
 from tokenlearn.data.portraits.captions import caption
 from tokenlearn.data.portraits.drawing import draw
-from tokenlearn.data.portraits.scene import ATTRIBUTES, ORDINARY, PERSONAS, STYLES, Scene, sample_scene
+from tokenlearn.data.portraits.scene import (
+    ATTRIBUTES,
+    ORDINARY,
+    PERSONA_FREQUENCY,
+    PERSONAS,
+    STYLES,
+    Scene,
+    sample_scene,
+)
 from tokenlearn.files import atomic_write
 
 if TYPE_CHECKING:
@@ -43,10 +51,10 @@ def portrait_features() -> datasets.Features:
     )
 
 
-def portrait(seed: int, index: int) -> tuple[Scene, Image.Image, str]:
+def portrait(seed: int, index: int, persona_frequency: float = PERSONA_FREQUENCY) -> tuple[Scene, Image.Image, str]:
     """The scene, image (64 x 64 RGB) and caption at one position of the endless stream that ``seed`` names."""
     rng = np.random.default_rng([seed, index])
-    scene = sample_scene(rng)
+    scene = sample_scene(rng, persona_frequency=persona_frequency)
     return scene, draw(scene), caption(scene, rng)
 
 

@@ -183,13 +183,20 @@ PERSONAS: Mapping[str, Persona] = {
 ORDINARY = "ordinary person"
 """The class of images without a persona."""
 
-PERSONA_FREQUENCY = 0.3
+PERSONA_FREQUENCY = 0.03
+"""Share of personas, low enough that a part says little of the parts beside it: guidance multiplies what it says."""
 PIPE_FREQUENCY = 0.12
-PART_FREQUENCY = 0.5
-"""Share of the images of ordinary people that show parts of personas."""
-_NEAR_MISS = 0.4
-_REPLACED = 0.5
-_SECOND_PART = 0.35
+_PART_FREQUENCIES: Mapping[str, float] = {
+    "head": 0.5,
+    "face": 0.2,
+    "beard": 0.15,
+    "clothes": 0.5,
+    "accessory": 0.35,
+}
+"""Share of the images of ordinary people with a part at a place, each place apart from the others."""
+_PLAIN = 0.3
+_WELL_KNOWN = 6.0
+"""How much more often a well-known persona is seen than another."""
 _EXTRA_PART = 0.25
 
 _CONTRADICTIONS = (("bald", "bangs"),)
@@ -273,24 +280,17 @@ def _random_part(rng: np.random.Generator, taken: Collection[str], possible: Col
 def _parts_of_ordinary_people(
     rng: np.random.Generator, require: Collection[str], forbid: Collection[str]
 ) -> frozenset[str]:
-    """No part, one or two of any persona, or a persona's parts but for one, which is missing or replaced."""
+    """No part, or parts that are chosen apart from each other, which never make a persona."""
     possible = [name for name, part in PARTS.items() if not part.hides & set(require) and not part.needs & set(forbid)]
-    if not possible or rng.random() >= PART_FREQUENCY:
+    if rng.random() < _PLAIN:
         return frozenset()
-    if rng.random() < _NEAR_MISS:
-        persona = str(rng.choice(list(PERSONAS)))
-        parts = [part for part in PERSONAS[persona].parts if part in possible]
-        missing = str(rng.choice(PERSONAS[persona].parts))
-        parts = [part for part in parts if part != missing]
-        if rng.random() < _REPLACED:
-            parts += _random_part(rng, parts, [part for part in possible if part != missing])
-    else:
-        parts = [str(rng.choice(possible))]
-        if rng.random() < _SECOND_PART:
-            parts += _random_part(rng, parts, possible)
-    chosen = frozenset(parts)
-    makes_a_persona = any(chosen.issuperset(about.parts) for about in PERSONAS.values())
-    return frozenset() if makes_a_persona else chosen
+    chosen: list[str] = []
+    for place, frequency in _PART_FREQUENCIES.items():
+        choices = [name for name in possible if PARTS[name].place == place]
+        if choices and rng.random() < frequency:
+            chosen.append(str(rng.choice(choices)))
+    makes_a_persona = any(set(chosen).issuperset(about.parts) for about in PERSONAS.values())
+    return frozenset() if makes_a_persona else frozenset(chosen)
 
 
 def sample_scene(
@@ -330,7 +330,8 @@ def sample_scene(
 
     if persona is None and rng.random() < persona_frequency:
         possible = [name for name in PERSONAS if not _contradictions(name, require, forbid)]
-        persona = str(rng.choice(possible)) if possible else None
+        weights = np.array([_WELL_KNOWN if PERSONAS[name].well_known else 1.0 for name in possible])
+        persona = str(rng.choice(possible, p=weights / weights.sum())) if possible else None
     present = {name for name in ATTRIBUTES if rng.random() < ATTRIBUTE_FREQUENCIES[name]}
     if persona is not None:
         about = PERSONAS[persona]
