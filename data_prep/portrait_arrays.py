@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,14 +79,14 @@ def _is_known(scene: Scene, label: str) -> bool:
     return scene.parts.isdisjoint(_ATTRIBUTES_UNCLEAR)
 
 
-def _render_chunk(job: tuple[Path, int, int, int]) -> None:
-    folder, seed, start, stop = job
+def _render_chunk(job: tuple[Path, int, int, int, Mapping[str, float]]) -> None:
+    folder, seed, start, stop, frequencies = job
     if (folder / f"{start}.json").exists():
         return
     images = np.empty((stop - start, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     rows = []
     for index in range(start, stop):
-        scene, image, text = portrait(seed, index)
+        scene, image, text = portrait(seed, index, **frequencies)
         images[index - start] = np.asarray(image)
         shown = [_is_shown(scene, label) for label in PORTRAIT_LABELS]
         known = [_is_known(scene, label) for label in PORTRAIT_LABELS]
@@ -94,11 +95,21 @@ def _render_chunk(job: tuple[Path, int, int, int]) -> None:
     (folder / f"{start}.json").write_text(json.dumps(rows))
 
 
-def portrait_arrays(size: int, seed: int, work_folder: Path = WORK_FOLDER, processes: int = 2) -> PortraitArrays:
-    """Render ``size`` portraits of the stream named by ``seed``, or read them if they were rendered before."""
-    folder = work_folder / f"portraits-{seed}"
+def portrait_arrays(
+    size: int,
+    seed: int,
+    work_folder: Path = WORK_FOLDER,
+    processes: int = 2,
+    frequencies: Mapping[str, float] | None = None,
+) -> PortraitArrays:
+    """Render ``size`` portraits of the stream named by ``seed``, or read them if they were rendered before.
+
+    ``frequencies`` of personas and near misses are those of ``sample_scene``; None takes the world's own.
+    """
+    frequencies = frequencies or {}
+    folder = work_folder / "-".join(["portraits", str(seed), *(f"{frequencies[name]:g}" for name in sorted(frequencies))])
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(folder, seed, start, start + _CHUNK) for start in range(0, size, _CHUNK)]
+    jobs = [(folder, seed, start, start + _CHUNK, frequencies) for start in range(0, size, _CHUNK)]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         pool.map(_render_chunk, jobs, chunksize=1)
     rows = [row for job in jobs for row in json.loads((folder / f"{job[2]}.json").read_text())][:size]

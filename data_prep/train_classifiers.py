@@ -35,6 +35,8 @@ _DATA_CONFIG = {
 }
 _GUIDE_ARGUMENTS = {"channels": (32, 64, 128, 256)}
 _ONE_STEP_TIMESTEPS = (50, 700)
+PERSONA_FREQUENCIES = {"persona_frequency": 0.3, "near_miss_frequency": 0.4}
+"""Persona classifiers see more personas than the world has, and people who lack one part of a persona."""
 
 Name = Literal["attribute_guide", "attribute_judge", "persona_guide", "persona_judge"]
 
@@ -146,13 +148,15 @@ def main(
     guide = name.endswith("guide")
     seed = GUIDE_SEED if guide else JUDGE_SEED
     torch.manual_seed(seed + len(name))
-    arrays = portrait_arrays(size, seed, work_folder)
+    frequencies = PERSONA_FREQUENCIES if name.startswith("persona") else None
+    arrays = portrait_arrays(size, seed, work_folder, frequencies=frequencies)
     vae = AutoencoderKL.from_pretrained(work_folder / "autoencoder" / "vae").eval()
     folder = work_folder / "classifiers"
-    seen = [_cached(folder / f"round-trips-{seed}.pt", lambda: round_trips(vae, arrays, blurred))]
+    subject = name.split("_")[0]
+    seen = [_cached(folder / f"{subject}-round-trips-{seed}.pt", lambda: round_trips(vae, arrays, blurred))]
     if guide:
         backbone = StableDiffusion(pipeline)
-        seen.append(_cached(folder / "one-step.pt", lambda: one_step_predictions(backbone, arrays, blurred)))
+        seen.append(_cached(folder / f"{subject}-one-step.pt", lambda: one_step_predictions(backbone, arrays, blurred)))
     module = ClassifierTraining(arrays, seen, name, steps, learning_rate)
     train(module, index_loader(size, batch_size), folder / name, ema_decay=None)
     save_classifier(

@@ -17,7 +17,6 @@ from tokenlearn.data.portraits.drawing import draw
 from tokenlearn.data.portraits.scene import (
     ATTRIBUTES,
     ORDINARY,
-    PERSONA_FREQUENCY,
     PERSONAS,
     STYLES,
     Scene,
@@ -51,10 +50,13 @@ def portrait_features() -> datasets.Features:
     )
 
 
-def portrait(seed: int, index: int, persona_frequency: float = PERSONA_FREQUENCY) -> tuple[Scene, Image.Image, str]:
-    """The scene, image (64 x 64 RGB) and caption at one position of the endless stream that ``seed`` names."""
+def portrait(seed: int, index: int, **frequencies: float) -> tuple[Scene, Image.Image, str]:
+    """The scene, image (64 x 64 RGB) and caption at one position of the endless stream that ``seed`` names.
+
+    ``frequencies`` of personas and near misses are those of :func:`sample_scene`.
+    """
     rng = np.random.default_rng([seed, index])
-    scene = sample_scene(rng, persona_frequency=persona_frequency)
+    scene = sample_scene(rng, **frequencies)
     return scene, draw(scene), caption(scene, rng)
 
 

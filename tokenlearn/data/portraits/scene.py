@@ -278,10 +278,12 @@ def _random_part(rng: np.random.Generator, taken: Collection[str], possible: Col
 
 
 def _parts_of_ordinary_people(
-    rng: np.random.Generator, require: Collection[str], forbid: Collection[str]
+    rng: np.random.Generator, require: Collection[str], forbid: Collection[str], near_miss_frequency: float
 ) -> frozenset[str]:
     """No part, or parts that are chosen apart from each other, which never make a persona."""
     possible = [name for name, part in PARTS.items() if not part.hides & set(require) and not part.needs & set(forbid)]
+    if near_miss_frequency and rng.random() < near_miss_frequency:
+        return _near_miss(rng, possible)
     if rng.random() < _PLAIN:
         return frozenset()
     chosen: list[str] = []
@@ -293,6 +295,13 @@ def _parts_of_ordinary_people(
     return frozenset() if makes_a_persona else frozenset(chosen)
 
 
+def _near_miss(rng: np.random.Generator, possible: Collection[str]) -> frozenset[str]:
+    """All parts of some persona but one, if they are possible."""
+    about = PERSONAS[str(rng.choice(list(PERSONAS)))]
+    chosen = frozenset(about.parts) - {str(rng.choice(about.parts))}
+    return chosen if chosen.issubset(possible) else frozenset()
+
+
 def sample_scene(
     rng: np.random.Generator,
     *,
@@ -301,6 +310,7 @@ def sample_scene(
     persona: str | None = None,
     style: str | None = None,
     persona_frequency: float = PERSONA_FREQUENCY,
+    near_miss_frequency: float = 0.0,
 ) -> Scene:
     """Sample a scene.
 
@@ -312,6 +322,8 @@ def sample_scene(
             ``persona_frequency``.
         style: the style; None samples one.
         persona_frequency: probability of a persona in a scene for which none is given.
+        near_miss_frequency: probability that an ordinary person wears all parts of a persona but one; classifiers
+            learn from such scenes that a persona is all of its parts.
 
     Raises:
         ValueError: for names that the world does not have, or requirements that contradict each other or the
@@ -342,7 +354,7 @@ def sample_scene(
             harmless = [name for name, part in PARTS.items() if not (part.hides & set(require) or part.needs)]
             parts |= set(_random_part(rng, parts, harmless))
     else:
-        parts = _parts_of_ordinary_people(rng, require, forbid)
+        parts = _parts_of_ordinary_people(rng, require, forbid, near_miss_frequency)
     present |= {name for part in parts for name in PARTS[part].needs}
     present -= {name for part in parts for name in PARTS[part].hides}
     attributes = (present | set(require)) - set(forbid)
