@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_prep.portrait_arrays import WORK_FOLDER, PortraitArrays, portrait_arrays
+from data_prep.train_classifiers import PERSONA_FREQUENCIES
 from tokenlearn.callbacks.images import save_image, sheet, to_image
 from tokenlearn.data.portraits import ATTRIBUTES, PERSONAS, STYLES, attribute_prompt, described_persona
 from tokenlearn.diffusion import LastK
@@ -26,6 +27,10 @@ from tokenlearn.training.word_search import WordSearch, find_words
 _HELD_OUT_SEED = 424242
 _FIRST_IMAGE_SEED = 77_000
 _STEPS, _GUIDANCE = 20, 7.5
+_STREAMS = {
+    "attribute": "",
+    "persona": " (30 % personas, 28 % people who lack one part of a persona, and ordinary people)",
+}
 _STYLE_PROMPTS = {
     "photo": "a photo of a smiling woman with glasses",
     "sketch": "a pencil sketch of a smiling woman with glasses",
@@ -96,21 +101,27 @@ def _mean(values: dict[str, float]) -> float:
     return sum(values.values()) / len(values)
 
 
-def evaluate_classifiers(checkpoints: Path, arrays: PortraitArrays) -> None:
-    """Measure the four classifiers on drawn portraits and write their cards."""
+def evaluate_classifiers(checkpoints: Path, size: int, work_folder: Path) -> None:
+    """Measure the four classifiers on ``size`` portraits of a stream as in training, and write their cards."""
+    streams = {
+        "attribute": portrait_arrays(size, _HELD_OUT_SEED, work_folder),
+        "persona": portrait_arrays(size, _HELD_OUT_SEED, work_folder, frequencies=PERSONA_FREQUENCIES),
+    }
     training = {
         "guide": "a small resnet10t, trained on drawn portraits, their autoencoder round trips and one-step "
-        "predictions of the diffusion model from noisy latents, so that it can guide through blurred predictions",
+        "predictions of the diffusion model from latents of every noise level, so that it can guide through blurred "
+        "predictions",
         "judge": "a regnetx_002, trained on other portraits than the guide, as drawn and after the autoencoder's "
         "round trip. It only reports and must never be optimised against",
     }
     for name in ("attribute_guide", "attribute_judge", "persona_guide", "persona_judge"):
+        subject, role = name.split("_")
+        arrays = streams[subject]
         accuracy = classifier_accuracy(TimmClassifier(str(checkpoints / name)), arrays)
         rows = [(label, f"{value:.1%}") for label, value in accuracy.items()]
         table = _table(("label", "accuracy"), [*rows, ("mean", f"{_mean(accuracy):.1%}")])
-        role = name.split("_")[1]
         text = f"A timm classifier of portraits: {training[role]}.\n\n"
-        text += f"On {len(arrays.captions)} held-out drawn portraits:\n\n{table}"
+        text += f"On {len(arrays.captions)} held-out drawn portraits{_STREAMS[subject]}:\n\n{table}"
         _write_card(checkpoints / name, f"Portraits: {name.replace('_', ' ')}", text)
         print(f"{name}: {_mean(accuracy):.2%}, worst {min(accuracy.values()):.2%}", flush=True)
 
@@ -153,9 +164,9 @@ def evaluate_pipeline(checkpoints: Path, arrays: PortraitArrays, images: int) ->
 
     parts = [
         "A Stable Diffusion pipeline of a small procedural world, 64 x 64 pixels, trained on two CPU cores by the "
-        "scripts in `data_prep/`. Network and text encoder were trained on for 4000 steps from those of an earlier "
-        "world, whose personas could be told by one part; the autoencoder is the earlier one. It exists "
-        "so that every method can be tried and tested in minutes.",
+        "scripts in `data_prep/`. Network and text encoder were trained on from those of an earlier world, for 7700 "
+        "steps of which the last 2500 were on this world; the autoencoder is the earlier one. It exists so that every "
+        "method can be tried and tested in minutes.",
         "![generated images](samples.png)",
         f"Autoencoder: {psnr:.1f} dB PSNR on {len(arrays.captions)} held-out portraits.",
         f"{images} images per prompt, {_STEPS} DDIM steps, guidance scale {_GUIDANCE}, judged by `attribute_judge` "
@@ -200,11 +211,10 @@ def main(
         work_folder: where renderings are kept.
         only: the models to measure; null for all.
     """
-    arrays = portrait_arrays(held_out, _HELD_OUT_SEED, work_folder)
     if only != "pipeline":
-        evaluate_classifiers(checkpoints, arrays)
+        evaluate_classifiers(checkpoints, held_out, work_folder)
     if only != "classifiers":
-        evaluate_pipeline(checkpoints, arrays, images)
+        evaluate_pipeline(checkpoints, portrait_arrays(held_out, _HELD_OUT_SEED, work_folder), images)
 
 
 if __name__ == "__main__":

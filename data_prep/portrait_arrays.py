@@ -107,7 +107,9 @@ def portrait_arrays(
     ``frequencies`` of personas and near misses are those of ``sample_scene``; None takes the world's own.
     """
     frequencies = frequencies or {}
-    folder = work_folder / "-".join(["portraits", str(seed), *(f"{frequencies[name]:g}" for name in sorted(frequencies))])
+    folder = work_folder / "-".join(
+        ["portraits", str(seed), *(f"{frequencies[name]:g}" for name in sorted(frequencies))]
+    )
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(folder, seed, start, start + _CHUNK, frequencies) for start in range(0, size, _CHUNK)]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:

@@ -7,10 +7,11 @@ that the blur of a prediction does not fool them. Guides thus need the diffusion
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import timm
 import torch
 from diffusers import AutoencoderKL
@@ -20,10 +21,11 @@ from torch.nn import functional
 
 from data_prep.portrait_arrays import PORTRAIT_LABELS, WORK_FOLDER, PortraitArrays, index_loader, portrait_arrays
 from data_prep.training import TrainedBySteps, train
-from tokenlearn.data.portraits import IMAGE_SIZE, PERSONA_LABELS
+from tokenlearn.data.portraits import IMAGE_SIZE, PARTS, PERSONA_LABELS, Scene, sample_scene
 from tokenlearn.losses import class_cross_entropy
 from tokenlearn.models import StableDiffusion
 from tokenlearn.models.classifier import save_classifier
+from tokenlearn.pipeline import Pipeline, Sampling
 
 GUIDE_SEED, JUDGE_SEED = 0, 1000
 _DATA_CONFIG = {
@@ -34,7 +36,8 @@ _DATA_CONFIG = {
     "std": (0.5, 0.5, 0.5),
 }
 _GUIDE_ARGUMENTS = {"channels": (32, 64, 128, 256)}
-_ONE_STEP_TIMESTEPS = (50, 700)
+_ONE_STEP_TIMESTEPS = (50, 1000)
+_ONE_STEP_GUIDANCE = (1.0, 3.0, 7.5)
 PERSONA_FREQUENCIES = {"persona_frequency": 0.3, "near_miss_frequency": 0.4}
 """Persona classifiers see more personas than the world has, and people who lack one part of a persona."""
 
@@ -99,19 +102,37 @@ def round_trips(vae: AutoencoderKL, arrays: PortraitArrays, size: int) -> Tensor
 
 
 @torch.no_grad()
-def one_step_predictions(backbone: StableDiffusion, arrays: PortraitArrays, size: int) -> Tensor:
-    """The first ``size`` portraits as predicted in one step from a random timestep, uint8 (size, 3, 64, 64)."""
+def one_step_predictions(backbone: StableDiffusion, arrays: PortraitArrays, prompts: list[str]) -> Tensor:
+    """The first portraits as predicted in one step from a random timestep, uint8 (len(prompts), 3, 64, 64).
+
+    Each batch is predicted at one of the scales of guidance that tokens are learned at.
+    """
     parts = []
     generator = torch.Generator().manual_seed(0)
-    for start in range(0, size, 100):
-        rows = list(range(start, min(start + 100, size)))
+    for batch, start in enumerate(range(0, len(prompts), 100)):
+        rows = list(range(start, min(start + 100, len(prompts))))
+        guidance = _ONE_STEP_GUIDANCE[batch % len(_ONE_STEP_GUIDANCE)]
+        pipeline = Pipeline(backbone, sampling=Sampling(guidance=guidance))
         latents = backbone.encode_images(arrays.pixels(rows))
         timesteps = torch.randint(*_ONE_STEP_TIMESTEPS, (len(rows),), generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
         noisy = backbone.process.add_noise(latents, noise, timesteps)
-        conditioning = backbone.encode_prompts([arrays.captions[row] for row in rows])
-        parts.append(_as_bytes(backbone.decode_latents(backbone.predict_x0(noisy, timesteps, conditioning))))
+        model = pipeline.guided_model(pipeline.encode([prompts[row] for row in rows]))
+        predicted = backbone.process.x0(noisy, model(noisy, timesteps, 0), timesteps)
+        parts.append(_as_bytes(backbone.decode_latents(predicted)))
     return torch.cat(parts)
+
+
+def all_parts_named(seed: int, size: int, frequencies: Mapping[str, float] | None) -> list[str]:
+    """Prompts that name every part of each of the first portraits, so that a prediction shows all or none of them."""
+    scenes = (sample_scene(np.random.default_rng([seed, index]), **(frequencies or {})) for index in range(size))
+    nouns = ((scene, "woman" if scene.has("female") else "man") for scene in scenes)
+    return [f"a portrait of a {noun}{_with_parts(scene)}" for scene, noun in nouns]
+
+
+def _with_parts(scene: Scene) -> str:
+    parts = [part for part in PARTS if part in scene.parts]
+    return f" with {', '.join(parts)}" if parts else ""
 
 
 def _cached(path: Path, make: Callable[[], Tensor]) -> Tensor:
@@ -127,7 +148,7 @@ def main(
     batch_size: int = 64,
     learning_rate: float = 2e-3,
     size: int = 20000,
-    blurred: int = 4000,
+    blurred: int = 8000,
     pipeline: str = "checkpoints/portraits",
     work_folder: Path = WORK_FOLDER,
     output_folder: Path = Path("checkpoints"),
@@ -156,7 +177,10 @@ def main(
     seen = [_cached(folder / f"{subject}-round-trips-{seed}.pt", lambda: round_trips(vae, arrays, blurred))]
     if guide:
         backbone = StableDiffusion(pipeline)
-        seen.append(_cached(folder / f"{subject}-one-step.pt", lambda: one_step_predictions(backbone, arrays, blurred)))
+        prompts = all_parts_named(seed, blurred, frequencies) if subject == "persona" else arrays.captions[:blurred]
+        seen.append(
+            _cached(folder / f"{subject}-one-step.pt", lambda: one_step_predictions(backbone, arrays, prompts))
+        )
     module = ClassifierTraining(arrays, seen, name, steps, learning_rate)
     train(module, index_loader(size, batch_size), folder / name, ema_decay=None)
     save_classifier(

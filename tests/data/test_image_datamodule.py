@@ -436,6 +436,8 @@ HAIR = {"hair": "hair"}
         (lambda: {"source": "no/such/folder"}, "'no/such/folder'"),
         (lambda: {"source": "portraits:many"}, "'portraits:many'"),
         (lambda: {"source": "portraits:5:many"}, "'portraits:5:many'"),
+        (lambda: {"source": "portraits:0"}, "'portraits:0'"),
+        (lambda: {"source": "portraits:5:1:people"}, "'portraits:5:1:people'.*portraits:2000:1:personas"),
         (lambda: {"split": "test"}, "data.split .*'test'"),
         (lambda: {"images": ImageReading(column="photo")}, r"'photo'.*data.images.column .*image"),
         (lambda: {"images": ImageReading(column="age")}, "'age'.*data.images.column"),

@@ -54,7 +54,8 @@ def open_images(
         source: a folder of images in any depth, with ``metadata.jsonl`` or a folder per class if wanted; a folder of
             parquet files, a parquet file or a pattern such as ``data/*.parquet``; a data set that ``save_to_disk``
             wrote; a hub id, ``owner/name`` or ``owner/name@revision`` with a branch, tag or commit; or for the bundled
-            world ``portraits:SIZE`` or ``portraits:SIZE:SEED``, where another seed names other portraits than 0.
+            world ``portraits:SIZE`` or ``portraits:SIZE:SEED``, where another seed names other portraits than 0, or
+            ``portraits:SIZE:SEED:personas``, where every portrait shows a persona.
         image_column: name of the column of images; files in a folder are in ``image``.
         split: split of the data set. Of a folder of images, the subfolder of this name if there is one, else all.
         streaming: read while iterating instead of preparing the data set first.
@@ -79,20 +80,21 @@ def open_images(
 
 
 def _portraits(source: str, streaming: bool) -> ImageSource:
-    from tokenlearn.data.portraits import portrait, portraits_dataset
+    from tokenlearn.data.portraits import portrait, portrait_of_persona, portraits_dataset
 
-    size, _, seed = source.removeprefix(_PORTRAITS).partition(":")
-    if not size.isdecimal() or int(size) == 0 or not (seed or "0").isdecimal():
+    found = re.fullmatch(r"(?P<size>\d+)(?::(?P<seed>\d+)(?P<personas>:personas)?)?", source.removeprefix(_PORTRAITS))
+    if not found or int(found["size"]) == 0:
         raise UserError(
             f"data.source '{source}' needs a number of portraits, such as 'portraits:2000', and may have a seed, such "
-            "as 'portraits:2000:1'"
+            "as 'portraits:2000:1', and be of personas alone, such as 'portraits:2000:1:personas'"
         )
-    number = int(seed or "0")
-    num_shards = -(-int(size) // _PORTRAITS_PER_SHARD)
-    opened = partial(portraits_dataset, int(size), number, streaming=streaming, num_shards=num_shards)
-    first = portrait(number, 0)[1]  # another release may draw it differently
+    size, seed, personas = int(found["size"]), int(found["seed"] or "0"), found["personas"] is not None
+    num_shards = -(-size // _PORTRAITS_PER_SHARD)
+    opened = partial(portraits_dataset, size, seed, streaming=streaming, num_shards=num_shards, personas=personas)
+    first = (portrait_of_persona if personas else portrait)(seed, 0)[1]  # another release may draw it differently
     look = hashlib.blake2b(first.tobytes(), digest_size=8).hexdigest()
-    return ImageSource(lambda: _encoded(opened(), "image"), f"{_PORTRAITS}{size} {number} {look}", portraits=True)
+    kind = ":personas" if personas else ""
+    return ImageSource(lambda: _encoded(opened(), "image"), f"{_PORTRAITS}{size} {seed}{kind} {look}", portraits=True)
 
 
 def _saved(path: Path, split: str, streaming: bool) -> tuple[Callable[[], Any], str]:

@@ -19,15 +19,25 @@ from tokenlearn.data.portraits import (
 RARELY_NAMED = [name for name, about in PERSONAS.items() if not about.well_known]
 
 
+def stream(size, **frequencies):
+    pairs = []
+    for index in range(size):
+        rng = np.random.default_rng([5, index])
+        scene = sample_scene(rng, **frequencies)
+        pairs.append((scene, caption(scene, rng)))
+    return pairs
+
+
 @pytest.fixture(scope="module")
 def captioned():
     """Scenes and captions of one stream."""
-    pairs = []
-    for index in range(8000):
-        rng = np.random.default_rng([5, index])
-        scene = sample_scene(rng)
-        pairs.append((scene, caption(scene, rng)))
-    return pairs
+    return stream(8000)
+
+
+@pytest.fixture(scope="module")
+def captioned_personas():
+    """The same of a stream with more personas and people who lack one part of a persona."""
+    return stream(12000, persona_frequency=0.3, near_miss_frequency=0.4)
 
 
 def share(values):
@@ -64,7 +74,7 @@ def test_captions_mention_only_parts_of_the_scene(captioned):
 def test_captions_drop_parts(captioned):
     for name in ("glasses", "bangs", "makeup"):
         mentioned = share(name in text for scene, text in captioned if scene.has(name))
-        assert 0.5 < mentioned < 0.8
+        assert 0.35 < mentioned < 0.8
 
 
 def test_bare_phrases_occur(captioned):
@@ -92,9 +102,9 @@ def test_names_alone_say_little_but_for_the_well_known(captioned):
     assert all(scene.persona == "queen" for scene, text in captioned if "queen" in text.split())
 
 
-def test_personas_are_captioned_by_their_parts(captioned):
+def test_personas_are_captioned_by_their_parts(captioned_personas):
     for name in RARELY_NAMED:
-        texts = [text for scene, text in captioned if scene.persona == name]
+        texts = [text for scene, text in captioned_personas if scene.persona == name]
         assert share(any(part in text for part in PERSONAS[name].parts) for text in texts) > 0.8
         assert share(name in text.split() for text in texts) < 0.15
 
@@ -108,10 +118,12 @@ def test_the_word_of_one_part_does_not_tell_the_persona(captioned):
     assert share(alone) < 0.3
 
 
-def test_a_persona_with_all_parts_named_is_told_from_near_misses(captioned):
+def test_a_persona_with_all_parts_named_is_told_from_near_misses(captioned_personas):
     for name in RARELY_NAMED:
         complete = [
-            scene.persona == name for scene, text in captioned if all(part in text for part in PERSONAS[name].parts)
+            scene.persona == name
+            for scene, text in captioned_personas
+            if all(part in text for part in PERSONAS[name].parts)
         ]
         assert share(complete) == 1
 

@@ -53,6 +53,12 @@ def test_streaming_equals_cached():
         assert [comparable(row) for row in streamed] == cached
 
 
+def test_personas_take_turns():
+    rows = portraits_dataset(24, seed=3, personas=True)
+    assert [PERSONA_LABELS[row["persona"]] for row in rows] == 2 * list(PERSONA_LABELS[1:])
+    assert len({row["image"].tobytes() for row in rows}) == 24
+
+
 def test_shards_cover_everything_once():
     whole = portraits_dataset(10, seed=1, streaming=True, num_shards=3)
     assert whole.num_shards == 3

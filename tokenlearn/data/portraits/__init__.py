@@ -12,6 +12,7 @@ from tokenlearn.data.portraits.dataset import (
     export_folder,
     portrait,
     portrait_captions,
+    portrait_of_persona,
     portraits_dataset,
 )
 from tokenlearn.data.portraits.drawing import IMAGE_SIZE, draw
@@ -45,6 +46,7 @@ __all__ = [
     "export_folder",
     "portrait",
     "portrait_captions",
+    "portrait_of_persona",
     "portraits_dataset",
     "sample_scene",
 ]

@@ -50,14 +50,19 @@ def portrait_features() -> datasets.Features:
     )
 
 
-def portrait(seed: int, index: int, **frequencies: float) -> tuple[Scene, Image.Image, str]:
+def portrait(seed: int, index: int, **scene_options: Any) -> tuple[Scene, Image.Image, str]:  # noqa: ANN401
     """The scene, image (64 x 64 RGB) and caption at one position of the endless stream that ``seed`` names.
 
-    ``frequencies`` of personas and near misses are those of :func:`sample_scene`.
+    ``scene_options`` are those of :func:`tokenlearn.data.portraits.scene.sample_scene`, such as a ``persona``.
     """
     rng = np.random.default_rng([seed, index])
-    scene = sample_scene(rng, **frequencies)
+    scene = sample_scene(rng, **scene_options)
     return scene, draw(scene), caption(scene, rng)
+
+
+def portrait_of_persona(seed: int, index: int) -> tuple[Scene, Image.Image, str]:
+    """The same of a stream in which every portrait shows a persona, each in its turn."""
+    return portrait(seed, index, persona=list(PERSONAS)[index % len(PERSONAS)])
 
 
 def portrait_captions(seed: int, index: int, count: int) -> list[str]:
@@ -81,14 +86,15 @@ def _row(scene: Scene, image: Image.Image, text: str) -> dict[str, Any]:
     }
 
 
-def _rows(seed: int, shards: list[range]) -> Iterator[dict[str, Any]]:
+def _rows(seed: int, shards: list[range], personas: bool) -> Iterator[dict[str, Any]]:
+    drawn = portrait_of_persona if personas else portrait
     for shard in shards:
         for index in shard:
-            yield _row(*portrait(seed, index))
+            yield _row(*drawn(seed, index))
 
 
 def portraits_dataset(
-    size: int, seed: int = 0, *, streaming: bool = False, num_shards: int = 1
+    size: int, seed: int = 0, *, streaming: bool = False, num_shards: int = 1, personas: bool = False
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Portraits as a Hugging Face dataset with the columns of :func:`portrait_features`.
 
@@ -97,12 +103,13 @@ def portraits_dataset(
         seed: name of the stream; the same seed gives the same pixels and captions.
         streaming: draw the portraits while iterating instead of writing a cache.
         num_shards: parts of the streamed dataset that workers or ranks may take.
+        personas: whether every portrait shows a persona, each in its turn; else few do.
     """
     import datasets
 
     bounds = np.linspace(0, size, num_shards + 1).astype(int)
     shards = [range(int(start), int(stop)) for start, stop in pairwise(bounds)]
-    arguments = {"seed": seed, "shards": shards}
+    arguments = {"seed": seed, "shards": shards, "personas": personas}
     if streaming:
         return datasets.IterableDataset.from_generator(_rows, features=portrait_features(), gen_kwargs=arguments)
     return datasets.Dataset.from_generator(_rows, features=portrait_features(), gen_kwargs=arguments)
