@@ -1,7 +1,8 @@
 """Metrics of images and classifiers."""
 
 from tokenlearn.metrics.class_accuracy import ClassAccuracy, wilson_interval
-from tokenlearn.metrics.diversity import coverage, pairwise_distance, relative_diversity
+from tokenlearn.metrics.diversity import coverage, covered, expected_coverage, pairwise_distance, relative_diversity
+from tokenlearn.metrics.group_features import GroupFeatures
 from tokenlearn.metrics.intervals import (
     bootstrap_interval,
     holm_levels,
@@ -27,12 +28,15 @@ from tokenlearn.metrics.timing import timed
 __all__ = [
     "ClassAccuracy",
     "CollapseStatistics",
+    "GroupFeatures",
     "KernelDistances",
     "NeuralCollapse",
     "bootstrap_interval",
     "coverage",
+    "covered",
     "equiangularity",
     "equinorm",
+    "expected_coverage",
     "holm_levels",
     "kernel_distance",
     "maximal_angle",
