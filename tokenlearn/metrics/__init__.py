@@ -8,6 +8,7 @@ from tokenlearn.metrics.intervals import (
     holm_levels,
     share_difference_interval,
     share_difference_p_value,
+    student_interval,
     two_way_bootstrap_interval,
 )
 from tokenlearn.metrics.kernel_distance import KernelDistances, kernel_distance
@@ -48,6 +49,7 @@ __all__ = [
     "self_duality",
     "share_difference_interval",
     "share_difference_p_value",
+    "student_interval",
     "timed",
     "two_way_bootstrap_interval",
     "wilson_interval",
