@@ -6,12 +6,13 @@ falls as a cosine of the seconds, so that a slow variant is not cut off at its s
 same for all, are judged before the first step, and at a third, two thirds and the end of the time.
 
 A variant that is done is a row of the CSV file. The same command continues, and skips rows with the same settings. The
-table has a row per variant, with means over training seeds.
+table has a row per variant, with means over training seeds. The last line is the rows as JSON.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -222,6 +223,7 @@ def main(
     ]
     print(f"{fit_config}, judged accuracy in {seconds:g} CPU seconds of training from '{initial_words}'")
     print("\n".join(markdown(asked)))
+    print(json.dumps(asked))
 
 
 if __name__ == "__main__":
