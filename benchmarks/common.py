@@ -181,13 +181,13 @@ def fit_quietly(
     Args:
         settings: settings of the config.
         changes: key to value of settings that differ from the config.
-        seed: seed of everything that is random, except for a seed among the task's settings.
+        seed: seed of everything that is random, except for seeds among the task's settings and the changes.
         callback: callback that observes the training.
         max_steps: number of steps.
         check_every: steps between validations.
     """
     L.seed_everything(seed, verbose=False)
-    run = instantiate(settings, {**changes, "data.init_args.seed": seed})
+    run = instantiate(settings, {"data.init_args.seed": seed, **changes})
     changed = {
         "max_steps": max_steps,
         "num_sanity_val_steps": -1,  # all of the validation, before the first step

@@ -287,7 +287,13 @@ def anchors_of(page):
 
 
 @pytest.mark.parametrize(
-    "page", [*PAGES, ROOT / "CHANGELOG.md", *sorted(ROOT.glob("checkpoints/*/README.md"))], ids=str
+    "page",
+    [
+        *PAGES,
+        *(ROOT / name for name in ("CHANGELOG.md", "benchmarks/README.md")),
+        *ROOT.glob("checkpoints/*/README.md"),
+    ],
+    ids=str,
 )
 def test_links_lead_somewhere(page):
     text = page.read_text()

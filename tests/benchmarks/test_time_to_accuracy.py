@@ -4,7 +4,9 @@ import pytest
 import yaml
 
 from benchmarks import time_to_accuracy
-from benchmarks.time_to_accuracy import UntilAccurate
+from benchmarks.common import instantiate, parse_config
+from benchmarks.time_to_accuracy import UntilAccurate, published, speedup
+from tokenlearn.diffusion import LastK
 from tokenlearn.errors import UserError
 
 
@@ -39,7 +41,7 @@ def test_a_training_that_does_not_get_there_has_the_cap(config, capsys):
     assert json.loads(lines[-1]) == {
         "ours_seconds": 0.1,
         "published_seconds": 0.1,
-        "speedup": 1.0,
+        "speedup": None,
         "capped": ["ours", "published"],
     }
 
@@ -56,6 +58,23 @@ def test_seconds_are_of_the_first_check_that_is_good_enough(config, monkeypatch,
     assert figures["capped"] == []
     assert figures["ours_seconds"] > 0
     assert figures["published_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("capped", "expected"),
+    [([], 4.2), (["published"], ">= 4.2"), (["ours"], "<= 4.2"), (["ours", "published"], None)],
+)
+def test_a_cap_makes_the_speedup_a_bound(capped, expected):
+    assert speedup({"ours": 100.0, "published": 420.0}, capped) == expected
+
+
+def test_the_rival_has_the_published_settings(config):
+    made = instantiate(parse_config(config), published())
+    assert (made.model.gradient, made.data.batch_size) == (LastK(1, checkpointing=False), 1)
+    assert made.trainer.accumulate_grad_batches == 5
+    assert made.model.training_pipeline.sampling.guidance == made.model.sampling.guidance
+    group = made.model.optimizer(made.model.bank.parameters()).param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (1.25e-3, 0.01)
 
 
 def test_the_published_seeds_are_five(config, monkeypatch):

@@ -1,21 +1,25 @@
 import csv
 import json
 
+import datasets
 import lightning as L
 import pytest
 import torch
+from PIL import Image
 
 from tokenlearn.data import PromptDataModule
 from tokenlearn.data.batches import PromptBatch
 from tokenlearn.errors import UserError
 from tokenlearn.evaluation import ClassTokenEvaluation, evaluation_of
+from tokenlearn.evaluation.real_images import RealImages
 from tokenlearn.generation import Generate
 from tokenlearn.losses.objective import Objective
 from tokenlearn.main import main
+from tokenlearn.metrics import coverage, expected_coverage, relative_diversity
 from tokenlearn.models import StableDiffusion
 from tokenlearn.objectives import ClassifierLoss
 from tokenlearn.pipeline import Sampling
-from tokenlearn.tokens import load_embedding
+from tokenlearn.tokens import load_embedding, save_embedding
 from tokenlearn.training import ClassTokens, class_tokens
 
 
@@ -47,7 +51,35 @@ def make(backbone, tiny_models):
     return task
 
 
-def table_of(task, **data):
+@pytest.fixture
+def real(tmp_path, monkeypatch):
+    """Eight images of each class, and one of another."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    generator = torch.Generator().manual_seed(0)
+    for name, count in (("wizard", 8), ("pirate", 8), ("clown", 1)):
+        (tmp_path / "real" / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = torch.randint(0, 256, (16, 16, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(tmp_path / "real" / name / f"{index}.png")
+    return RealImages(source=str(tmp_path / "real"), column="label", images=7)
+
+
+@pytest.fixture
+def other_tokens(tmp_path):
+    """A folder of tokens of both classes, and how many there are to write."""
+
+    def write(*names, folder="other"):
+        generator = torch.Generator().manual_seed(1)
+        for name in names:
+            vectors = [torch.randn(1, 16, generator=generator)]
+            about = {"class": name, "prompt": f"<{name}> {name}"}
+            save_embedding(tmp_path / folder / f"{name}.safetensors", f"<{name}>", vectors, about)
+        return str(tmp_path / folder)
+
+    return write
+
+
+def table_of(task, evaluation=None, **data):
     trainer = L.Trainer(
         accelerator="cpu",
         logger=False,
@@ -55,7 +87,7 @@ def table_of(task, **data):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    evaluation = evaluation_of(task)
+    evaluation = evaluation_of(task, evaluation)
     assert isinstance(evaluation, ClassTokenEvaluation)
     trainer.test(evaluation, datamodule=PromptDataModule(["a photo of a {}", "a {}"], **data), verbose=False)
     return evaluation.table
@@ -116,6 +148,94 @@ def test_the_best_word_is_searched_for_or_given(make, monkeypatch):
     assert given.prompts(batch) == ["a beard wizard"]
     with pytest.raises(UserError, match=r"evaluation\.words.*'pirate'.*wizard"):
         given.prompts(PromptBatch(["a {}"], [0], [1], ["word"]))
+
+
+def test_variety_is_that_of_the_judges_features_beside_real_images(make, real, tiny_models):
+    task = make()
+    settings = {"test_images": 4, "test_kinds": ["name", "token"], "eval_batch_size": 3}
+    table = table_of(task, ClassTokenEvaluation(real=real), **settings)
+    (row,) = (row for row in table.rows if row.name == "pirate")
+    seeds = sorted({record.seed for record in table.records if record.measure == "accuracy"})
+    with torch.no_grad():
+        images = task.pipeline.generate([f"{start} pirate" for start in ("a photo of a", "a") * 2], seeds).clamp(0, 1)
+        features = ClassifierLoss(str(tiny_models / "judge")).classifier.features
+        pixels = real.of_classes(["pirate"], 16)["pirate"].movedim(-1, 1) / 255
+        found, reference = features(images), features(pixels)
+    assert len(reference) == 7
+    assert row.cells["name_diversity"].value == pytest.approx(relative_diversity(found, reference).item(), rel=1e-4)
+    assert row.cells["name_coverage"].value == pytest.approx(coverage(found, reference).item())
+    assert row.cells["described_coverage"].value is None
+    expected = [
+        f"mean_{measure}_{kind}"
+        for measure in ("accuracy", "diversity", "coverage")
+        for kind in settings["test_kinds"]
+    ]
+    assert list(table.summary) == expected
+    diversities = [row.cells["token_diversity"].value for row in table.rows]
+    assert table.summary["mean_diversity_token"].value == pytest.approx(sum(diversities) / 2)
+    assert table.notes[0].startswith(
+        f"as many images of the distribution of the real ones would cover {expected_coverage(4, 7):.1%}"
+    )
+    assert [column.name for column in table.columns if column.printed] == ["name", "token"]
+    header = [name for column in table.columns for name in column.header]
+    assert {"name_diversity", "token_coverage"} <= set(header)
+
+
+def test_without_real_images_there_are_no_columns_of_variety(make):
+    table = table_of(make(), test_images=2, test_kinds=["token"])
+    assert not [column.name for column in table.columns if column.measure != "accuracy"]
+    assert not table.notes
+
+
+def test_one_image_of_a_kind_has_no_diversity(make, real):
+    table = table_of(make(), ClassTokenEvaluation(real=real), test_images=1, test_kinds=["token"])
+    assert list(table.summary) == ["mean_accuracy_token", "mean_coverage_token"]
+
+
+def test_tokens_of_another_training_are_a_further_column(make, other_tokens, real, tiny_models):
+    evaluation = ClassTokenEvaluation(embeddings={"from_best_word": other_tokens("wizard", "pirate")}, real=real)
+    task = make()
+    own = {name: task.bank.get(name)[0].clone() for name in task.bank.placeholders}
+    table = table_of(task, evaluation, test_images=3, test_kinds=["name", "token"], eval_batch_size=4)
+    assert [column.name for column in table.columns if column.printed] == ["name", "token", "from_best_word"]
+    assert {f"mean_{measure}_from_best_word" for measure in ("accuracy", "diversity", "coverage")} <= set(
+        table.summary
+    )
+    seeds = {
+        method: [r.seed for r in table.records if (r.method, r.item) == (method, "wizard") and r.measure == "accuracy"]
+        for method in ("token", "from_best_word")
+    }
+    assert seeds["token"] == seeds["from_best_word"]
+    assert len(seeds["token"]) == 3
+    pipeline = task.pipeline.with_tokens(other_tokens("wizard", "pirate"))
+    prompts = [f"{start} <wizard> wizard" for start in ("a photo of a", "a", "a photo of a")]
+    with torch.no_grad():
+        images = pipeline.generate(prompts, seeds["token"]).clamp(0, 1)
+        features = ClassifierLoss(str(tiny_models / "judge")).classifier.features
+        pixels = real.of_classes(["wizard"], 16)["wizard"].movedim(-1, 1) / 255
+        expected = relative_diversity(features(images), features(pixels)).item()
+    wizard = table.rows[0].cells
+    assert wizard["from_best_word_diversity"].value == pytest.approx(expected, rel=1e-4)
+    assert wizard["from_best_word_diversity"].value != wizard["token_diversity"].value
+    assert all(torch.equal(task.bank.get(name)[0], vectors) for name, vectors in own.items())
+
+
+def test_what_the_table_cannot_be_made_of_is_refused_in_one_line(make, other_tokens, real, tmp_path):
+    data = {"test_images": 1, "test_kinds": ["token"]}
+    with pytest.raises(UserError, match=r"evaluation\.embeddings has 'word'.*another name"):
+        ClassTokenEvaluation(embeddings={"word": "tokens"})
+    with pytest.raises(UserError, match=r"embeddings\.other has no token of class 'pirate', only of wizard"):
+        table_of(make(), ClassTokenEvaluation(embeddings={"other": other_tokens("wizard")}), **data)
+    with pytest.raises(UserError, match=r"real\.images is 5.*6 or more"):
+        ClassTokenEvaluation(real=RealImages(source=real.source, column="label", images=5))
+    with pytest.raises(UserError, match=r"model\.judge is a Brightness"):
+        table_of(make(judge=Brightness()), ClassTokenEvaluation(real=real), **data)
+    (tmp_path / "real" / "pirate" / "0.png").unlink()
+    few = RealImages(source=real.source, column="label", images=100)
+    for index in range(1, 4):
+        (tmp_path / "real" / "pirate" / f"{index}.png").unlink()
+    with pytest.raises(UserError, match=r"4 images of class 'pirate', and 6 are needed"):
+        table_of(make(), ClassTokenEvaluation(real=few), **data)
 
 
 def test_a_judge_may_have_another_score(make):

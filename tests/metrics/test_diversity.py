@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from tokenlearn.metrics import coverage, pairwise_distance, relative_diversity
+from tokenlearn.metrics import coverage, covered, expected_coverage, pairwise_distance, relative_diversity
 
 
 def normal(count, width=4, seed=0):
@@ -27,20 +27,20 @@ def test_diversity_is_relative_to_real_images():
 
 def test_balls_reach_to_the_nth_neighbour():
     reference = torch.tensor([[0.0], [1], [3], [6]])  # radii for one neighbour: 1, 1, 2, 3
-    for image, covered in ((0.5, 2), (1.9, 2), (4.9, 2), (4.99, 2), (9.0, 1), (9.01, 0), (-1.0, 1), (100, 0)):
-        assert coverage(torch.tensor([[image]]), reference, 1).item() * 4 == pytest.approx(covered), image
+    for image, number in ((0.5, 2), (1.9, 2), (4.9, 2), (4.99, 2), (9.0, 1), (9.01, 0), (-1.0, 1), (100, 0)):
+        assert coverage(torch.tensor([[image]]), reference, 1).item() * 4 == pytest.approx(number), image
     assert coverage(reference, reference, 1) == 1
     # For two neighbours: 3, 2, 3, 5
     assert coverage(torch.tensor([[-2.5]]), reference, 2).item() == 0.25
+    assert covered(torch.tensor([[4.9]]), reference, 1).tolist() == [False, False, True, True]
 
 
-def test_coverage_of_the_same_distribution_is_as_published():
-    count, k = 60, 5
-    expected = 1 - math.prod((count - i) / (2 * count - i) for i in range(1, k + 1))
-    found = [coverage(normal(count, seed=seed), normal(count, seed=1000 + seed), k).item() for seed in range(100)]
-    assert sum(found) / len(found) == pytest.approx(expected, abs=0.015)
-    collapsed = normal(1).expand(count, -1)
-    assert coverage(collapsed, normal(count, seed=1), k) < 0.3
+@pytest.mark.parametrize(("images", "real"), [(60, 60), (24, 90)])
+def test_coverage_of_the_same_distribution_is_as_published(images, real):
+    found = [coverage(normal(images, seed=seed), normal(real, seed=1000 + seed)).item() for seed in range(100)]
+    assert sum(found) / len(found) == pytest.approx(expected_coverage(images, real), abs=0.015)
+    collapsed = normal(1).expand(images, -1)
+    assert coverage(collapsed, normal(real, seed=1)) < 0.3
 
 
 @pytest.mark.parametrize(("images", "real", "k"), [(4, 5, 5), (4, 5, 0), (0, 5, 2)])

@@ -8,6 +8,7 @@ from tokenlearn.metrics import (
     holm_levels,
     share_difference_interval,
     share_difference_p_value,
+    student_interval,
     two_way_bootstrap_interval,
     wilson_interval,
 )
@@ -77,3 +78,19 @@ def test_holms_steps():
     assert levels == pytest.approx([0.025, 0.0125, 0.025, 0.05 / 3])
     assert holm_levels([]) == []
     assert holm_levels([0.01, 0.02, 0.04]) == pytest.approx([0.05 / 3, 0.025, 0.05])
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423)]
+)
+def test_students_interval_has_the_tabled_quantiles(freedom, quantile):
+    values = [2.0, 4.0] + [3.0] * (freedom - 1)
+    half = quantile * math.sqrt(2 / freedom / (freedom + 1))
+    assert student_interval(values) == pytest.approx((3 - half, 3 + half), abs=2e-4)
+    assert student_interval([5.0] * (freedom + 1)) == (5, 5)
+
+
+def test_students_interval_at_another_level_and_of_too_few_values():
+    assert student_interval([0.0, 2.0, 1.0], 0.9)[1] == pytest.approx(1 + 2.9200 / math.sqrt(3), abs=2e-4)
+    with pytest.raises(ValueError, match="of 1 values"):
+        student_interval([0.5])

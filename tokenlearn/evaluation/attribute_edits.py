@@ -50,10 +50,12 @@ class AttributeEdits(Evaluation[Caso]):
         watched: labels of the judge that edits should leave alone, besides the task's attributes.
         combinations: classes to change in one edit.
         group_column: label of the images that names the groups of other images, such as ``style``.
+        equal_preservation: share of other attributes that stay, such as 0.93, at which methods are compared, each at
+            the strength that has it, interpolated between ``strengths``; null leaves these rows out.
 
     Raises:
-        UserError: if ``strength`` is not among ``strengths``, a strength is not positive, or there are directions
-            without prompts.
+        UserError: if ``strength`` is not among ``strengths``, a strength is not positive, there are directions without
+            prompts, or the share is not between 0 and 1.
     """
 
     task_class = Caso
@@ -72,8 +74,13 @@ class AttributeEdits(Evaluation[Caso]):
         watched: list[str] = [],  # noqa: B006 - read only
         combinations: list[list[str]] = [],  # noqa: B006 - read only
         group_column: str | None = None,
+        equal_preservation: float | None = None,
     ) -> None:
         super().__init__()
+        if equal_preservation is not None and not 0 < equal_preservation < 1:
+            raise UserError(
+                f"evaluation.equal_preservation must be above 0 and below 1, such as 0.93, got {equal_preservation:g}"
+            )
         if not strengths or min(strengths) <= 0:
             raise UserError(f"evaluation.strengths must be positive numbers, at least one, got {strengths}")
         if strength not in strengths:
@@ -86,6 +93,7 @@ class AttributeEdits(Evaluation[Caso]):
         self.directions = directions
         self.prompts, self.embeddings, self.random_tokens = prompts, embeddings, random_tokens
         self.watched, self.combinations, self.group_column = watched, combinations, group_column
+        self.equal_preservation = equal_preservation
         self.groups: tuple[str, ...] = ()
         self._protocol: EditProtocol | None = None
 
@@ -143,6 +151,7 @@ class AttributeEdits(Evaluation[Caso]):
             groups=self.groups,
             strengths=self.strengths,
             strength=self.strength,
+            equal_preservation=self.equal_preservation,
         )
         table.images = {"edits": self.image_rows.rows()}
         return table

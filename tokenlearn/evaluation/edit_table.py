@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from tokenlearn.evaluation.edit_protocol import DO_NOTHING, RECONSTRUCTION
+from tokenlearn.evaluation.equal_preservation import at_equal_preservation
 from tokenlearn.evaluation.records import Record
-from tokenlearn.evaluation.table import Column, Figure, Pivot, Row, Table
+from tokenlearn.evaluation.table import Column, Figure, Kind, Pivot, Row, Table
 
 _SIDES = ("add", "remove")
 _RANKS = ("rank_correlation", "both_sides_rank_correlation")
@@ -25,6 +26,7 @@ def edit_table(
     groups: Sequence[str],
     strengths: Sequence[float],
     strength: float,
+    equal_preservation: float | None = None,
 ) -> Table:
     """The table of :class:`tokenlearn.evaluation.attribute_edits.AttributeEdits`.
 
@@ -37,6 +39,7 @@ def edit_table(
         groups: rows of other groups of images, those that have records.
         strengths: strengths of the curves.
         strength: strength of the table.
+        equal_preservation: preserved share at which methods are compared; None for no such rows.
     """
     tested = methods[0]
     columns = [column for method in methods for column in _columns(method, tested, strength)]
@@ -55,7 +58,12 @@ def edit_table(
     rows = pivot.rows() + reconstruction.rows()
     rows += _transfer_rows(records, groups, directions, tested, summary)
     rows += _combination_rows(records, combinations, tested, summary)
-    return Table(title=title, heading="direction", columns=columns, rows=rows, summary=summary, curves=curves)
+    notes: list[str] = []
+    if equal_preservation is not None:
+        rows += _equal_rows(records, methods, directions, strengths, equal_preservation, summary, notes)
+    return Table(
+        title=title, heading="direction", columns=columns, rows=rows, summary=summary, curves=curves, notes=notes
+    )
 
 
 def _prefix(method: str, tested: str) -> str:
@@ -143,6 +151,27 @@ def success_at_equal_kept(
     level = np.clip(wanted, lowest, highest)
     first, second = (float(np.interp(level, curve[:, 0], curve[:, 1])) for curve in curves)
     return first, second
+
+
+def _equal_rows(
+    records: Sequence[Record],
+    methods: Sequence[str],
+    directions: Sequence[str],
+    strengths: Sequence[float],
+    level: float,
+    summary: dict[str, Figure],
+    notes: list[str],
+) -> Iterator[Row]:
+    """A row for each method where it preserves a share, and for its difference to the tested one."""
+    share = f"{level:.1%} preserved"
+    found = at_equal_preservation(records, methods=methods, directions=directions, strengths=strengths, level=level)
+    for name, cells in found.items():
+        yield Row(f"{name} at {share}", cells)
+        for side, cell in cells.items():
+            assert cell.value is not None
+            kind: Kind = "share" if name in methods else "difference"
+            summary[f"{name.replace(' ', '_')}_{side}_at_equal_preservation"] = Figure(cell.value, kind)
+    notes += [f"no strength of {method} has {share}" for method in methods if method not in found]
 
 
 def _transfer_rows(

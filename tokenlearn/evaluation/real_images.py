@@ -34,7 +34,7 @@ class RealImages:
     fewest: int = 2
 
     def __post_init__(self) -> None:
-        check_at_least("model.real", 1, images=self.images, fewest=self.fewest)
+        check_at_least("real", 1, images=self.images, fewest=self.fewest)
 
     def of_classes(self, classes: Sequence[str], size: int) -> dict[str, Tensor]:
         """Class to its images (N, size, size, 3) uint8.
@@ -46,7 +46,7 @@ class RealImages:
         if self.column not in dataset.features:
             nearest = difflib.get_close_matches(self.column, dataset.features, 1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"it has {', '.join(dataset.features)}"
-            raise UserError(f"model.real.column '{self.column}' is not a column of '{self.source}'; {hint}")
+            raise UserError(f"real.column '{self.column}' is not a column of '{self.source}'; {hint}")
         named = getattr(dataset.features[self.column], "names", None)
         places: dict[str, list[int]] = {name: [] for name in classes}
         for place, value in enumerate(dataset[self.column]):
@@ -58,7 +58,7 @@ class RealImages:
                 known = f"; its classes are {', '.join(named)}" if named is not None and name not in named else ""
                 raise UserError(
                     f"'{self.source}' has {len(found)} images of class '{name}', and {self.fewest} are needed; give "
-                    f"a larger model.real.source, or leave the class out{known}"
+                    f"a larger real.source, or leave the class out{known}"
                 )
         return {
             name: torch.stack([square_pixels(read_image(dataset[place]["image"]), size) for place in found])

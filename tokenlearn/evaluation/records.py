@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class Record(NamedTuple):
-    """One measurement of one image.
+    """One measurement of one image, or of several together.
 
     Attributes:
         method: how the image was made, such as ``caso`` or ``plain``.
         item: row of the table that the image belongs to, such as an attribute or a class.
         side: direction of the edit, such as ``add``; empty where there is one only.
         measure: quantity, such as ``success`` or ``seconds``.
-        seed: seed of a generated image, or name of a given one.
+        seed: seed of a generated image, or name of a given one or of several.
         value: measured value; of a yes-or-no measure 1 or 0.
         strength: strength of the edit where several are compared.
         label: judged label where it is another one than the item.

@@ -162,7 +162,8 @@ class Table:
         lines += [[row.name, *(column.text(row.cells.get(column.name)) for column in columns)] for row in self.rows]
         widths = [max(map(len, entries)) for entries in zip(*lines, strict=True)]
         aligned = ["  ".join(entry.ljust(width) for entry, width in zip(line, widths, strict=True)) for line in lines]
-        separator = "  " if all(column.bar for column in columns) else "\n"
+        is_short = all(column.bar for column in columns) and len(self.summary) <= len(columns)
+        separator = "  " if is_short else "\n"
         summary = separator.join(f"{name} {figure}" for name, figure in self.summary.items())
         return "\n".join([f"{self.title}, with 95 % intervals", *aligned, *self.notes, summary])
 

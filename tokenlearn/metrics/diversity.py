@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,12 +35,11 @@ def relative_diversity(features: Tensor, reference: Tensor) -> Tensor:
     return pairwise_distance(features) / pairwise_distance(reference)
 
 
-def coverage(features: Tensor, reference: Tensor, neighbours: int = 5) -> Tensor:
-    """Share of real images near which there is an image.
+def covered(features: Tensor, reference: Tensor, neighbours: int = 5) -> Tensor:
+    """Near which real images there is an image.
 
     A real image's ball reaches to its k-th nearest real image, and is covered if an image lies in it (Naeem et al.,
-    2020, https://arxiv.org/abs/2002.09797, section 3). In expectation it is ``1 - (N - 1)...(N - k) / ((M + N - 1)...
-    (M + N - k))`` for M images of the distribution of N real ones, 0.97 for many of both and k = 5.
+    2020, https://arxiv.org/abs/2002.09797, section 3).
 
     Args:
         features: (M, F) of M images.
@@ -46,7 +47,7 @@ def coverage(features: Tensor, reference: Tensor, neighbours: int = 5) -> Tensor
         neighbours: k.
 
     Returns:
-        () float64 in [0, 1].
+        (N,) bool.
 
     Raises:
         ValueError: if there are too few real images, or no image.
@@ -60,4 +61,22 @@ def coverage(features: Tensor, reference: Tensor, neighbours: int = 5) -> Tensor
     # The nearest real image is the image itself.
     radii = torch.cdist(real, real, compute_mode=exact).kthvalue(neighbours + 1, dim=1).values
     nearest = torch.cdist(real, features.double(), compute_mode=exact).min(dim=1).values
-    return (nearest <= radii).double().mean()
+    return nearest <= radii
+
+
+def coverage(features: Tensor, reference: Tensor, neighbours: int = 5) -> Tensor:
+    """Share of real images near which there is an image, () float64; arguments and errors as of :func:`covered`."""
+    return covered(features, reference, neighbours).double().mean()
+
+
+def expected_coverage(images: int, real: int, neighbours: int = 5) -> float:
+    """Mean :func:`coverage` of N real images by M images of the same distribution, 0.97 for many of both and k = 5.
+
+    It is ``1 - (N - 1)...(N - k) / ((M + N - 1)...(M + N - k))``.
+
+    Args:
+        images: M.
+        real: N.
+        neighbours: k.
+    """
+    return 1 - math.prod((real - place) / (images + real - place) for place in range(1, neighbours + 1))

@@ -67,6 +67,51 @@ def two_way_bootstrap_interval(
     return _percentiles(means, level)
 
 
+def student_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Student's interval of the mean of a few independent values, such as figures of several training seeds.
+
+    Args:
+        values: at least two.
+        level: of the interval.
+
+    Returns:
+        Lower and upper end. For shares they may leave [0, 1].
+
+    Raises:
+        ValueError: for fewer than two values.
+    """
+    count = len(values)
+    if count < 2:
+        raise ValueError(f"an interval of {count} values; give two or more")
+    mean = sum(values) / count
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+    half = _student_quantile(level, count - 1) * deviation / math.sqrt(count)
+    return mean - half, mean + half
+
+
+def _student_quantile(level: float, freedom: int) -> float:
+    """The deviation that Student's t stays within with a probability, by bisection."""
+    inside, outside = 0.0, 1.0
+    while _within(outside, freedom) < level:
+        inside, outside = outside, 2 * outside
+    for _ in range(60):
+        middle = (inside + outside) / 2
+        inside, outside = (middle, outside) if _within(middle, freedom) < level else (inside, middle)
+    return outside
+
+
+def _within(deviation: float, freedom: int) -> float:
+    """Probability that Student's t stays within a deviation (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle = math.atan(deviation / math.sqrt(freedom))
+    odd = freedom % 2
+    term, total = math.cos(angle) if odd else 1.0, 0.0
+    for power in range(1 + odd, freedom, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * power / (power + 1)
+    series = math.sin(angle) * total
+    return 2 / math.pi * (angle + series) if odd else series
+
+
 def _percentiles(means: Tensor, level: float) -> tuple[float, float]:
     tail = (1 - level) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.double)).tolist()
