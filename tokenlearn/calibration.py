@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ def calibrate(
     bound: float = 0.5,
     compared: int = 9,
     template: str = "{}",
-    editing: Editing | None = None,
+    editing: Editing = Editing(),  # noqa: B008 - frozen
     batch_size: int = 8,
 ) -> Calibration:
     """Find the strengths of a token at which equal steps change images equally.
@@ -52,7 +53,7 @@ def calibrate(
         bound: distance from the unedited image at which the range ends, from 0 to 2.
         compared: strengths at which unevenness is measured, before and after.
         template: prompt with ``{}`` where the token goes.
-        editing: settings of the edit.
+        editing: settings of inversion and denoising.
         batch_size: images at once.
 
     Returns:
@@ -70,7 +71,7 @@ def calibrate(
     check_tokens([token], () if pipeline.tokens is None else pipeline.tokens.placeholders)
     judge = TimmClassifier(classifier) if isinstance(classifier, str) else classifier
     judge = judge.to(pipeline.backbone.device)
-    editor = ImageEditor(pipeline.backbone, editing or Editing())
+    editor = ImageEditor(pipeline.backbone, editing)
     source = source_of(pipeline, editor.editing)
     noisy = [
         editor.invert(pipeline.backbone.encode_images(image.image.to(pipeline.backbone.device)), source)
@@ -115,12 +116,7 @@ def calibrate_file(
     classifier: str,
     *,
     pretrained: str | None = None,
-    strengths: tuple[float, float] = (-6.0, 6.0),
-    points: int = 25,
-    bound: float = 0.5,
-    compared: int = 9,
-    template: str = "{}",
-    editing: Editing = Editing(),  # noqa: B008 - frozen
+    **settings: Any,  # noqa: ANN401 - as calibrate has them, where the command line finds them
 ) -> Calibration:
     """Calibrate the token of an embedding file and keep the result in the file.
 
@@ -131,12 +127,7 @@ def calibrate_file(
         images: folder of images that are edited, or one image.
         classifier: timm name or folder of a frozen classifier, in whose features images are compared.
         pretrained: model; null for the one that the file names.
-        strengths: lowest and highest strength to try.
-        points: strengths of the grid.
-        bound: distance from the unedited image at which the range ends, from 0 to 2.
-        compared: strengths at which unevenness is measured, before and after.
-        template: prompt with ``{}`` where the token goes.
-        editing: settings of inversion and denoising.
+        settings: further settings of :func:`calibrate`.
 
     Raises:
         UserError: if a file cannot be read or written, no model is named, or see :func:`calibrate`.
@@ -151,12 +142,7 @@ def calibrate_file(
         embedding.token,
         Path(images),
         classifier=classifier,
-        strengths=strengths,
-        points=points,
-        bound=bound,
-        compared=compared,
-        template=template,
-        editing=editing,
+        **settings,
     )
     add_metadata(embedding.path, {CALIBRATION: found.to_json()})
     low, high = found.range

@@ -228,9 +228,9 @@ def read_images(
                     raise
                 skipped.append(error)
     if skipped and not read:
-        raise UserError(f"none of {len(skipped)} images can be used, such as this: {skipped[0]}") from skipped[0]
+        raise UserError(f"none of {len(skipped)} images can be used; the first: {skipped[0]}") from skipped[0]
     if skipped:
-        warnings.warn(f"skipped {len(skipped)} images that cannot be used, such as this: {skipped[0]}", stacklevel=2)
+        warnings.warn(f"skipped {len(skipped)} images that cannot be used; the first: {skipped[0]}", stacklevel=2)
     if not read:
         raise UserError("the list of images is empty; give at least one")
     return read

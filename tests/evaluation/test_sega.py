@@ -211,7 +211,7 @@ def test_variants_are_rows_over_all_attributes(make):
     assert summary(table)["variant_too_weak_remove"] == 1
     assert row(table, "variant: none")["add"] == 1
     assert summary(table)["add_success"] == 1
-    with pytest.raises(UserError, match=r"variants repeats a name: too weak, too weak"):
+    with pytest.raises(UserError, match=r"variants has a name twice among too weak, too weak"):
         make(variants=[weak, weak])
 
 

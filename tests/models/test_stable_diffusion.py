@@ -238,7 +238,7 @@ def test_initial_latents_depend_on_their_own_seed_alone(backbone):
     assert torch.equal(batch[1:], backbone.initial_latents([generator]))
     assert not torch.equal(batch[1:], backbone.initial_latents([generator]))  # advanced
     assert backbone.initial_latents([5], (32, 8)).shape == (1, 4, 16, 4)
-    with pytest.raises(UserError, match="15x16 is not a multiple of 2"):
+    with pytest.raises(UserError, match=r"15x16 is not a multiple of 2 .*; take 16x16"):
         backbone.initial_latents([5], (15, 16))
 
 

@@ -77,7 +77,7 @@ def test_bad_placeholders(num_vectors: dict[str, int]):
 
 
 def test_unknown_placeholder_names_the_known_ones():
-    with pytest.raises(UserError, match="'<witch>'; known are <wizard>, <viking>"):
+    with pytest.raises(UserError, match="no token '<witch>'; take one of <wizard>, <viking>"):
         two_tokens().get("<witch>")
 
 

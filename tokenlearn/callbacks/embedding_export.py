@@ -58,7 +58,9 @@ class EmbeddingExport(L.Callback):
             return
         if self.monitor not in trainer.callback_metrics:
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
-            raise UserError(f"embedding_export.monitor '{self.monitor}' is not logged; logged: {logged}")
+            raise UserError(
+                f"embedding_export.monitor '{self.monitor}' is not logged; set it to a figure that is: {logged}"
+            )
         value = float(trainer.callback_metrics[self.monitor])
         if math.isnan(value):  # no later value would compare as better
             return

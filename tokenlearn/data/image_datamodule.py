@@ -89,7 +89,9 @@ class ImageDataModule(L.LightningDataModule, LabelledImages):
         )
         check_at_least("data", 0, seed=seed, num_workers=num_workers)
         if streaming and batches_per_epoch is None:
-            raise UserError("data.batches_per_epoch must be set for a stream, which does not tell its length")
+            raise UserError(
+                "data.batches_per_epoch is null, and a stream does not tell its length; set it, such as to 100"
+            )
         if images.flips and cache is not None:
             raise UserError("cached latents cannot be mirrored; set data.images.flips to false or data.cache to null")
         self.source, self.split, self.streaming, self.keep = source, split, streaming, keep or {}

@@ -136,7 +136,8 @@ def _built(path: Path, source: str, split: str, streaming: bool) -> tuple[Callab
         rows = builder.as_dataset(split=split)
         if images is not None and split == name and len(rows) < images:
             warnings.warn(
-                f"left out of '{source}': {images - len(rows)} of {images} images, which have no row in the metadata",
+                f"left out of '{source}': {images - len(rows)} of {images} images, which have no row in the "
+                "metadata; add rows, or remove the images",
                 stacklevel=2,
             )
         return rows

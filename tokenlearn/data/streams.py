@@ -99,7 +99,10 @@ class BatchStream(Generic[Sample, Batch]):
                 self._skipped.append(sample)
                 in_a_row += 1
                 if in_a_row == _MOST_SKIPPED_IN_A_ROW:
-                    raise UserError(f"none of {in_a_row} images can be used, such as {_described(sample)}")
+                    raise UserError(
+                        f"none of {in_a_row} images in a row can be used, such as {_described(sample)}; remove or "
+                        "replace them, or check data.source"
+                    )
                 continue
             in_a_row = 0
             if self._is_of_rank(count):
@@ -196,5 +199,7 @@ def _described(skipped: Skipped) -> str:
 def _warn_of(skipped: Sequence[Skipped]) -> None:
     if skipped:
         warnings.warn(
-            f"skipped {len(skipped)} images that cannot be used, such as {_described(skipped[0])}", stacklevel=3
+            f"skipped {len(skipped)} images that cannot be used, such as {_described(skipped[0])}; remove or replace "
+            "them",
+            stacklevel=3,
         )

@@ -119,7 +119,8 @@ class SegaEvaluation(Evaluation[Generate]):
         self.scale, self.steps = float(sampling.guidance), sampling.steps
         self.judge = TimmClassifier(judge) if isinstance(judge, str) else judge
         if len({variant.name for variant in variants}) < len(variants):
-            raise UserError(f"model.variants repeats a name: {', '.join(variant.name for variant in variants)}")
+            names = ", ".join(variant.name for variant in variants)
+            raise UserError(f"model.variants has a name twice among {names}; give each variant its own")
         self.words, self.prompt, self.methods, self.variants = attributes, prompt, methods, variants
         self.attributes = resolve_attributes({words.label: None for words in attributes}, self.judge)
         self.combinations = {" + ".join(parts): self._parts(parts) for parts in combinations}

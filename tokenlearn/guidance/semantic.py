@@ -383,7 +383,9 @@ class SemanticGuidance(GuidanceRule):
         scales = [concept.scales for concept in self.concepts]
         for of_concept in scales:
             if of_concept.ndim and len(of_concept) != len(prediction):
-                raise UserError(f"a concept has {len(of_concept)} sample_scales for {len(prediction)} samples")
+                raise UserError(
+                    f"a concept has {len(of_concept)} sample_scales for {len(prediction)} samples; give one for each"
+                )
         self._scales = [of_concept.to(prediction) for of_concept in scales]
         self._momenta, self._recorded = {}, []
 

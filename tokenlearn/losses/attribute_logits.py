@@ -78,7 +78,8 @@ def _class_rows(
         )
     if not present <= set(range(len(outputs))):
         raise UserError(
-            f"the classifier has outputs 0 to {len(outputs) - 1}, the attribute needs outputs {sorted(present)}"
+            f"the classifier has outputs 0 to {len(outputs) - 1}, the attribute needs outputs {sorted(present)}; name "
+            "classes of this classifier"
         )
     if absent and not multi_label and not others:
         raise UserError(

@@ -93,7 +93,7 @@ class TokenBank(nn.Module):
             UserError: if the bank has no such placeholder.
         """
         if placeholder not in self.num_vectors:
-            raise UserError(f"no placeholder token '{placeholder}'; known are {', '.join(self.placeholders)}")
+            raise UserError(f"there is no token '{placeholder}'; take one of {', '.join(self.placeholders)}")
         start = sum(self.num_vectors[earlier] for earlier in self.placeholders[: self.placeholders.index(placeholder)])
         return slice(start, start + self.num_vectors[placeholder])
 
@@ -117,7 +117,7 @@ class TokenBank(nn.Module):
         if len(vectors) != len(self.embedding_widths):
             raise UserError(
                 f"the embedding for '{placeholder}' is for {len(vectors)} text encoder(s), this backbone has "
-                f"{len(self.embedding_widths)}"
+                f"{len(self.embedding_widths)}; use one that was made for this model family"
             )
         expected = self.num_vectors[placeholder]
         for new, width in zip(vectors, self.embedding_widths, strict=True):
@@ -132,7 +132,9 @@ class TokenBank(nn.Module):
                     f"set its number of vectors to {len(new)}"
                 )
             if not new.isfinite().all():
-                raise UserError(f"the embedding for '{placeholder}' holds values that are not finite")
+                raise UserError(
+                    f"the embedding for '{placeholder}' holds values that are not finite; use an earlier one"
+                )
         for parameter, new in zip(self.vectors, vectors, strict=True):
             parameter[rows] = new.to(parameter)
 

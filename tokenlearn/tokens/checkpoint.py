@@ -80,4 +80,6 @@ def checkpoint_about(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         if [tuple(tensor.shape) if isinstance(tensor, Tensor) else None for tensor in vectors] == shapes:
             found: dict[str, Any] = about
             return found
-    raise UserError("the checkpoint's vectors are not what its entry about its tokens says; it is damaged")
+    raise UserError(
+        "the checkpoint's vectors are not what its entry about its tokens says; it is damaged, give another one"
+    )

@@ -67,7 +67,10 @@ def difference_of_means(positive: Tensor, negative: Tensor) -> Direction:
     difference = positive.mean(dim=0) - negative.mean(dim=0)
     unit = difference.norm()
     if not unit > 1e-6 * positive.norm(dim=1).mean():
-        raise UserError("the positive and the negative prompts have the same mean, so they give no direction")
+        raise UserError(
+            "the positive and the negative prompts have the same mean, so they give no direction; write prompts that "
+            "differ in the attribute"
+        )
     vector = difference / unit
     above, below = positive @ vector, negative @ vector
     low, high = float(below.mean()), float(above.mean())

@@ -37,7 +37,9 @@ def vectors_from_words(
     """
     ids = tokenizer(words, add_special_tokens=False).input_ids
     if not ids or tokenizer.unk_token_id in ids:
-        raise UserError(f"cannot start a token from '{words}': it is not in the text encoder's vocabulary")
+        raise UserError(
+            f"cannot start a token from '{words}', which is not in the text encoder's vocabulary; name another word"
+        )
     embedding = input_embedding(text_encoder)
     vectors: Tensor = embedding(torch.tensor(ids, device=embedding.weight.device)).float()
     if num_vectors is None or num_vectors == len(ids):

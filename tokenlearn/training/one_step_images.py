@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from tokenlearn.data.batches import PromptBatch
 from tokenlearn.diffusion import OneStep, ReversibleSolver, Trajectory
 from tokenlearn.pipeline import Pipeline
+from tokenlearn.tokens import TokenBank
 
 
 class OneStepImages:
@@ -31,6 +33,7 @@ class OneStepImages:
         self.gradient, self._prompts = gradient, prompts
         self.source: PromptBatch | None = None
         self._vectors: list[Tensor] = []
+        self._bank: TokenBank | None = None
         self._trajectory: Trajectory | None = None
 
     def images(
@@ -45,12 +48,11 @@ class OneStepImages:
             solver: None for that of the pipeline.
         """
         assert pipeline.tokens is not None
-        vectors = list(pipeline.tokens.vectors)
         if self.source is None or position % self.gradient.reuse == 0:
             self.source, self._trajectory = batch, None
-            self._vectors = [vector.detach().clone() for vector in vectors]
+            self._vectors = [vector.detach().clone() for vector in pipeline.tokens.vectors]
         if self._trajectory is None:
-            self._trajectory = self._sample(pipeline, self.source, vectors, solver)
+            self._trajectory = self._sample(pipeline, self.source, solver)
         trajectory, source = self._trajectory, self.source
         generator = torch.Generator().manual_seed(batch.seeds[0])  # every batch of every process has other seeds
         indices = self.gradient.indices(len(trajectory.timesteps), len(source.seeds), generator)
@@ -59,21 +61,14 @@ class OneStepImages:
         return pipeline.backbone.decode_latents(clean), source
 
     @torch.no_grad()
-    def _sample(
-        self,
-        pipeline: Pipeline,
-        source: PromptBatch,
-        vectors: Sequence[Tensor],
-        solver: str | ReversibleSolver | None,
-    ) -> Trajectory:
-        """Latents on the way, with the tokens of when the batch was new."""
-        now = [vector.detach().clone() for vector in vectors]
-        for vector, then in zip(vectors, self._vectors, strict=True):
+    def _sample(self, pipeline: Pipeline, source: PromptBatch, solver: str | ReversibleSolver | None) -> Trajectory:
+        """Latents on the way, with the tokens of when the batch was new, in a copy of the bank."""
+        if self._bank is None:  # one copy for all batches, because the backbone makes tokenizers for each bank
+            self._bank = copy.deepcopy(pipeline.tokens)
+        assert self._bank is not None
+        for vector, then in zip(self._bank.vectors, self._vectors, strict=True):
             vector.copy_(then)
-        trajectory = pipeline.sample_trajectory(self._prompts(source), source.seeds, solver=solver)
-        for vector, restored in zip(vectors, now, strict=True):
-            vector.copy_(restored)
-        return trajectory
+        return pipeline.with_tokens(self._bank).sample_trajectory(self._prompts(source), source.seeds, solver=solver)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs to sample the same latents again: the batch and the tokens, not the latents."""

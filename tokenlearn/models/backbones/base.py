@@ -397,7 +397,10 @@ class DiffusionBackbone(FrozenModule, ABC):
         factor = self.vae_scale_factor
         height, width = height_width or (self.latent_size * factor, self.latent_size * factor)
         if height % factor or width % factor:
-            raise UserError(f"image size {height}x{width} is not a multiple of {factor} pixels on each side")
+            near = "x".join(str(max(1, round(side / factor)) * factor) for side in (height, width))
+            raise UserError(
+                f"image size {height}x{width} is not a multiple of {factor} pixels on each side; take {near}"
+            )
         generators = [
             seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed) for seed in seeds
         ]
@@ -434,7 +437,7 @@ class DiffusionBackbone(FrozenModule, ABC):
                 )
             warnings.warn(
                 f"prompt '{prompt}' is longer than {self.max_prompt_length} tokens; dropped "
-                f"'{tokenizer.decode(dropped).strip()}'",
+                f"'{tokenizer.decode(dropped).strip()}': shorten it",
                 stacklevel=2,
             )
             rows[index] = [*ids[:last], ids[-1]]

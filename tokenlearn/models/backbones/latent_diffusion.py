@@ -42,7 +42,9 @@ def ddpm_process(scheduler: Any, pretrained: str) -> DiscreteProcess:  # noqa: A
                 "family; choose another model.backbone.class_path"
             )
     if (prediction := config["prediction_type"]) not in _KINDS:
-        raise UserError(f"the network of '{pretrained}' predicts '{prediction}', not {', '.join(_KINDS)}")
+        raise UserError(
+            f"the network of '{pretrained}' predicts '{prediction}', not {', '.join(_KINDS)}; give another model"
+        )
     # Not every scheduler keeps alphas_cumprod as in training (Euler's are changed for zero terminal SNR).
     schedule_class: Any = DDPMScheduler
     return DiscreteProcess(schedule_class.from_config(config).alphas_cumprod, _KINDS[prediction])

@@ -135,7 +135,9 @@ def save_embedding(
     # A copy: safetensors refuses views of one storage, and the bank's rows are views.
     copies = [(tensor.detach() * scale).to("cpu").float().contiguous().clone() for tensor in vectors]
     if not all(tensor.isfinite().all() for tensor in copies):
-        raise UserError(f"the vectors of '{token}' are not finite; '{target}' was not written")
+        raise UserError(
+            f"the vectors of '{token}' are not finite, so '{target}' was not written; export an earlier checkpoint"
+        )
     family: Family = sdxl if len(copies) > 1 else _FAMILIES[format]
     entries = {**metadata, "token": token, "format": "pt"}
     if space != "input":
@@ -221,7 +223,10 @@ def _loaded(content: Content, source: Path, token: str | None) -> EmbeddingFile:
     if outputs.VERSION_KEY in content.tensors:
         return EmbeddingFile(name, vectors, content.metadata, source, _output_space(content, source))
     if len({len(tensor) for tensor in vectors}) > 1:
-        raise UserError(f"'{source}' has {len(vectors[0])} vectors for CLIP-L but {len(vectors[1])} for CLIP-G")
+        raise UserError(
+            f"'{source}' has {len(vectors[0])} vectors for CLIP-L and {len(vectors[1])} for CLIP-G, expected as many "
+            "of each; copy or export it again"
+        )
     return EmbeddingFile(name, vectors, content.metadata, source)
 
 
@@ -230,7 +235,9 @@ def _read(source: Path) -> Content:
     if source.suffix == SAFETENSORS:
         return _read_safetensors(source)
     if source.suffix not in pickles.SUFFIXES:
-        raise UserError(f"'{source}' is not an embedding file; expected {SAFETENSORS}, {', '.join(pickles.SUFFIXES)}")
+        raise UserError(
+            f"'{source}' is not an embedding file; give one that ends in {SAFETENSORS}, {', '.join(pickles.SUFFIXES)}"
+        )
     stored = pickles.read_pickle(source, _MOST_BYTES)
     if isinstance(stored, Tensor):
         return Content({a1111.KEY: stored})
@@ -256,7 +263,9 @@ def _find(keys: frozenset[str], source: Path) -> Found:
         if (found := family.find(keys, source)) is not None:
             return found
     names = ", ".join(shown(key)[1:-1] for key in sorted(keys)[:6])
-    raise UserError(f"'{source}' has the keys {names}; expected one tensor, or {' and '.join(sdxl.KEYS)}")
+    raise UserError(
+        f"'{source}' has the keys {names}; expected one tensor, or {' and '.join(sdxl.KEYS)}: give an embedding file"
+    )
 
 
 def _output_space(content: Content, source: Path) -> Space:
