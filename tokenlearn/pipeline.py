@@ -315,13 +315,18 @@ class Pipeline:
         return latents, {"solver": made, "generators": generators}
 
     def sample_trajectory(
-        self, prompts: Sequence[str], seeds: Sequence[int], *, solver: str | ReversibleSolver | None = None
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        solver: str | ReversibleSolver | None = None,
+        share: float = 1.0,
     ) -> Trajectory:
-        """Latents on the way to images of B prompts and seeds, without a gradient; ``solver`` as above."""
+        """Latents on a share of the way to images of B prompts and seeds, without a gradient; ``solver`` as above."""
         with torch.no_grad():
             model = self.guided_model(self.encode(prompts))
         latents, start = self._start(seeds, None, solver)
-        return sample_trajectory(model, latents, **start)
+        return sample_trajectory(model, latents, share=share, **start)
 
     def generate_latents(
         self,

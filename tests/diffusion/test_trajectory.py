@@ -37,6 +37,24 @@ def test_the_latents_are_those_between_the_steps(backbone, model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["DDIM", "EulerAncestralDiscrete", "DPMSolverMultistep", "HeunDiscrete"])
+def test_a_share_of_the_way_is_its_beginning(backbone, model, name):
+    def trajectory(**share):
+        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        return sample_trajectory(
+            model, noise(), solver=backbone.make_solver(name, STEPS), generators=generators, **share
+        )
+
+    whole = trajectory()
+    assert whole.total == len(whole.timesteps)
+    for share, number in ((0.5, round(0.5 * whole.total)), (0.01, 1)):
+        part = trajectory(share=share)
+        assert part.total == whole.total
+        assert part.timesteps.tolist() == whole.timesteps[:number].tolist()
+        assert torch.equal(part.latents, whole.latents[:number])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["DDIM", "EulerDiscrete", "HeunDiscrete"])
 def test_the_last_prediction_is_the_image_of_any_scheduler(backbone, model, name):
     """From the last noise level all solvers step to the prediction, but for the noise that is left."""

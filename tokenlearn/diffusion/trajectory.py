@@ -22,10 +22,12 @@ class Trajectory:
     Attributes:
         latents: (S, B, C, h, w) latents at S noise levels, as the network takes them.
         timesteps: (S,) noise levels, from the noisiest on.
+        total: number of noise levels of the whole way, of which these are the first.
     """
 
     latents: Tensor
     timesteps: Tensor
+    total: int
 
     def predict_clean(self, model: Model, indices: Tensor) -> Tensor:
         """Clean latents (B, C, h, w) that the model predicts from a noise level of each sample.
@@ -44,12 +46,30 @@ class Trajectory:
 
 @torch.no_grad()
 def sample_trajectory(
-    model: Model, latents: Tensor, *, solver: Solver, generators: list[torch.Generator] | None = None
+    model: Model,
+    latents: Tensor,
+    *,
+    solver: Solver,
+    generators: list[torch.Generator] | None = None,
+    share: float = 1.0,
 ) -> Trajectory:
-    """Sample, and keep what the network saw; arguments as of :func:`tokenlearn.diffusion.sample`."""
+    """Sample a share of the way, and keep what the network saw.
+
+    Args:
+        model: as of :func:`tokenlearn.diffusion.sample`.
+        latents: noise, as there.
+        solver: as there.
+        generators: as there.
+        share: of the noise levels, from the noisiest on; at least one is sampled.
+    """
     recorder = _Recorder(model)
-    sample(recorder, latents, solver=solver, generators=generators)
-    return Trajectory(torch.stack(recorder.latents), torch.stack(recorder.timesteps))
+    total = len(solver.timesteps)
+    number = max(1, round(share * total))
+    # A timestep that comes twice, as with second-order schedulers, does not say where to stop.
+    stops = number < total and len(set(solver.timesteps)) == total
+    end = solver.timesteps[number] if stops else None
+    sample(recorder, latents, solver=solver, generators=generators, to_timestep=end)
+    return Trajectory(torch.stack(recorder.latents)[:number], torch.stack(recorder.timesteps)[:number], total)
 
 
 class _Recorder:

@@ -55,7 +55,7 @@ class OneStepImages:
             self._trajectory = self._sample(pipeline, self.source, solver)
         trajectory, source = self._trajectory, self.source
         generator = torch.Generator().manual_seed(batch.seeds[0])  # every batch of every process has other seeds
-        indices = self.gradient.indices(len(trajectory.timesteps), len(source.seeds), generator)
+        indices = self.gradient.indices(trajectory.total, len(source.seeds), generator)
         model = pipeline.guided_model(pipeline.encode(self._prompts(source)))
         clean = trajectory.predict_clean(model, indices.to(trajectory.latents.device))
         return pipeline.backbone.decode_latents(clean), source
@@ -68,7 +68,10 @@ class OneStepImages:
         assert self._bank is not None
         for vector, then in zip(self._bank.vectors, self._vectors, strict=True):
             vector.copy_(then)
-        return pipeline.with_tokens(self._bank).sample_trajectory(self._prompts(source), source.seeds, solver=solver)
+        tokens_then = pipeline.with_tokens(self._bank)
+        return tokens_then.sample_trajectory(
+            self._prompts(source), source.seeds, solver=solver, share=self.gradient.end
+        )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs to sample the same latents again: the batch and the tokens, not the latents."""
