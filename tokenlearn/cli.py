@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -35,8 +35,10 @@ from tokenlearn.callbacks import (
     ReportWriter,
     ResultWriter,
     RunConfig,
+    RunLogger,
     RunProgress,
     StepGuard,
+    WholeCheckpoints,
 )
 from tokenlearn.callbacks.last_checkpoint import LAST
 from tokenlearn.callbacks.run_config import recorded, settings_hash
@@ -185,19 +187,21 @@ class TokenlearnCLI(LightningCLI):
         """
         folder = str(self.run_folder)
         if self._get(self.config_init, "trainer").logger in (None, True):
-            kwargs["logger"] = TensorBoardLogger(folder, name="", version="")
+            kwargs["logger"] = RunLogger(folder, name="", version="")
         settings = self._get(self.config_init, "trainer")
-        callbacks = settings.callbacks if isinstance(settings.callbacks, list) else [settings.callbacks]
-        own = [callback for callback in callbacks if callback is not None]
+        own = _as_list(settings.callbacks)
         shown = settings.enable_progress_bar is not False and not settings.barebones
         if shown and not any(isinstance(callback, ProgressBar) for callback in own):
             kwargs["callbacks"] = [*own, RunProgress()]
+        plugins = _as_list(settings.plugins)
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, WholeCheckpoints()]
         try:
             trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
         except (TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"a setting below trainer is not possible: {reason_of(error)}") from error
+            raise UserError(f"a setting below trainer is not possible; correct it: {reason_of(error)}") from error
         for callback in trainer.checkpoint_callbacks:
             if not isinstance(callback, ModelCheckpoint):
                 continue
@@ -319,7 +323,14 @@ class TokenlearnCLI(LightningCLI):
                     f"{progress[0]} of {progress[1]} images are done; the same command with --output_dir "
                     f"{self.run_folder} makes the others"
                 )
-        return f"'{self.subcommand}' is not finished"
+        return f"'{self.subcommand}' is not finished; the same command begins anew"
+
+
+def _as_list(value: Any) -> list[Any]:  # noqa: ANN401 - any setting
+    """One object, several or none, as a list."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def _is_first_process() -> bool:

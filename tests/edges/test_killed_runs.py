@@ -156,6 +156,13 @@ def test_stopped_fit(fit, folder, uninterrupted, capsys, interrupt, step, place)
     assert_same(expected, found)
 
 
+def test_a_fit_that_has_no_steps_left_leaves_everything_in_a_new_folder(fit, folder, uninterrupted):
+    assert fit("finished", "--ckpt_path", folder / "whole" / "checkpoints" / "last.ckpt") == 0
+    found = results(folder / "finished")
+    assert not found.pop("sheets")
+    assert_same({name: value for name, value in uninterrupted.items() if name != "sheets"}, found)
+
+
 def test_changed_settings_of_the_optimizer_apply(fit, folder, uninterrupted, capsys):
     last = folder / "whole" / "checkpoints" / "last.ckpt"
     scheduler = {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR", "init_args": {"T_max": 20}}

@@ -10,6 +10,7 @@ from tokenlearn.callbacks.result_writer import ResultWriter
 from tokenlearn.callbacks.run_config import RunConfig
 from tokenlearn.callbacks.run_progress import RunProgress
 from tokenlearn.callbacks.step_guard import StepGuard
+from tokenlearn.callbacks.whole_files import RunLogger, WholeCheckpoints
 
 __all__ = [
     "EmbeddingExport",
@@ -20,6 +21,8 @@ __all__ = [
     "ReportWriter",
     "ResultWriter",
     "RunConfig",
+    "RunLogger",
     "RunProgress",
     "StepGuard",
+    "WholeCheckpoints",
 ]

@@ -104,7 +104,7 @@ class LastCheckpoint(Checkpoint):
             progress["is_last_batch"] = False
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Bring the best checkpoints so far into this run's folder; Lightning forgets them in another folder."""
+        """Bring the last and the best checkpoints into this run's folder; Lightning forgets them in another folder."""
         for callback in trainer.checkpoint_callbacks:
             if not isinstance(callback, ModelCheckpoint) or callback.dirpath is None:
                 continue
@@ -113,7 +113,10 @@ class LastCheckpoint(Checkpoint):
                 continue
             local = "://" not in str(callback.dirpath)
             if trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero and local:
-                state = _moved(state, Path(callback.dirpath), Path(str(trainer.ckpt_path)).parent)
+                resumed_from, folder = Path(str(trainer.ckpt_path)), Path(callback.dirpath)
+                state = _moved(state, folder, resumed_from.parent)
+                if resumed_from.is_file() and not (folder / LAST).is_file():  # a fit without steps left writes none
+                    _copy(resumed_from, folder / LAST)
             checkpoint["callbacks"][callback.state_key] = trainer.strategy.broadcast(state) | {
                 "dirpath": callback.dirpath
             }
@@ -140,6 +143,12 @@ def _validation_may_follow(trainer: L.Trainer, batch_idx: int) -> bool:
     return (batch_idx + 1) % interval == 0 or (trainer.fit_loop.total_batch_idx + 1) % interval == 0
 
 
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file, whole or not at all."""
+    with atomic_write(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
 def _moved(state: dict[str, Any], folder: Path, resumed_from: Path) -> dict[str, Any]:
     """The state of a ModelCheckpoint with its checkpoints copied to another folder.
 
@@ -154,13 +163,15 @@ def _moved(state: dict[str, Any], folder: Path, resumed_from: Path) -> dict[str,
         for source in (resumed_from / target.name, Path(path)):
             if path and source.is_file():
                 if source.resolve() != target.resolve():
-                    with atomic_write(target) as temporary:
-                        shutil.copyfile(source, temporary)
+                    _copy(source, target)
                 moved[path] = str(target)
                 break
         else:
             if path:
-                notice(f"the best checkpoint so far, '{path}', is gone; only later ones are compared")
+                notice(
+                    f"the best checkpoint so far, '{path}', is gone, so only later ones are compared; put it back and "
+                    "continue again to compare it too"
+                )
     best = moved.get(state["best_model_path"], "")
     return state | {
         "best_model_path": best,
