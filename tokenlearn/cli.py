@@ -44,7 +44,7 @@ from tokenlearn.configs import asks_for_help, given_settings
 from tokenlearn.errors import UserError, reason_of
 from tokenlearn.evaluation import Evaluation, evaluates, evaluation_of
 from tokenlearn.files import check_writable, new_folder, refuse_remote, remove_leftovers
-from tokenlearn.notices import notice
+from tokenlearn.notices import is_first_process, notice
 from tokenlearn.quiet import quiet
 from tokenlearn.run_checks import check_command
 from tokenlearn.setting_checks import Section, check_settings
@@ -163,9 +163,9 @@ class TokenlearnCLI(LightningCLI):
             self.run_folder = Path(config.output_dir).expanduser()
         else:
             self.run_folder = Path("outputs", self.name, time.strftime("%Y-%m-%d_%H-%M-%S"))
-            if _is_first_process():
+            if is_first_process():
                 self.run_folder = new_folder(self.run_folder)
-        if _is_first_process():
+        if is_first_process():
             check_writable(self.run_folder)  # before models are loaded, not after training
             remove_leftovers(self.run_folder)
         if self.subcommand == "fit":
@@ -320,11 +320,6 @@ class TokenlearnCLI(LightningCLI):
                     f"{self.run_folder} makes the others"
                 )
         return f"'{self.subcommand}' is not finished"
-
-
-def _is_first_process() -> bool:
-    """Whether this process writes the files of the run; before there is a trainer."""
-    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def _last_of(output_dir: str | None) -> str | None:

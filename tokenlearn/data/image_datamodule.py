@@ -17,7 +17,7 @@ from tokenlearn.data.broken_images import broken_rows
 from tokenlearn.data.image_samples import ImageLoader, ImageReading, ImageSample, collate_images
 from tokenlearn.data.image_source import ImageSource, is_portraits, open_images
 from tokenlearn.data.interfaces import ImageConsumer, LabelledImages, consumer_of, trainer_of
-from tokenlearn.data.labels import Label, LabelColumns, check_label_values, read_labels
+from tokenlearn.data.labels import Label, LabelColumns, check_first_label_values, check_label_values, read_labels
 from tokenlearn.data.latent_cache import LatentCache, LatentCaching, build_latents, in_full_batches
 from tokenlearn.data.pixels import unit_range
 from tokenlearn.data.prefetch import prefetch
@@ -130,6 +130,8 @@ class ImageDataModule(L.LightningDataModule, LabelledImages):
         may_skip = self.images.broken == "skip" and self.streaming and not self._found.portraits
         self._load = ImageLoader(self.source, self.images, self._labels, size, may_skip, self.seed)
         if self.streaming:
+            if not self._found.portraits:
+                check_first_label_values(self._found.open(), self._labels)
             self._parts = streamed_parts(self._found.open, dataset, keep=self.keep, held_out=self.held_out)
         else:
             if not self._found.portraits:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from tokenlearn.data.pixels import warn_of_left_out
 from tokenlearn.errors import UserError, reason_of
+from tokenlearn.notices import warn_once
 from tokenlearn.paths import resolve
 
 _PORTRAITS = "portraits:"
@@ -133,9 +133,9 @@ def _built(path: Path, source: str, split: str, streaming: bool) -> tuple[Callab
         builder.download_and_prepare()
         rows = builder.as_dataset(split=split)
         if images is not None and split == name and len(rows) < images:
-            warnings.warn(
-                f"left out of '{source}': {images - len(rows)} of {images} images, which have no row in the metadata",
-                stacklevel=2,
+            warn_once(
+                f"left out of '{source}': {images - len(rows)} of {images} images, which have no row in the metadata; "
+                "add their rows, or remove them"
             )
         return rows
 
