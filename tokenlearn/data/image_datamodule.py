@@ -205,12 +205,21 @@ class ImageDataModule(L.LightningDataModule, LabelledImages):
         return size
 
     def _usable_rows(self, dataset: Any, found: ImageSource) -> np.ndarray:  # noqa: ANN401 - datasets has no types
-        """Positions of the rows whose images are not broken; warns of broken ones among the rows in use."""
+        """Positions of the rows whose images are not broken; warns of broken ones among the rows in use.
+
+        Raises:
+            UserError: if all of them are broken.
+        """
         used = kept_mask(dataset, self.keep, "keep")
         if self.held_out.transfer:
             used |= kept_mask(dataset, self.held_out.transfer_keep, "held_out.transfer_keep")
         faults = broken_rows(dataset, found, self.images, self.source, self.num_workers)
         broken = {index: reason for index, reason in faults.items() if used[index]}
+        if broken and len(broken) == used.sum():
+            raise UserError(
+                f"none of the {len(broken)} images in '{self.source}' can be used, such as "
+                f"{next(iter(broken.values()))}; remove or replace them"
+            )
         if broken:
             rank_zero_warn(
                 f"skipped {len(broken)} of the images in '{self.source}' that cannot be used, such as "

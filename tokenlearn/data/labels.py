@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tokenlearn.data.sources import read_rows
 from tokenlearn.errors import UserError, shown
 from tokenlearn.notices import warn_once
 
@@ -84,11 +85,12 @@ class Label:
         value = self.value(row[self.column])
         if value is None or value == -1 or value != value:
             return UNKNOWN
-        if self.stored_names and value in range(len(self.stored_names)):
+        if self.stored_names and 0 <= value < len(self.stored_names):
             value = self.stored_names[value]
         if isinstance(value, str) and value in self.classes:
             return self.classes.index(value)
-        if isinstance(value, bool | int | float) and value in range(len(self.classes) or _MOST_CLASSES):
+        most = len(self.classes) or _MOST_CLASSES
+        if isinstance(value, bool | int | float) and 0 <= value < most and value == int(value):
             return int(value)
         expected = f"one of {', '.join(self.classes)}" if self.classes else "a class index or true or false"
         raise UserError(
@@ -145,7 +147,7 @@ def check_first_label_values(stream: Any, labels: Sequence[Label]) -> None:  # n
     plain = [label for label in labels if not label.stored_names]
     if not plain:
         return
-    rows = list(stream.select_columns(sorted({label.column for label in plain})).take(_FIRST_ROWS))
+    rows = list(read_rows(stream.select_columns(sorted({label.column for label in plain})).take(_FIRST_ROWS)))
     for label in plain:
         if _lacks_zero(label.value(row[label.column]) for row in rows):
             warn_once(
@@ -213,6 +215,6 @@ def feature_of(dataset: Any, column: str, setting: str) -> Any:  # noqa: ANN401 
     if column not in dataset.features:
         raise UserError(
             f"data.{setting} names column '{column}', which the data do not have; they have "
-            f"{', '.join(sorted(dataset.features))}"
+            f"{', '.join(map(shown, sorted(dataset.features)))}"
         )
     return dataset.features[column]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from tokenlearn.errors import reason_of
@@ -112,7 +112,10 @@ def read_image(encoded: Mapping[str, Any] | None, min_size: int = 1) -> Image.Im
     """
     if encoded is None:
         raise ValueError("no image")
-    image: Image.Image = _decoder().decode_example(encoded)
+    try:
+        image: Image.Image = _decoder().decode_example(encoded)
+    except UnidentifiedImageError:  # its message has an address in memory
+        raise ValueError("its bytes are not an image of a known format") from None
     if min(image.size) < min_size:
         raise ValueError(f"{image.width}x{image.height} pixels, below data.images.min_size {min_size}")
     return to_rgb(image)

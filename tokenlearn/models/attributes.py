@@ -96,6 +96,24 @@ def check_class_names(attribute: LabelledAttribute, found: Sequence[str], fix: s
         )
 
 
+def check_class_range(classes: Tensor, attributes: Sequence[LabelledAttribute]) -> None:
+    """Refuse class indices that an attribute does not have.
+
+    Args:
+        classes: (B, A) class of each of A attributes, -1 where it is not known.
+        attributes: A attributes.
+
+    Raises:
+        UserError: naming the first attribute whose classes are too few.
+    """
+    for attribute, largest in zip(attributes, classes.amax(dim=0).tolist(), strict=True):
+        if largest >= len(attribute.class_names):
+            raise UserError(
+                f"the data have class {largest} of '{attribute.name}', whose {len(attribute.class_names)} classes "
+                f"in the model are numbered from 0; name all of them in model.attributes.{attribute.name}"
+            )
+
+
 def _is_reordered(names: Sequence[str], expected: Sequence[str]) -> bool:
     """Whether a name is expected at another place, or the first of two classes is present and the second absent."""
     places = {_plain(name): place for place, name in enumerate(expected)}
