@@ -46,7 +46,7 @@ from tokenlearn.configs import asks_for_help, given_settings
 from tokenlearn.errors import UserError, reason_of
 from tokenlearn.evaluation import Evaluation, evaluates, evaluation_of
 from tokenlearn.files import check_writable, new_folder, refuse_remote, remove_leftovers
-from tokenlearn.notices import notice
+from tokenlearn.notices import is_first_process, notice
 from tokenlearn.quiet import quiet
 from tokenlearn.run_checks import check_command
 from tokenlearn.setting_checks import Section, check_settings
@@ -165,9 +165,9 @@ class TokenlearnCLI(LightningCLI):
             self.run_folder = Path(config.output_dir).expanduser()
         else:
             self.run_folder = Path("outputs", self.name, time.strftime("%Y-%m-%d_%H-%M-%S"))
-            if _is_first_process():
+            if is_first_process():
                 self.run_folder = new_folder(self.run_folder)
-        if _is_first_process():
+        if is_first_process():
             check_writable(self.run_folder)  # before models are loaded, not after training
             remove_leftovers(self.run_folder)
         if self.subcommand == "fit":
@@ -331,11 +331,6 @@ def _as_list(value: Any) -> list[Any]:  # noqa: ANN401 - any setting
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
-
-
-def _is_first_process() -> bool:
-    """Whether this process writes the files of the run; before there is a trainer."""
-    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def _last_of(output_dir: str | None) -> str | None:

@@ -18,9 +18,10 @@ _WARNINGS = (
     ".*module\\(s\\) in eval mode.*",  # the frozen models are in eval mode on purpose
 )
 _LOGGERS = (
-    "utilities.rank_zero",
-    "trainer.connectors.signal_connector",
-    "trainer.connectors.checkpoint_connector",
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.pytorch.trainer.connectors.signal_connector",
+    "lightning.pytorch.trainer.connectors.checkpoint_connector",
+    "datasets.packaged_modules.parquet.parquet",
 )
 _LOG_MESSAGES = (
     "litlogger",  # an advertisement
@@ -28,16 +29,17 @@ _LOG_MESSAGES = (
     "`Trainer.fit` stopped: `max_(steps|epochs)=",  # the end that was asked for
     "`weights_only` was not set",  # of every checkpoint that is written
     "Received SIGTERM",  # the command line says what stopped the run
+    "Failed to read (file|schema)",  # in several lines, what the error says
 )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide messages of Lightning that do not apply here, and what :func:`quiet_models` hides.
+    """Hide messages of Lightning and datasets that do not apply here, and what :func:`quiet_models` hides.
 
     Warning filters, log levels and progress bars are as before after the block.
     """
-    loggers = [logging.getLogger(f"lightning.pytorch.{name}") for name in _LOGGERS]
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
     applies = partial(_applies)  # an object of this call, so that blocks may be nested
     for logger in loggers:
         logger.addFilter(applies)
@@ -69,5 +71,5 @@ def quiet_models() -> Iterator[None]:
 
 
 def _applies(record: logging.LogRecord) -> bool:
-    """False for log messages of Lightning that say nothing."""
+    """False for log messages that say nothing."""
     return not re.search("|".join(_LOG_MESSAGES), str(record.msg))

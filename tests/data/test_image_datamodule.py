@@ -451,7 +451,7 @@ HAIR = {"hair": "hair"}
         (lambda: {"keep": {"hair": ["green"]}}, " 0 usable"),
         (lambda: {"images": ImageReading(size=15)}, "data.images.size 15 .* 2 .* 16"),
         (lambda: {"images": ImageReading(size=0)}, "data.images.size .* 1, got 0"),
-        (lambda: {"images": ImageReading(min_size=500)}, " 0 usable"),
+        (lambda: {"images": ImageReading(min_size=500)}, "none of the 13 images"),
         (lambda: {"batch_size": 0}, "data.batch_size .* 1, got 0"),
         (lambda: {"num_workers": -1}, "data.num_workers .* 0, got -1"),
         (lambda: {"held_out": HeldOut(0, COUNT)}, f" {COUNT} usable"),
@@ -496,7 +496,7 @@ def test_a_folder_without_images_is_named(tmp_path, name):
 def test_a_folder_of_broken_images_is_an_error(tmp_path):
     (tmp_path / "faces").mkdir()
     spoil(tmp_path / "faces")
-    with pytest.raises(UserError, match=" 0 usable"):
+    with pytest.raises(UserError, match=r"none of the 3 images in .* can be used"):
         module(tmp_path / "faces")
 
 

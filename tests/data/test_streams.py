@@ -106,11 +106,21 @@ def test_the_warning_does_not_wait_for_a_batch_too_many():
         next(iter(stream))
 
 
-def test_nothing_but_broken_images_is_an_error(monkeypatch):
-    monkeypatch.setattr("tokenlearn.data.streams._MOST_SKIPPED_IN_A_ROW", 50)
+@pytest.mark.parametrize(("most", "found"), [(30, 30), (1000, 2 * ROWS + 1)])
+def test_nothing_but_broken_images_is_an_error(monkeypatch, most, found):
+    """After a number of images in a row, or once none of a whole pass could be used."""
+    monkeypatch.setattr("tokenlearn.data.streams._MOST_SKIPPED_IN_A_ROW", most)
     stream = loader("shuffled", load=lambda item: Skipped("a.png", "cut off"), may_skip=True)
-    with pytest.raises(UserError, match=r"50 .*'a.png' \(cut off\)"):
+    with pytest.raises(UserError, match=rf"none of {found} .*'a.png' \(cut off\)"):
         list(stream)
+
+
+def test_one_image_that_can_be_used_is_enough():
+    stream = loader(
+        "shuffled", load=lambda item: number(item) if number(item) == 3 else Skipped("a", ""), may_skip=True
+    )
+    with pytest.warns(UserWarning, match="skipped"):
+        assert {int(value) for batch in stream for value in batch} == {3}
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -176,6 +176,18 @@ def pickle_cases(trace):
             yield f"{kind}: {name}", pickled({"emb_params": value}, legacy)
         for name, token in tokens():
             yield f"{kind}: {name}", pickled({"string_to_param": {"*": GOOD}, "name": token}, legacy)
+        for name, value in {
+            "a number for a tensor": {"emb_params": 3},
+            "a list for a tensor": {"emb_params": [[0.0] * WIDTH]},
+            "a dict for a tensor": {"emb_params": {"a": GOOD}},
+            "counts that differ": {"clip_l": GOOD, "clip_g": GOOD[:1]},
+            "an outputs file without vectors": {"format": torch.tensor([1])},
+            "an outputs file of another version": {"format": torch.tensor([9]), "output_0": GOOD},
+            "outputs that lack one": {"format": torch.tensor([1]), "output_1": GOOD},
+            "two tensors": {"a": GOOD, "b": GOOD},
+            "an empty key": {"": GOOD, " ": GOOD},
+        }.items():
+            yield f"{kind}: {name}", pickled(value, legacy)
         whole = pickled({"emb_params": GOOD}, legacy)
         for size in (0, 1, 2, 10, len(whole) // 2, len(whole) - 30):
             yield f"{kind}: cut at {size}", whole[:size]
@@ -224,7 +236,7 @@ def test_every_malformed_embedding_file_is_one_line(tmp_path, capsys):
     with capsys.disabled():
         print(f"\n{len(cases)} malformed embedding files, {len(failures)} not refused in one line, +{grown:.0f} MiB")
     assert not failures
-    assert len(cases) >= 200
+    assert len(cases) >= 300
     assert not os.path.exists(trace)
     assert grown < 600
 

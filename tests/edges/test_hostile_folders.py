@@ -1,6 +1,8 @@
 """Malformed model folders and images: one short line each, and one bad image does not stop the others."""
 
+import io
 import json
+import re
 import struct
 import warnings
 import zlib
@@ -14,11 +16,13 @@ from PIL import Image
 from tests.command_line import error_of
 from tests.edges.model_folders import WEIGHTS, copied
 from tests.tiny import tiny_classifier
-from tests.tiny_clip import tiny_clip
+from tests.tiny_clip import tiny_aesthetic_head, tiny_clip
 from tokenlearn.data.images_to_edit import FolderImages
+from tokenlearn.data.pixels import read_image
 from tokenlearn.errors import UserError
 from tokenlearn.main import main
 from tokenlearn.models import StableDiffusion
+from tokenlearn.models.aesthetic import AestheticHead
 from tokenlearn.models.classifier import TimmClassifier
 from tokenlearn.models.clip import ClipModel
 from tokenlearn.pipeline import Pipeline
@@ -54,6 +58,8 @@ def sweep(load, whole, files):
     for file in files:
         good = (whole / file).read_bytes()
         kinds = BROKEN_JSON if file.endswith(".json") else BROKEN_WEIGHTS
+        if file.endswith(".safetensors"):
+            kinds = kinds | {f"cut at {size}": good[:size] for size in (7, 100, len(good) // 2, len(good) - 1)}
         for kind, content in kinds.items():
             (whole / file).write_bytes(content)
             tried += 1
@@ -78,16 +84,68 @@ def test_every_malformed_pipeline_is_one_line(tiny_models, tmp_path, capsys):
     with capsys.disabled():
         print(f"\n{tried} malformed pipelines, {len(failures)} not refused in one line")
     assert not failures
-    assert tried >= 40
+    assert tried >= 60
+
+
+WRONG_VALUES = {
+    "unet/config.json": {
+        "block_out_channels": ["4", None, [], [4], {}],
+        "sample_size": ["8", None, {}],
+        "down_block_types": ["DownBlock2D", ["NoBlock"], None],
+        "norm_num_groups": [3, "2", {}],
+        "cross_attention_dim": [None, "x", -1],
+        "layers_per_block": [7, "1", None],
+    },
+    "vae/config.json": {
+        "block_out_channels": ["4", None, [], [4]],
+        "latent_channels": [5, "4", None],
+        "scaling_factor": ["x", None, 0, [1], float("nan"), float("inf")],
+        "shift_factor": ["x", float("nan")],
+    },
+    "text_encoder/config.json": {
+        "hidden_size": [17, "16", None, 0],
+        "num_hidden_layers": [9, "2", None],
+        "max_position_embeddings": [5, None, "77"],
+        "vocab_size": [3, None],
+    },
+    "scheduler/scheduler_config.json": {
+        "beta_start": ["x", None, float("nan")],
+        "beta_schedule": ["nonsense", None, 3],
+        "num_train_timesteps": [0, -1, "x", None],
+        "prediction_type": ["nonsense", None, 3],
+    },
+    "tokenizer/tokenizer_config.json": {"model_max_length": ["x", 0, -5]},
+}
+"""Values in the files of a pipeline that are of another type, or no model has."""
+
+
+def test_every_wrong_value_in_a_pipeline_is_one_line(tiny_models, tmp_path, capsys):
+    whole = copied(tiny_models / "pipeline", tmp_path / "pipeline")
+    failures, tried = {}, 0
+    for file, settings in WRONG_VALUES.items():
+        good = (whole / file).read_text()
+        for name, values in settings.items():
+            for value in values:
+                (whole / file).write_text(json.dumps(json.loads(good) | {name: value}))
+                tried += 1
+                if (found := line_of(StableDiffusion, whole)) is not None:
+                    failures[f"{file}: {name} of {value!r}"] = found
+        (whole / file).write_text(good)
+    with capsys.disabled():
+        print(f"\n{tried} pipelines with a wrong value, {len(failures)} not refused in one line")
+    assert not failures
+    assert tried >= 50
 
 
 def test_every_malformed_classifier_and_clip_is_one_line(tmp_path, capsys):
     tried, failures = 0, {}
     classifier = tiny_classifier(tmp_path / "classifier", ["hat", "beard"])
     clip = tiny_clip(tmp_path / "clip")
+    head = tiny_aesthetic_head(tmp_path / "head", str(clip))
     for load, folder, files in (
         (TimmClassifier, classifier, ["config.json", "model.safetensors"]),
-        (ClipModel, clip, ["config.json", "preprocessor_config.json", "model.safetensors"]),
+        (ClipModel, clip, ["config.json", "preprocessor_config.json", "model.safetensors", "vocab.json"]),
+        (AestheticHead, head, ["config.json", "model.safetensors"]),
     ):
         found, count = sweep(load, folder, [file for file in files if (folder / file).is_file()])
         failures |= found
@@ -107,6 +165,20 @@ def png(width, height, data=b""):
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+
+FORMATS = {
+    ".jpeg": "JPEG",
+    ".gif": "GIF",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".ppm": "PPM",
+    ".ico": "ICO",
+    ".jp2": "JPEG2000",
+    ".dds": "DDS",
+    ".apng": "PNG",
+}
 
 
 def bad_images(folder):
@@ -130,6 +202,14 @@ def bad_images(folder):
         "nothing.png": png(0, 0),
     }
     contents |= {f"cut-{size}.png": whole[:size] for size in (1, 8, 30, 100, 1000)}
+    for suffix, form in FORMATS.items():
+        file = io.BytesIO()
+        Image.fromarray(noise).save(file, form, lossless=True)
+        whole = file.getvalue()
+        for part in (0, 0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.95):
+            contents[f"part-{part:g}{suffix}"] = whole[: int(part * len(whole))]
+        contents[f"words{suffix}"] = b"words " * 50
+        contents[f"zeros{suffix}"] = bytes(5000)
     for name, content in contents.items():
         (folder / name).write_bytes(content)
     Image.new("RGB", (3000, 10)).save(folder / "thin.png")
@@ -149,10 +229,18 @@ def test_every_bad_image_is_one_line(tmp_path, capsys):
             found = line_of(lambda _, index=index: images[index], "")
         if found is not None:
             failures[name] = found
+        try:
+            read_image({"bytes": images.path(index).read_bytes(), "path": None}, min_size=2)
+        except Exception as error:  # decoders raise errors of many kinds, which the caller names the image with
+            if re.search(r"0x[0-9a-f]{6}", str(error)):
+                failures[name] = f"an address in {error}"
+        else:
+            if name not in ("thin", "tall"):  # which are cropped to a square
+                failures[name] = "read for training"
     with capsys.disabled():
         print(f"\n{len(names)} bad images, {len(failures)} not refused in one line")
     assert not failures
-    assert len(names) >= 20
+    assert len(names) >= 100
 
 
 def test_formats_without_pixels_are_no_images(tmp_path):

@@ -17,7 +17,7 @@ from tokenlearn.data.broken_images import broken_rows
 from tokenlearn.data.image_samples import ImageLoader, ImageReading, ImageSample, collate_images
 from tokenlearn.data.image_source import ImageSource, is_portraits, open_images
 from tokenlearn.data.interfaces import ImageConsumer, LabelledImages, consumer_of, trainer_of
-from tokenlearn.data.labels import Label, LabelColumns, check_label_values, read_labels
+from tokenlearn.data.labels import Label, LabelColumns, check_first_label_values, check_label_values, read_labels
 from tokenlearn.data.latent_cache import LatentCache, LatentCaching, build_latents, in_full_batches
 from tokenlearn.data.pixels import unit_range
 from tokenlearn.data.prefetch import prefetch
@@ -132,6 +132,8 @@ class ImageDataModule(L.LightningDataModule, LabelledImages):
         may_skip = self.images.broken == "skip" and self.streaming and not self._found.portraits
         self._load = ImageLoader(self.source, self.images, self._labels, size, may_skip, self.seed)
         if self.streaming:
+            if not self._found.portraits:
+                check_first_label_values(self._found.open(), self._labels)
             self._parts = streamed_parts(self._found.open, dataset, keep=self.keep, held_out=self.held_out)
         else:
             if not self._found.portraits:
@@ -205,12 +207,21 @@ class ImageDataModule(L.LightningDataModule, LabelledImages):
         return size
 
     def _usable_rows(self, dataset: Any, found: ImageSource) -> np.ndarray:  # noqa: ANN401 - datasets has no types
-        """Positions of the rows whose images are not broken; warns of broken ones among the rows in use."""
+        """Positions of the rows whose images are not broken; warns of broken ones among the rows in use.
+
+        Raises:
+            UserError: if all of them are broken.
+        """
         used = kept_mask(dataset, self.keep, "keep")
         if self.held_out.transfer:
             used |= kept_mask(dataset, self.held_out.transfer_keep, "held_out.transfer_keep")
         faults = broken_rows(dataset, found, self.images, self.source, self.num_workers)
         broken = {index: reason for index, reason in faults.items() if used[index]}
+        if broken and len(broken) == used.sum():
+            raise UserError(
+                f"none of the {len(broken)} images in '{self.source}' can be used, such as "
+                f"{next(iter(broken.values()))}; remove or replace them"
+            )
         if broken:
             rank_zero_warn(
                 f"skipped {len(broken)} of the images in '{self.source}' that cannot be used, such as "

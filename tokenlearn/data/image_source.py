@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenlearn.data.pixels import warn_of_left_out
-from tokenlearn.errors import UserError, reason_of
+from tokenlearn.errors import UserError, reason_of, shown
+from tokenlearn.notices import warn_once
 from tokenlearn.paths import resolve
 
 _PORTRAITS = "portraits:"
@@ -120,6 +121,8 @@ def _built(path: Path, source: str, split: str, streaming: bool) -> tuple[Callab
     name = re.split(r"[\[+]", split)[0]  # of 'train[:100]'
     if path.is_dir():
         builder, images = _folder_builder(path, name)
+    elif path.exists() and not path.is_file():
+        raise UserError(f"'{source}' is no regular file; set data.source to a folder, a parquet file or a hub id")
     elif path.suffix == ".parquet":
         builder = datasets.load_dataset_builder("parquet", data_files={name: str(path)})
     elif source.startswith((".", "/", "~")) or source.count("/") != 1:
@@ -135,10 +138,9 @@ def _built(path: Path, source: str, split: str, streaming: bool) -> tuple[Callab
         builder.download_and_prepare()
         rows = builder.as_dataset(split=split)
         if images is not None and split == name and len(rows) < images:
-            warnings.warn(
+            warn_once(
                 f"left out of '{source}': {images - len(rows)} of {images} images, which have no row in the "
-                "metadata; add rows, or remove the images",
-                stacklevel=2,
+                "metadata; add rows, or remove the images"
             )
         return rows
 
@@ -155,6 +157,9 @@ def _folder_builder(path: Path, name: str) -> tuple[Any, int | None]:
     warn_of_left_out(files, ImageFolder.EXTENSIONS, folder)
     images = [file for file in files if file.suffix.lower() in ImageFolder.EXTENSIONS and file.is_file()]
     if images:
+        for file in files:
+            if file.name == "metadata.jsonl":
+                _check_lines(file)
         if folder != path:
             _require_split(path, name, ImageFolder.EXTENSIONS)
         # All files, named: otherwise the loader takes words such as 'test' in their names for splits.
@@ -164,6 +169,21 @@ def _folder_builder(path: Path, name: str) -> tuple[Any, int | None]:
     if any(file.suffix.lower() == ".parquet" for file in files):
         return datasets.load_dataset_builder(str(path)), None
     raise UserError(f"no images in the folder '{folder}'; set data.source to a folder of PNG, JPEG or parquet files")
+
+
+def _check_lines(file: Path) -> None:
+    """Refuse a file of metadata whose lines are not all JSON objects; the loader's parser crashes at some of them."""
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise UserError(
+                    f"line {number} of '{file}' is {shown(line.strip())}, not a JSON object such as "
+                    '{"file_name": "a.png"}; correct it'
+                )
 
 
 def _require_split(path: Path, name: str, suffixes: Collection[str]) -> None:
@@ -198,7 +218,7 @@ def _encoded(dataset: Any, image_column: str) -> Any:  # noqa: ANN401 - either k
     if image_column not in dataset.features:
         raise UserError(
             f"the data have no column '{image_column}'; set data.images.column to one of "
-            f"{', '.join(sorted(dataset.features))}"
+            f"{', '.join(map(shown, sorted(dataset.features))) or 'theirs, of which they have none'}"
         )
     feature = dataset.features[image_column]
     stored = {"string", "large_string", "binary", "large_binary"}
@@ -210,12 +230,17 @@ def _encoded(dataset: Any, image_column: str) -> Any:  # noqa: ANN401 - either k
 @contextmanager
 def _explained(source: str, split: str) -> Iterator[None]:
     """Turn errors of loading, which are nearly always in the input, into one line."""
+    import datasets
+
     try:
         yield
     except UserError:
         raise
     except Exception as error:
+        generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        reason = reason_of(error.__cause__ if generating and isinstance(error.__cause__, Exception) else error)
+        if "BatchSize must be greater than 0" in reason:
+            reason = "it has no rows"
         raise UserError(
-            f"cannot load split '{split}' of the data '{source}' ({reason_of(error)}); check data.source and "
-            "data.split"
+            f"cannot load split '{split}' of the data '{source}' ({reason}); check data.source and data.split"
         ) from error

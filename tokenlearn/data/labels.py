@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokenlearn.errors import UserError
+from tokenlearn.data.sources import read_rows
+from tokenlearn.errors import UserError, shown
+from tokenlearn.notices import warn_once
 
 UNKNOWN = -1
 """Class index of an image whose class is not known."""
+
+_MOST_CLASSES = 2**31 - 1  # of a column of numbers, whose classes nothing names
+_FIRST_ROWS = 256
+_NO_ZERO = "-1 and 1 but no 0 for '{}', and -1 means that the class is not known; write 0 for absent and 1 for present"
 
 
 @dataclass(frozen=True)
@@ -79,15 +85,16 @@ class Label:
         value = self.value(row[self.column])
         if value is None or value == -1 or value != value:
             return UNKNOWN
-        if self.stored_names:
+        if self.stored_names and 0 <= value < len(self.stored_names):
             value = self.stored_names[value]
         if isinstance(value, str) and value in self.classes:
             return self.classes.index(value)
-        if isinstance(value, bool | int | float) and value in range(len(self.classes) or int(value) + 1):
+        most = len(self.classes) or _MOST_CLASSES
+        if isinstance(value, bool | int | float) and 0 <= value < most and value == int(value):
             return int(value)
         expected = f"one of {', '.join(self.classes)}" if self.classes else "a class index or true or false"
         raise UserError(
-            f"image '{name}' has '{value}' in column '{self.column}' for '{self.attribute}', not {expected}; "
+            f"image '{name}' has {shown(value)} in column '{self.column}' for '{self.attribute}', not {expected}; "
             "correct it, list it in data.labels.classes, or leave it empty if it is not known"
         )
 
@@ -126,12 +133,33 @@ def check_label_values(dataset: Any, labels: Sequence[Label]) -> None:  # noqa: 
         plain = isinstance(dataset.features[column], datasets.Value)
         rows = dataset.unique(column) if plain else dataset[column]
         for label in read:
-            numbers = {value for row in rows if isinstance(value := label.value(row), int | float)}
-            if {-1, 1} == {number for number in numbers if not math.isnan(number)}:
-                raise UserError(
-                    f"column '{column}' has -1 and 1 but no 0 for '{label.attribute}', and -1 means that the class is "
-                    "not known; write 0 for absent and 1 for present"
-                )
+            if _lacks_zero(label.value(row) for row in rows):
+                raise UserError(f"column '{column}' has {_NO_ZERO.format(label.attribute)}")
+
+
+def check_first_label_values(stream: Any, labels: Sequence[Label]) -> None:  # noqa: ANN401 - as above
+    """Warn of numbers -1 and 1 without 0 in the first rows of a stream; a 0 may follow.
+
+    Args:
+        stream: an ``IterableDataset``.
+        labels: labels of the data set.
+    """
+    plain = [label for label in labels if not label.stored_names]
+    if not plain:
+        return
+    rows = list(read_rows(stream.select_columns(sorted({label.column for label in plain})).take(_FIRST_ROWS)))
+    for label in plain:
+        if _lacks_zero(label.value(row[label.column]) for row in rows):
+            warn_once(
+                f"in the first {len(rows)} rows of the stream, column '{label.column}' has "
+                f"{_NO_ZERO.format(label.attribute)}"
+            )
+
+
+def _lacks_zero(values: Iterable[Any]) -> bool:
+    """Whether values are -1 and 1 alone, but for those that are no numbers."""
+    numbers = {value for value in values if isinstance(value, int | float)}
+    return {-1, 1} == {number for number in numbers if not math.isnan(number)}
 
 
 def _column_labels(
@@ -187,6 +215,6 @@ def feature_of(dataset: Any, column: str, setting: str) -> Any:  # noqa: ANN401 
     if column not in dataset.features:
         raise UserError(
             f"data.{setting} names column '{column}', which the data do not have; they have "
-            f"{', '.join(sorted(dataset.features))}"
+            f"{', '.join(map(shown, sorted(dataset.features)))}"
         )
     return dataset.features[column]

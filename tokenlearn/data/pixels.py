@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
@@ -11,8 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from tokenlearn.errors import reason_of
+from tokenlearn.notices import warn_once
 
 _LARGEST_OF_12_BITS = 2**12 - 1
 _LARGEST_OF_16_BITS = 2**16 - 1
@@ -80,12 +82,11 @@ def warn_of_left_out(files: Iterable[Path], readable: Collection[str], folder: s
             links.append(file)
     if unread:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
-        warnings.warn(f"left out of '{folder}': {kinds}; convert them to JPEG or PNG", stacklevel=2)
+        warn_once(f"left out of '{folder}': {kinds}; convert them to JPEG or PNG")
     if links:
-        warnings.warn(
+        warn_once(
             f"left out of '{folder}': {len(links)} links to folders, such as '{links[0].name}'; name the folders "
-            "themselves, or copy them",
-            stacklevel=2,
+            "themselves, or copy them"
         )
 
 
@@ -111,10 +112,39 @@ def read_image(encoded: Mapping[str, Any] | None, min_size: int = 1) -> Image.Im
     """
     if encoded is None:
         raise ValueError("no image")
-    image: Image.Image = _decoder().decode_example(encoded)
+    try:
+        image: Image.Image = _decoder().decode_example(encoded)
+    except UnidentifiedImageError:  # its message has an address in memory
+        raise ValueError("its bytes are not an image of a known format") from None
     if min(image.size) < min_size:
         raise ValueError(f"{image.width}x{image.height} pixels, below data.images.min_size {min_size}")
     return to_rgb(image)
+
+
+def readable_squares(encoded: Iterable[Mapping[str, Any] | None], size: int, most: int, source: str) -> list[Tensor]:
+    """The first images that can be decoded, as squares; others are left out with a warning.
+
+    Args:
+        encoded: images as of :func:`read_image`.
+        size: height and width in pixels.
+        most: number of images at most.
+        source: name of the data, for the warning.
+
+    Returns:
+        Pixels (size, size, 3) uint8 of each.
+    """
+    squares: list[Tensor] = []
+    reasons: list[str] = []
+    for image in encoded:
+        if len(squares) == most:
+            break
+        try:
+            squares.append(square_pixels(read_image(image), size))
+        except Exception as error:  # decoders raise errors of many kinds
+            reasons.append(reason_of(error))
+    if reasons:
+        warn_once(f"skipped {len(reasons)} of the images in '{source}' that cannot be used, such as ({reasons[0]})")
+    return squares
 
 
 @cache

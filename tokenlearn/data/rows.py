@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tokenlearn.data.labels import feature_of
-from tokenlearn.data.sources import Item, ItemSource, ShuffledSource, StreamedSource, items_below
+from tokenlearn.data.sources import Item, ItemSource, ShuffledSource, StreamedSource, items_below, read_rows
 from tokenlearn.errors import UserError, check_at_least
 
 Keep = dict[str, list[bool | int | str]]
@@ -96,7 +96,7 @@ class StreamedRows(Rows):
 
     def items(self) -> Iterator[Item]:
         """See :class:`Rows`."""
-        return (Item(0, index, row) for index, row in enumerate(self.open()))
+        return (Item(0, index, row) for index, row in enumerate(read_rows(self.open())))
 
     def source(self, seed: int, block_size: int) -> ItemSource:
         """See :class:`Rows`."""

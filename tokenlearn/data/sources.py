@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from tokenlearn.errors import UserError
+from tokenlearn.errors import UserError, reason_of
+
+T = TypeVar("T")
 
 Position = dict[str, Any]
 """Where a source is, in plain numbers, strings, lists and dictionaries; empty for the beginning."""
@@ -34,6 +36,22 @@ class Item:
 def items_below(count: int) -> Iterator[Item]:
     """The items 0 to ``count - 1``, once and in order."""
     return (Item(0, index) for index in range(count))
+
+
+def read_rows(rows: Iterable[T]) -> Iterator[T]:
+    """The rows of a stream; an error of reading, which is nearly always in the data, becomes one line.
+
+    Raises:
+        UserError: if a row cannot be read.
+    """
+    try:
+        yield from rows
+    except UserError:
+        raise
+    except Exception as error:  # readers of files raise errors of many kinds
+        raise UserError(
+            f"the data stream cannot be read ({reason_of(error)}); check the files of data.source, or copy them again"
+        ) from error
 
 
 class Skipped(NamedTuple):
@@ -115,7 +133,7 @@ class StreamedSource:
         state, expected = position.get("state", beginning), position.get("first_row")
         while True:
             stream.load_state_dict(state)
-            rows = iter(stream)
+            rows = read_rows(stream)
             while block := list(itertools.islice(rows, self.block_size)):
                 first_row = _digest(block[0])
                 if expected not in (None, first_row):

@@ -14,7 +14,7 @@ from tokenlearn.errors import UserError
 Sample = TypeVar("Sample")
 Batch = TypeVar("Batch")
 
-_MOST_SKIPPED_IN_A_ROW = 10_000
+_MOST_SKIPPED_IN_A_ROW = 1000
 
 
 class BatchStream(Generic[Sample, Batch]):
@@ -56,7 +56,7 @@ class BatchStream(Generic[Sample, Batch]):
         self.rank, self.world_size, self.may_skip = rank, world_size, may_skip
         self.batches_taken = 0
         self._position: Position = {}
-        self._loaded: Iterator[tuple[Position, Sample | Skipped | None]] | None = None
+        self._loaded: Iterator[tuple[Position, Sample | Skipped | None, int]] | None = None
         self._skipped: list[Skipped] = []
 
     def __len__(self) -> int:
@@ -92,13 +92,14 @@ class BatchStream(Generic[Sample, Batch]):
             depth = 2 * self.world_size * self.batch_size
             self._loaded = prefetch(self._load, items, workers=self.num_workers, depth=depth)
         samples: list[Sample] = []
-        position, count, in_a_row = self._position, 0, 0
+        position, count, in_a_row, first_pass = self._position, 0, 0, 0
         while count < self.world_size * self.batch_size:
-            position, sample = next(self._loaded)
+            position, sample, pass_number = next(self._loaded)
             if isinstance(sample, Skipped):
                 self._skipped.append(sample)
                 in_a_row += 1
-                if in_a_row == _MOST_SKIPPED_IN_A_ROW:
+                first_pass = pass_number if in_a_row == 1 else first_pass
+                if in_a_row == _MOST_SKIPPED_IN_A_ROW or pass_number > first_pass + 1:  # a whole pass between them
                     raise UserError(
                         f"none of {in_a_row} images in a row can be used, such as {_described(sample)}; remove or "
                         "replace them, or check data.source"
@@ -113,9 +114,10 @@ class BatchStream(Generic[Sample, Batch]):
         self.batches_taken += 1
         return self.collate(samples)
 
-    def _load(self, numbered: tuple[int, tuple[Position, Item]]) -> tuple[Position, Sample | Skipped | None]:
+    def _load(self, numbered: tuple[int, tuple[Position, Item]]) -> tuple[Position, Sample | Skipped | None, int]:
         number, (position, item) = numbered
-        return position, self.load(item) if self.may_skip or self._is_of_rank(number) else None
+        sample = self.load(item) if self.may_skip or self._is_of_rank(number) else None
+        return position, sample, item.pass_number
 
     def _is_of_rank(self, number: int) -> bool:
         return number // self.batch_size % self.world_size == self.rank

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Literal, cast, get_args
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenlearn.data.image_source import open_images
-from tokenlearn.data.pixels import read_image, square_pixels, unit_range
-from tokenlearn.data.sources import Item, items_below
+from tokenlearn.data.pixels import readable_squares, unit_range
+from tokenlearn.data.sources import Item, Skipped, items_below
 from tokenlearn.data.streams import EvaluationBatches
 from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.evaluation.base import Evaluation
@@ -171,13 +171,16 @@ class DoodlEvaluation(Evaluation[Generate]):
         if self._hook is not None:
             self._hook.remove()
 
-    def test_dataloader(self) -> EvaluationBatches[CaseImage, list[CaseImage]]:
-        """This rank's part of the images of all cases."""
+    def test_dataloader(self) -> EvaluationBatches[CaseImage | None, list[CaseImage | None]]:
+        """This rank's part of the images of all cases; None for a photo that cannot be read."""
         all_images = [(case, index) for case, images in enumerate(self.images) for index in range(len(images))]
 
-        def load(item: Item) -> CaseImage:
+        def load(item: Item) -> CaseImage | Skipped:
             case, index = all_images[item.index]
-            return self.images[case].load(case, index)
+            try:
+                return self.images[case].load(case, index)
+            except UserError as error:
+                return Skipped(self.images[case].images.names[index], str(error))
 
         return EvaluationBatches(
             partial(items_below, len(all_images)),
@@ -187,12 +190,14 @@ class DoodlEvaluation(Evaluation[Generate]):
             batch_size=self.batch_size,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
+            in_place_of=lambda skipped: None,
         )
 
-    def test_step(self, batch: list[CaseImage]) -> None:
+    def test_step(self, batch: list[CaseImage | None]) -> None:
         """Make the images of a batch by all methods, and judge them."""
+        readable = [image for image in batch if image is not None]
         # By target too: an image then has the same neighbours, and numbers, as in a case of its target alone.
-        for (case, _), of_case in groupby(batch, key=lambda part: (part.case, part.target)):
+        for (case, _), of_case in groupby(readable, key=lambda part: (part.case, part.target)):
             images = list(of_case)
             # Photos differ in size.
             parts = [images] if images[0].image.image is None else [[image] for image in images]
@@ -302,11 +307,12 @@ class DoodlEvaluation(Evaluation[Generate]):
     @torch.no_grad()
     def _reference_features(self, realism: Realism, judge: TimmClassifier) -> Tensor:
         """Features (N, F) of real images."""
-        rows = islice(open_images(realism.reference).open(), realism.images)
-        pixels = [square_pixels(read_image(row["image"]), self.task.image_size) for row in rows]
+        rows = (row["image"] for row in open_images(realism.reference).open())
+        pixels = readable_squares(rows, self.task.image_size, realism.images, realism.reference)
         if len(pixels) < 2:
             raise UserError(
-                f"model.realism.reference '{realism.reference}' has {len(pixels)} images; a distance needs at least 2"
+                f"model.realism.reference '{realism.reference}' has {len(pixels)} images that can be used; a distance "
+                "needs at least 2"
             )
         parts = (
             unit_range(pixels[first : first + _REFERENCE_BATCH]) for first in range(0, len(pixels), _REFERENCE_BATCH)

@@ -141,7 +141,7 @@ class DoodlCase:
         """The images, read or specified when they are asked for."""
         side, factor = backbone.latent_size * backbone.vae_scale_factor, backbone.vae_scale_factor
         if self.images is not None:
-            return CaseImages(FolderImages(self.images, side, factor), [])
+            return CaseImages(FolderImages(self.images, min(self.sampling.size or (side,)), factor), [])
         height, width = self.sampling.size or (side, side)
         prompts = list(self.for_each.values()) or self.prompts
         targets = [target for target in self.for_each for _ in self.seeds]

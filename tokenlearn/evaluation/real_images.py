@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenlearn.data.image_source import open_images
-from tokenlearn.data.pixels import read_image, square_pixels
+from tokenlearn.data.pixels import readable_squares
 from tokenlearn.errors import UserError, check_at_least
 
 
@@ -51,16 +51,17 @@ class RealImages:
         places: dict[str, list[int]] = {name: [] for name in classes}
         for place, value in enumerate(dataset[self.column]):
             name = named[value] if named is not None and value is not None and value >= 0 else str(value)
-            if name in places and len(places[name]) < self.images:
+            if name in places:
                 places[name].append(place)
-        for name, found in places.items():
+        images = {
+            name: readable_squares((dataset[place]["image"] for place in found), size, self.images, self.source)
+            for name, found in places.items()
+        }
+        for name, found in images.items():
             if len(found) < self.fewest:
                 known = f"; its classes are {', '.join(named)}" if named is not None and name not in named else ""
                 raise UserError(
-                    f"'{self.source}' has {len(found)} images of class '{name}', and {self.fewest} are needed; give "
-                    f"a larger real.source, or leave the class out{known}"
+                    f"'{self.source}' has {len(found)} usable images of class '{name}', and {self.fewest} are needed; "
+                    f"give a larger real.source, or leave the class out{known}"
                 )
-        return {
-            name: torch.stack([square_pixels(read_image(dataset[place]["image"]), size) for place in found])
-            for name, found in places.items()
-        }
+        return {name: torch.stack(found) for name, found in images.items()}

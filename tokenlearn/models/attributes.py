@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from tokenlearn.errors import UserError
 from tokenlearn.losses import AttributeClass, attribute_directions, attribute_logits
 from tokenlearn.models.classifier import TimmClassifier
+from tokenlearn.notices import warn_once
 from tokenlearn.tokens.settings import check_distinct, token_name
 
 _DENIALS = frozenset({"no", "not", "non", "none", "without", "absent", "negative", "false", "off"})
@@ -90,11 +90,28 @@ def check_class_names(attribute: LabelledAttribute, found: Sequence[str], fix: s
         )
     boolean = expected == (f"no {attribute.name}", attribute.name)
     if boolean and not _denies(names[0]) and _plain(names[1]) != _plain(attribute.name):
-        warnings.warn(
+        warn_once(
             f"images of class '{names[0]}' are taken for '{expected[0]}', those of '{names[1]}' for '{expected[1]}'; "
-            f"if it is the other way round, {fix}",
-            stacklevel=2,
+            f"if it is the other way round, {fix}"
         )
+
+
+def check_class_range(classes: Tensor, attributes: Sequence[LabelledAttribute]) -> None:
+    """Refuse class indices that an attribute does not have.
+
+    Args:
+        classes: (B, A) class of each of A attributes, -1 where it is not known.
+        attributes: A attributes.
+
+    Raises:
+        UserError: naming the first attribute whose classes are too few.
+    """
+    for attribute, largest in zip(attributes, classes.amax(dim=0).tolist(), strict=True):
+        if largest >= len(attribute.class_names):
+            raise UserError(
+                f"the data have class {largest} of '{attribute.name}', whose {len(attribute.class_names)} classes "
+                f"in the model are numbered from 0; name all of them in model.attributes.{attribute.name}"
+            )
 
 
 def _is_reordered(names: Sequence[str], expected: Sequence[str]) -> bool:

@@ -19,6 +19,7 @@ from tokenlearn.metrics.class_accuracy import ClassAccuracy
 from tokenlearn.models import DiffusionBackbone
 from tokenlearn.models.attributes import resolve_attributes
 from tokenlearn.models.classifier import TimmClassifier
+from tokenlearn.models.frozen import Precision
 from tokenlearn.objectives import have_same_weights, is_same_model
 from tokenlearn.pipeline import Sampling
 from tokenlearn.tokens.settings import TokenSettings
@@ -55,6 +56,8 @@ class Caso(TokenTraining):
         attributes: each attribute with the labels of the classifier that are its classes; or with null, for the
             presence or absence of the label of that name (tokens ``<smile>`` and ``<no-smile>``).
         judge: timm name or folder of another classifier, whose accuracy is reported; null reports the guide's only.
+        dtype: precision of both classifiers; null for the backbone's, or for float32 beside float16, in which small
+            gradients are lost.
         tokens: settings of the tokens.
         template: prompt around a token; the published prompt is the token alone.
         initialisation: where tokens start.
@@ -90,6 +93,7 @@ class Caso(TokenTraining):
         attributes: dict[str, list[str] | None],
         *,
         judge: str | None = None,
+        dtype: Precision | None = None,
         tokens: TokenSettings = TokenSettings(),  # noqa: B008 - frozen
         template: str = "{}",
         initialisation: Initialisation = Initialisation(),  # noqa: B008 - frozen
@@ -108,8 +112,9 @@ class Caso(TokenTraining):
         check_at_least("model", 0, seed=seed)
         if judge is not None and is_same_model(judge, classifier):
             raise UserError(f"model.judge '{judge}' is also model.classifier '{classifier}'; name another judge")
-        self.classifier = TimmClassifier(classifier)
-        self.judge = None if judge is None else TimmClassifier(judge)
+        precision = dtype or ("float32" if backbone.precision == "float16" else backbone.precision)
+        self.classifier = TimmClassifier(classifier, precision)
+        self.judge = None if judge is None else TimmClassifier(judge, precision)
         if self.judge is not None and have_same_weights(self.judge, self.classifier):
             raise UserError(
                 f"model.judge '{judge}' has the weights of model.classifier '{classifier}'; name another judge"

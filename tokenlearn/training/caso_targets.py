@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenlearn.data.labels import UNKNOWN
-from tokenlearn.models.attributes import Attribute
+from tokenlearn.models.attributes import Attribute, check_class_range
 
 Targets = Literal["any", "missing"]
 """Choices of the class that an image is edited to."""
@@ -54,9 +54,13 @@ def present_classes(
 
     Returns:
         (B, A) class of each attribute, -1 where it is not known.
+
+    Raises:
+        UserError: if the data have a class that an attribute does not have.
     """
     unknown = torch.full((len(like),), UNKNOWN, device=like.device)
     present = torch.stack([labels.get(attribute.name, unknown) for attribute in attributes], dim=1)
+    check_class_range(present, attributes)
     if logits is None or not (present == UNKNOWN).any():
         return present
     outputs = logits()

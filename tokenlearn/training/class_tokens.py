@@ -176,7 +176,9 @@ class ClassTokens(TokenTraining, ClassConsumer):
             return
         assert self.bank is not None
         template = data_of(self.trainer, PromptTemplates).templates[0]
-        found = self.trainer.strategy.broadcast(self.best_words(template, progress=self.global_rank == 0))
+        with self.trainer.precision_plugin.train_step_context():  # images as they will be in training
+            best = self.best_words(template, progress=self.global_rank == 0)
+        found = self.trainer.strategy.broadcast(best)
         for name, token in self.placeholders.items():
             if token not in self.loaded:
                 self.started_from[name] = found[name]

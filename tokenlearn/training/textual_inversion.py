@@ -20,7 +20,7 @@ from tokenlearn.data.labels import UNKNOWN
 from tokenlearn.errors import UserError, check_at_least, check_template
 from tokenlearn.losses import MinSNR, denoising_error
 from tokenlearn.models import DiffusionBackbone
-from tokenlearn.models.attributes import check_class_names, labelled_attributes
+from tokenlearn.models.attributes import check_class_names, check_class_range, labelled_attributes
 from tokenlearn.pipeline import Sampling
 from tokenlearn.tokens.settings import TokenSettings
 from tokenlearn.training.base import TokenTraining, adamw
@@ -281,12 +281,7 @@ class TextualInversion(TokenTraining):
         for attribute in self.attributes:
             _require_label(attribute.name, batch.labels)
         classes = torch.stack([batch.labels[attribute.name] for attribute in self.attributes], dim=1).cpu()
-        for attribute, largest in zip(self.attributes, classes.amax(dim=0).tolist(), strict=True):
-            if largest >= len(attribute.class_names):
-                raise UserError(
-                    f"the data have class {largest} of '{attribute.name}', whose {len(attribute.class_names)} classes "
-                    f"in the model are numbered from 0; name all of them in model.attributes.{attribute.name}"
-                )
+        check_class_range(classes, self.attributes)
         rows: list[list[int]] = classes.tolist()
         return rows
 

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,7 +19,7 @@ from tokenlearn.diffusion.process import Process
 from tokenlearn.diffusion.solvers import GridSolver, ReversibleSolver, SchedulerSolver, Solver
 from tokenlearn.errors import UserError, reason_of
 from tokenlearn.models.backbones.conditioning import Conditioning
-from tokenlearn.models.frozen import FrozenModule
+from tokenlearn.models.frozen import FrozenModule, Precision
 from tokenlearn.tokens.bank import Space, TokenBank
 from tokenlearn.tokens.injection import (
     PlaceholderVocabulary,
@@ -96,6 +96,12 @@ class DiffusionBackbone(FrozenModule, ABC):
     def device(self) -> torch.device:
         """Device of the model."""
         return self.process.device
+
+    @property
+    def precision(self) -> Precision:
+        """Precision of the text encoders' weights, which is that of the network."""
+        weights = next(self.text_encoders.parameters())
+        return cast(Precision, str(weights.dtype).removeprefix("torch."))
 
     def vocabulary(self, tokens: TokenBank) -> PlaceholderVocabulary:
         """This model's tokenizers with the placeholders of a bank.
@@ -301,13 +307,29 @@ class DiffusionBackbone(FrozenModule, ABC):
         pipeline_class = type(self._scheduler)
         if name is None:
             return pipeline_class.from_config(config, **self._scheduler_options(pipeline_class))
-        classes = {cls.__name__.casefold(): cls for cls in (pipeline_class, *self._scheduler.compatibles)}
+        classes = {cls.__name__.casefold(): cls for cls in self._scheduler_classes()}
         for suffix in ("", "Scheduler", "DiscreteScheduler"):
             if found := classes.get((name + suffix).casefold()):
                 return found.from_config(config, **self._scheduler_options(found))
         names = sorted(cls.__name__.removesuffix("Scheduler") for cls in classes.values())
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
         raise UserError(f"no scheduler '{name}' for this model; did you mean {' or '.join(near)}?")
+
+    def _scheduler_classes(self) -> list[Any]:
+        """The pipeline's scheduler and those that take its noise levels.
+
+        diffusers leaves the schedulers of distilled models out of those of DDPMs, and counts one of other levels.
+        """
+        from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
+
+        pipeline_class = type(self._scheduler)
+        ddim: Any = DDIMScheduler
+        distilled: tuple[Any, ...] = (LCMScheduler, TCDScheduler)
+        found = list(self._scheduler.compatibles)
+        if pipeline_class in distilled or ddim in found:
+            found = [*ddim._get_compatibles(), *distilled]
+        of_others = [cls for cls in found if cls.__name__ == "EDMEulerScheduler"]
+        return [pipeline_class, *(cls for cls in found if cls not in (pipeline_class, *of_others))]
 
     def _scheduler_options(self, scheduler_class: Any) -> dict[str, bool]:  # noqa: ANN401 - as above
         """What the model was trained for, where the class's default is for another kind of model.

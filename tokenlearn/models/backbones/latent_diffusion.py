@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _SLICE_PIXELS = 512 * 512
 """Pixels that the VAE takes at once: an image of 512x512, or many small ones. Its activations grow with them."""
+
+_FEWEST_UNITS = 2  # begin and end of a prompt
 
 _KINDS: dict[str, Kind] = {"epsilon": "noise", "v_prediction": "velocity", "sample": "x0"}
 
@@ -47,7 +50,13 @@ def ddpm_process(scheduler: Any, pretrained: str) -> DiscreteProcess:  # noqa: A
         )
     # Not every scheduler keeps alphas_cumprod as in training (Euler's are changed for zero terminal SNR).
     schedule_class: Any = DDPMScheduler
-    return DiscreteProcess(schedule_class.from_config(config).alphas_cumprod, _KINDS[prediction])
+    alphas_cumprod = schedule_class.from_config(config).alphas_cumprod
+    if not alphas_cumprod.isfinite().all():
+        raise UserError(
+            f"the scheduler of '{pretrained}' has noise levels that are not finite (beta_start "
+            f"{config['beta_start']}, beta_end {config['beta_end']}); download the model again"
+        )
+    return DiscreteProcess(alphas_cumprod, _KINDS[prediction])
 
 
 def _check_shapes(pretrained: str, pipeline: Any) -> None:  # noqa: ANN401 - as above
@@ -82,6 +91,16 @@ def _check_shapes(pretrained: str, pipeline: Any) -> None:  # noqa: ANN401 - as 
         )
     if not isinstance(network.get("sample_size"), int | list | tuple):
         raise UserError(f"the network of '{pretrained}' has no sample_size; set it in the config.json of the unet")
+    for name, value in (
+        ("scaling_factor", vae.get("scaling_factor")),
+        ("shift_factor", vae.get("shift_factor") or 0.0),
+    ):
+        number = isinstance(value, int | float) and math.isfinite(value)
+        if not number or (name == "scaling_factor" and value <= 0):
+            raise UserError(
+                f"the VAE of '{pretrained}' has the {name} {value!r}, not a finite number"
+                f"{' above 0' if name == 'scaling_factor' else ''}; correct it in the config.json of the vae"
+            )
     if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
         raise UserError(
             f"the VAE of '{pretrained}' states mean and deviation of its latents, which are not used here; give a "
@@ -131,6 +150,12 @@ class LatentDiffusion(DiffusionBackbone):
             )
         _check_shapes(pretrained, pipeline)
         size = unet_config.sample_size
+        lengths = [tokenizer.model_max_length for tokenizer in tokenizers]
+        if not all(isinstance(length, int) and length > _FEWEST_UNITS for length in lengths):
+            raise UserError(
+                f"the tokenizers of '{pretrained}' take {lengths} units at most, begin and end included; correct "
+                f"model_max_length in tokenizer_config.json to a whole number above {_FEWEST_UNITS}, such as 77"
+            )
         super().__init__(
             pretrained=pretrained,
             process=ddpm_process(pipeline.scheduler, pretrained),
@@ -138,7 +163,7 @@ class LatentDiffusion(DiffusionBackbone):
             tokenizers=tokenizers,
             text_encoders=text_encoders,
             max_prompt_length=min(
-                *(tokenizer.model_max_length for tokenizer in tokenizers),
+                *lengths,
                 *(encoder.config.max_position_embeddings for encoder in text_encoders),
             ),
             latent_channels=vae_config.latent_channels,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,8 +33,8 @@ def load_pipeline(
         pipeline_class: diffusers class that loads it.
         pretrained: hub id or folder.
         revision: branch, tag or commit of the hub repository.
-        variant: variant of the weight files, such as ``fp16``; None for the plain files, or for those of ``fp16`` in a
-            folder that has no others.
+        variant: variant of the weight files, such as ``fp16``; None for the plain files, or for those of ``fp16``
+            where there are no others.
         models: components that must be there, by the pipeline's names; beside a ``text_encoder`` there must be its
             ``tokenizer``, and beside a ``text_encoder_2`` its ``tokenizer_2``.
         options: further arguments of the class, such as components to leave out.
@@ -58,8 +58,10 @@ def load_pipeline(
     try:
         with quiet_models():
             if not local:
+                variant = variant or _only_variant_on_hub(pretrained, revision, models)
                 folder = Path(pipeline_class.download(pretrained, revision=revision, variant=variant, **options))
-            variants = _check_folder(folder, variant or _only_variant(folder, models), models, overridden=options)
+            variant = variant or _only_variant(models, lambda name: (folder / name).is_file())
+            variants = _check_folder(folder, variant, models, overridden=options)
             parts = {model: _load_part(folder, model, variants[model], pretrained) for model in models}
             return pipeline_class.from_pretrained(str(folder), low_cpu_mem_usage=_IN_PLACE, **parts, **options)
     except UserError:
@@ -229,11 +231,22 @@ def _weight_files(model: str, variant: str | None) -> list[str]:
     return files + [f"{stem}{suffix}.index{tail}.json" for stem in stems for suffix in _SUFFIXES]
 
 
-def _only_variant(folder: Path, models: Sequence[str]) -> str | None:
-    """``fp16`` if a component of a folder has weights of this variant and no plain ones."""
+def _only_variant_on_hub(pretrained: str, revision: str | None, models: Sequence[str]) -> str | None:
+    """As :func:`_only_variant`, of a hub repository; None if the hub cannot be asked, as without a network."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        files = frozenset(list_repo_files(pretrained, revision=revision))
+    except Exception:  # the download that follows says what is wrong, or finds the files in the cache
+        return None
+    return _only_variant(models, files.__contains__)
+
+
+def _only_variant(models: Sequence[str], exists: Callable[[str], bool]) -> str | None:
+    """``fp16`` if a component has weights of this variant and no plain ones; ``exists`` takes names of files."""
 
     def has(model: str, variant: str | None) -> bool:
-        return any((folder / model / name).is_file() for name in _weight_files(model, variant))
+        return any(exists(f"{model}/{name}") for name in _weight_files(model, variant))
 
     return "fp16" if any(has(model, "fp16") and not has(model, None) for model in models) else None
 

@@ -30,7 +30,7 @@ class StableDiffusionXL(LatentDiffusion):
         pretrained: hub id or folder. No watermark is added to images.
         revision: branch, tag or commit of the hub repository.
         variant: variant of the weight files, such as ``fp16``; null for the plain ones, or for those of ``fp16`` in a
-            folder that has no others.
+            model that has no others.
         dtype: precision of the network and the text encoders.
         gradient_checkpointing: recompute activations inside of the network and the VAE in the backward pass; less
             memory, about a third more time.
