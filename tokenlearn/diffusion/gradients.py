@@ -135,9 +135,9 @@ class OneStep(Gradient):
 
     The latents are sampled with the tokens as they are, without a gradient. From a noise level of each image, the
     network then predicts the clean latents at once, as in an edit of CASO, and the gradient goes back through this one
-    prediction. The noisiest levels decide what an image shows, so the default range is the first two fifths of the steps:
-    the gradient reaches what the last steps do not, at the cost of one step; and the same latents serve for several
-    optimizer steps. It is for class tokens.
+    prediction. The noisiest levels decide what an image shows, so the range begins there: the gradient reaches what
+    the last steps do not, at the cost of one step; and the same latents serve for several optimizer steps. It is for
+    class tokens.
 
     Args:
         start: first noise level that images are predicted from, as a share of the sampling steps.
