@@ -96,7 +96,8 @@ def _content(file: Path) -> dict[str, Any]:
 
 def _check_tree(content: dict[Any, Any], file: Path) -> None:
     """Refuse names of sections and settings that are not text, and aliases that make a file endless or very large."""
-    pending, count = [((), content)], 0
+    pending: list[tuple[tuple[int, ...], Any]] = [((), content)]
+    count = 0
     while pending:
         above, value = pending.pop()
         count += 1
