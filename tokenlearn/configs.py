@@ -14,6 +14,8 @@ import yaml  # type: ignore[import-untyped]
 from tokenlearn.errors import UserError, reason_of
 from tokenlearn.paths import resolve_config
 
+_MOST_VALUES = 100_000
+_LEVELS_OF_NAMES = 2  # sections and their settings; deeper names may be those of classes, which the settings check
 _NULL = re.compile(r"--(?P<path>(model|data|evaluation)\.\w+(\.\w+)+)=null")
 
 
@@ -79,6 +81,8 @@ def _content(file: Path) -> dict[str, Any]:
     """
     try:
         content = yaml.safe_load(file.read_text())
+    except RecursionError:
+        raise UserError(f"config file '{file}' is nested too deeply; correct it") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config file '{file}' is not valid YAML ({reason_of(error)}); correct it") from error
     if not isinstance(content, dict) or not content:
@@ -86,7 +90,34 @@ def _content(file: Path) -> dict[str, Any]:
             "is empty" if content in (None, {}) else f"has no sections, but '{' '.join(str(content).split())[:40]}'"
         )
         raise UserError(f"config file '{file}' {found}; it must have sections such as model, data and trainer")
+    _check_tree(content, file)
     return content
+
+
+def _check_tree(content: dict[Any, Any], file: Path) -> None:
+    """Refuse names of sections and settings that are not text, and aliases that make a file endless or very large."""
+    pending: list[tuple[tuple[int, ...], Any]] = [((), content)]
+    count = 0
+    while pending:
+        above, value = pending.pop()
+        count += 1
+        if id(value) in above:
+            raise UserError(f"config file '{file}' has an alias (*) of something that it is within; write it out")
+        if count > _MOST_VALUES:
+            raise UserError(
+                f"config file '{file}' has more than {_MOST_VALUES} values once its aliases (*) are written out; "
+                "write fewer"
+            )
+        if isinstance(value, dict):
+            names = value if len(above) < _LEVELS_OF_NAMES else {}
+            if (name := next((name for name in names if not isinstance(name, str)), "")) != "":
+                raise UserError(
+                    f"config file '{file}' has the name {json.dumps(name, default=str)} where the name of a section "
+                    "or setting is expected; correct it, or put it in quotes"
+                )
+            pending += [((*above, id(value)), item) for item in value.values()]
+        elif isinstance(value, list):
+            pending += [((*above, id(value)), item) for item in value]
 
 
 def _classes(contents: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:

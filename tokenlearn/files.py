@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from tokenlearn.errors import UserError, reason_of
+from tokenlearn.errors import UserError, reason_of, shown
 
 _TEMPORARY = re.compile(r"\..+-[0-9a-f]{12}(\.\w+)?")
 _LEFT_AFTER = 3600  # seconds
@@ -37,17 +37,20 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     refuse_remote(path)
     target = Path(path)
-    if target.is_dir():
-        raise UserError(f"cannot write the file '{target}': a folder of that name exists; choose another name")
     # Not tempfile.mkstemp: it makes files that only their owner may read, and os.replace preserves that.
     temporary = target.with_name(f".{target.stem}-{uuid.uuid4().hex[:12]}{target.suffix}")
     try:
+        if target.is_dir():
+            raise UserError(f"cannot write the file '{target}': a folder of that name exists; choose another name")
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode & 0o777
-    except OSError as error:
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError for a name with a zero byte
+        reason = getattr(error, "strerror", None) or reason_of(error)
         raise UserError(
-            f"cannot write to '{target.parent}' ({error.strerror}); choose another output folder"
+            f"cannot write to {shown(target.parent, 200)} ({reason}); choose another output folder"
         ) from None
     try:
         yield temporary

@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 from tokenlearn.configs import combine_configs
-from tokenlearn.errors import UserError
+from tokenlearn.errors import UserError, reason_of
 from tokenlearn.stopping import Stopped, StopSignals
 
 USER_ERROR = 2
@@ -169,7 +169,19 @@ def _mistake(error: BaseException | None) -> BaseException | None:
         for link in chain:
             if isinstance(link, kinds):
                 return link
-    return next(filter(None, map(_missing_package, chain)), None)
+    return next(filter(None, map(_missing_package, chain)), None) or next(filter(None, map(_no_memory, chain)), None)
+
+
+def _no_memory(error: BaseException) -> UserError | None:
+    """What takes less memory, if there was not enough: of the computer, or of a GPU."""
+    of_gpu = type(error).__name__ == "OutOfMemoryError"  # torch's, which is imported only where it is used
+    of_computer = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    if not isinstance(error, Exception) or not (of_gpu or of_computer):
+        return None
+    return UserError(
+        f"there is not enough memory{' on the GPU' if of_gpu else ''}: {reason_of(error)}; lower the batch size or "
+        "model.sampling.size, or see docs/memory.md"
+    )
 
 
 def _missing_package(error: BaseException) -> UserError | None:

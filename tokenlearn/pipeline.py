@@ -42,7 +42,7 @@ class Sampling:
             keep their proportions, and get the smaller of both as their shorter side.
 
     Raises:
-        UserError: if there are no steps, or the guidance would never act in them.
+        UserError: if there are no steps or pixels, or the guidance would never act in the steps.
     """
 
     steps: int = 50
@@ -52,7 +52,7 @@ class Sampling:
     size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        check_at_least("sampling", 1, steps=self.steps)
+        check_at_least("sampling", 1, steps=self.steps, size=None if self.size is None else min(self.size))
         self.rule.check_steps(self.steps)
 
     @property

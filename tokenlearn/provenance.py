@@ -42,6 +42,7 @@ _A1111_SAMPLERS = {
 }
 """Its names of diffusers' schedulers, where these differ by more than the word Scheduler."""
 
+_LARGEST_BATCH = 4096
 _NOT_OF_ONE_IMAGE = ("images", "prompts", "seeds", "batch_size", "embeddings")
 """Settings of a task that say which images are made; the tokens of ``embeddings`` count by their vectors."""
 
@@ -196,9 +197,9 @@ def read_origin(path: str | Path) -> dict[str, Any]:
         raise UserError(f"--from '{path}' is a {form} file, which has no settings in it; give the PNG file itself")
     try:
         about: dict[str, Any] = json.loads(info[CHUNK])
-        if not about["config"]["model"]["class_path"]:
-            raise KeyError("class_path")
-    except (KeyError, ValueError, TypeError):
+        if not _is_whole(about):
+            raise ValueError
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"--from '{path}' does not say how it was made; give a PNG file that 'tokenlearn predict' wrote, not a "
             "copy that another program saved"
@@ -206,6 +207,29 @@ def read_origin(path: str | Path) -> dict[str, Any]:
     if about["prompt"] is None and about["image"] is None:
         raise UserError(f"--from '{path}' is a sheet of several images; give one of the images")
     return about
+
+
+def _is_whole(about: Mapping[str, Any]) -> bool:
+    """Whether what an image says about itself has all that makes it again, each of its kind, and nothing else.
+
+    Anybody can write such a chunk, so that it must not name other sections of a config.
+    """
+    config = about["config"]
+    sections = {"model": dict, "data": dict, "trainer": dict, "ckpt_path": str}
+    settings = [config[name].get("init_args") or {} for name in ("model", "data") if name in config]
+    return (
+        all(isinstance(config[name], kind) for name, kind in sections.items() if name in config)
+        and config.keys() <= sections.keys()
+        and (config.get("trainer") or {}).keys() <= {"precision", "accelerator"}
+        and isinstance(config["model"]["class_path"], str)
+        and all(isinstance(found, dict) for found in settings)
+        and isinstance(about["batch_size"], int)
+        and 1 <= about["batch_size"] <= _LARGEST_BATCH
+        and isinstance(about["tokens"], dict)
+        and isinstance(about["prompt"], str | None)
+        and isinstance(about["image"], str | None)
+        and (about["prompt"] is None or (isinstance(about["seed"], int) and 0 <= about["seed"] < 2**63))
+    )
 
 
 def config_of(about: Mapping[str, Any]) -> dict[str, Any]:
