@@ -8,7 +8,7 @@ import torch
 from tokenlearn.errors import UserError
 from tokenlearn.main import main
 from tokenlearn.pipeline import Pipeline, Sampling
-from tokenlearn.tokens import load_embedding
+from tokenlearn.tokens import load_embedding, vocabulary_hash
 from tokenlearn.tokens.checkpoint import checkpoint_about
 from tokenlearn.tokens.embeddings import load_bank
 
@@ -60,13 +60,19 @@ def test_checkpoints_are_exported(method, tmp_path, capsys):
         assert torch.equal(vectors, checkpoint["state_dict"]["bank.vectors.0"][row : row + 1])
 
 
-def test_a_fit_goes_on_from_an_old_checkpoint(tmp_path, monkeypatch):
+def test_a_fit_goes_on_from_an_old_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    old = OLD / "class_tokens.ckpt"
-    main(["fit", "--config", str(QUICKSTART), "--output_dir", str(tmp_path / "run"), *SHORT, "--ckpt_path", str(old)])
-    before, after = (
-        torch.load(path, weights_only=True) for path in (old, tmp_path / "run" / "checkpoints" / "last.ckpt")
-    )
+    run = ["fit", "--config", str(QUICKSTART), "--output_dir", str(tmp_path / "run"), *SHORT]
+    with pytest.raises(SystemExit):
+        main([*run, "--ckpt_path", str(OLD / "class_tokens.ckpt")])
+    assert "text encoder differs" in capsys.readouterr().err  # the bundled one has been trained on since
+
+    before = torch.load(OLD / "class_tokens.ckpt", weights_only=True)
+    text_encoder = Pipeline.from_pretrained("checkpoints/portraits").backbone.text_encoders[0]
+    checkpoint_about(before)["vocabulary_hash"] = vocabulary_hash(text_encoder)
+    torch.save(before, tmp_path / "old.ckpt")
+    main([*run, "--ckpt_path", str(tmp_path / "old.ckpt")])
+    after = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert (before["global_step"], after["global_step"]) == (2, 3)
     start, end = (checkpoint["state_dict"]["bank.vectors.0"] for checkpoint in (before, after))
     assert 0 < (end - start).abs().max() < 0.05

@@ -149,7 +149,7 @@ class OneStep(Gradient):
     """
 
     start: float = 0.0
-    end: float = 0.4
+    end: float = 0.2
     reuse: int = 16
     checkpointing = False
 
