@@ -147,6 +147,7 @@ def parts(tmp_path_factory) -> Mapping[str, Any]:
         "templates": ["a photo of a {}"],
         "prompts": ["a man"],
         "source": str(folder),
+        "column": "look",
         "images": None,
         "concept": "glasses",
         "edits": ["glasses"],

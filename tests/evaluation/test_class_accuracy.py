@@ -234,7 +234,7 @@ def test_what_the_table_cannot_be_made_of_is_refused_in_one_line(make, other_tok
     few = RealImages(source=real.source, column="label", images=100)
     for index in range(1, 4):
         (tmp_path / "real" / "pirate" / f"{index}.png").unlink()
-    with pytest.raises(UserError, match=r"4 images of class 'pirate', and 6 are needed"):
+    with pytest.raises(UserError, match=r"4 usable images of class 'pirate', and 6 are needed"):
         table_of(make(), ClassTokenEvaluation(real=few), **data)
 
 
