@@ -152,7 +152,7 @@ def save_pipeline(module: DiffusionTraining, vae: AutoencoderKL, tokenizer: CLIP
         requires_safety_checker=False,
     )
     for part in (vae, module.unet):
-        part.register_to_config(_name_or_path="")  # a path of the machine that trained it
+        part.register_to_config(_name_or_path="")  # type: ignore[union-attr]  # a path of the machine that trained it
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(folder)
     # Half precision is for the size of the files; transformers would compute in it, and diffusers' other parts not.
