@@ -18,11 +18,11 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import lightning as L
-from jsonargparse import Namespace, auto_cli
+from jsonargparse import auto_cli
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from benchmarks.common import fit_quietly, parse_config
+from benchmarks.common import fit_quietly, parse_judged_config
 from tokenlearn.diffusion import EDICT, OBELM, Checkpointed, LastK, Leapfrog, Reversible
 from tokenlearn.errors import UserError
 
@@ -123,9 +123,7 @@ def main(
     """
     if not 1 <= check_every <= max_steps:
         raise UserError(f"check_every must be from 1 to max_steps {max_steps}, got {check_every}")
-    settings: Namespace = parse_config(fit_config)
-    if settings["model.init_args.judge"] is None:
-        raise UserError(f"'{fit_config}' has no judge; set model.judge to an objective with another model")
+    settings = parse_judged_config(fit_config)
     found: dict[str, dict[str, Any]] = {}
     for name, changes in tqdm(gradients(last_k, full, checkpointing).items(), desc="Trainings", unit="training"):
         progress = AccuracyOverTime()

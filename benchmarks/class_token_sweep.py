@@ -24,7 +24,7 @@ from jsonargparse import Namespace, auto_cli
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from benchmarks.common import fit_quietly, parse_config
+from benchmarks.common import fit_quietly, parse_judged_config
 from tokenlearn.data.latent_cache import json_hash
 from tokenlearn.diffusion import Detached, LastK, OneStep
 from tokenlearn.errors import UserError
@@ -191,9 +191,7 @@ def main(
         raise UserError(f"there is no variant '{unknown[0]}'; choose among {', '.join(VARIANTS)}")
     if seconds <= 0 or not all(0 <= seed < 100 for seed in seeds):
         raise UserError(f"seconds must be above 0 and seeds from 0 to 99, got {seconds:g} and {list(seeds)}")
-    settings: Namespace = parse_config(fit_config)
-    if settings["model.init_args.judge"] is None:
-        raise UserError(f"'{fit_config}' has no judge; set model.judge to an objective with another model")
+    settings = parse_judged_config(fit_config)
     common: dict[str, Any] = {
         f"{_MODEL}tokens.initial_words": initial_words,
         f"{_MODEL}lr_scheduler": None,

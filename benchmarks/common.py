@@ -25,6 +25,7 @@ import tokenlearn.diffusion.solvers
 import tokenlearn.guidance
 import tokenlearn.objectives
 import tokenlearn.training  # noqa: F401
+from tokenlearn.errors import UserError
 from tokenlearn.metrics import timed
 from tokenlearn.models import DiffusionBackbone, StableDiffusion, TimmClassifier
 from tokenlearn.token_task import TokenTask
@@ -152,6 +153,18 @@ def parse_config(path: str) -> Namespace:
     sections = yaml.safe_load(Path(path).read_text())
     settings = _parser().parse_object({name: sections[name] for name in _SECTIONS if name in sections})
     assert isinstance(settings, Namespace)
+    return settings
+
+
+def parse_judged_config(path: str) -> Namespace:
+    """:func:`parse_config` of a training with a judge.
+
+    Raises:
+        UserError: if the config has no judge.
+    """
+    settings = parse_config(path)
+    if settings["model.init_args.judge"] is None:
+        raise UserError(f"'{path}' has no judge; set model.judge to an objective with another model")
     return settings
 
 

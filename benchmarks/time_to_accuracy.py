@@ -22,7 +22,7 @@ from jsonargparse import auto_cli
 from torch.optim import AdamW
 
 from benchmarks.class_token_gradient import AccuracyOverTime
-from benchmarks.common import fit_quietly, parse_config
+from benchmarks.common import fit_quietly, parse_judged_config
 from tokenlearn.data.batches import PromptBatch
 from tokenlearn.diffusion import LastK
 from tokenlearn.errors import UserError
@@ -124,9 +124,7 @@ def main(
             f"accuracy must be above 0 and at most 1, cap above 0 and check_every at least 1, got {accuracy:g}, "
             f"{cap:g} and {check_every}"
         )
-    settings = parse_config(fit_config)
-    if settings["model.init_args.judge"] is None:
-        raise UserError(f"'{fit_config}' has no judge; set model.judge to an objective with another model")
+    settings = parse_judged_config(fit_config)
     seconds: dict[str, float] = {}
     capped = []
     for name, changes, fixed_seeds, batches in (

@@ -27,10 +27,6 @@ from tokenlearn.training.word_search import WordSearch, find_words
 _HELD_OUT_SEED = 424242
 _FIRST_IMAGE_SEED = 77_000
 _STEPS, _GUIDANCE = 20, 7.5
-_STREAMS = {
-    "attribute": "",
-    "persona": " (30 % personas, 28 % people who lack one part of a persona, and ordinary people)",
-}
 _STYLE_PROMPTS = {
     "photo": "a photo of a smiling woman with glasses",
     "sketch": "a pencil sketch of a smiling woman with glasses",
@@ -107,10 +103,16 @@ def evaluate_classifiers(checkpoints: Path, size: int, work_folder: Path) -> Non
         "attribute": portrait_arrays(size, _HELD_OUT_SEED, work_folder),
         "persona": portrait_arrays(size, _HELD_OUT_SEED, work_folder, frequencies=PERSONA_FREQUENCIES),
     }
+    personas = PERSONA_FREQUENCIES["persona_frequency"]
+    near_misses = (1 - personas) * PERSONA_FREQUENCIES["near_miss_frequency"]
+    mixtures = {
+        "attribute": "",
+        "persona": f" ({100 * personas:.0f} % personas, {100 * near_misses:.0f} % people who lack one part of a "
+        "persona, and ordinary people)",
+    }
     training = {
         "guide": "a small resnet10t, trained on drawn portraits, their autoencoder round trips and one-step "
-        "predictions of the diffusion model from latents of every noise level, so that it can guide through blurred "
-        "predictions",
+        "predictions of the diffusion model from noisy latents, so that it can guide through blurred predictions",
         "judge": "a regnetx_002, trained on other portraits than the guide, as drawn and after the autoencoder's "
         "round trip. It only reports and must never be optimised against",
     }
@@ -121,7 +123,7 @@ def evaluate_classifiers(checkpoints: Path, size: int, work_folder: Path) -> Non
         rows = [(label, f"{value:.1%}") for label, value in accuracy.items()]
         table = _table(("label", "accuracy"), [*rows, ("mean", f"{_mean(accuracy):.1%}")])
         text = f"A timm classifier of portraits: {training[role]}.\n\n"
-        text += f"On {len(arrays.captions)} held-out drawn portraits{_STREAMS[subject]}:\n\n{table}"
+        text += f"On {len(arrays.captions)} held-out drawn portraits{mixtures[subject]}:\n\n{table}"
         _write_card(checkpoints / name, f"Portraits: {name.replace('_', ' ')}", text)
         print(f"{name}: {_mean(accuracy):.2%}, worst {min(accuracy.values()):.2%}", flush=True)
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from data_prep.portrait_arrays import PORTRAIT_LABELS, WORK_FOLDER, PortraitArrays, index_loader, portrait_arrays
 from data_prep.training import TrainedBySteps, train
-from tokenlearn.data.portraits import IMAGE_SIZE, PARTS, PERSONA_LABELS, Scene, sample_scene
+from tokenlearn.data.portraits import IMAGE_SIZE, PERSONA_LABELS, sample_scene
 from tokenlearn.losses import class_cross_entropy
 from tokenlearn.models import StableDiffusion
 from tokenlearn.models.classifier import save_classifier
@@ -125,14 +125,13 @@ def one_step_predictions(backbone: StableDiffusion, arrays: PortraitArrays, prom
 
 def all_parts_named(seed: int, size: int, frequencies: Mapping[str, float] | None) -> list[str]:
     """Prompts that name every part of each of the first portraits, so that a prediction shows all or none of them."""
-    scenes = (sample_scene(np.random.default_rng([seed, index]), **(frequencies or {})) for index in range(size))
-    nouns = ((scene, "woman" if scene.has("female") else "man") for scene in scenes)
-    return [f"a portrait of a {noun}{_with_parts(scene)}" for scene, noun in nouns]
-
-
-def _with_parts(scene: Scene) -> str:
-    parts = [part for part in PARTS if part in scene.parts]
-    return f" with {', '.join(parts)}" if parts else ""
+    prompts = []
+    for index in range(size):
+        scene = sample_scene(np.random.default_rng([seed, index]), **(frequencies or {}))
+        noun = "woman" if scene.has("female") else "man"
+        parts = f" with {', '.join(scene.parts_in_order)}" if scene.parts else ""
+        prompts.append(f"a portrait of a {noun}{parts}")
+    return prompts
 
 
 def _cached(path: Path, make: Callable[[], Tensor]) -> Tensor:

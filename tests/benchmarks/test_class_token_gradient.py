@@ -1,7 +1,6 @@
 import json
 
 import pytest
-import yaml
 
 from benchmarks import class_token_gradient
 from benchmarks.class_token_gradient import figures
@@ -9,25 +8,10 @@ from tokenlearn.errors import UserError
 
 
 @pytest.fixture
-def config(tiny_models, tmp_path):
+def config(tiny_config):
     def write(**changes):
-        options = {
-            "backbone": {"class_path": "StableDiffusion", "init_args": {"pretrained": str(tiny_models / "pipeline")}},
-            "classes": ["wizard", "pirate"],
-            "objective": {"class_path": "ClassifierLoss", "init_args": {"classifier": str(tiny_models / "guide")}},
-            "judge": {"class_path": "ClassifierLoss", "init_args": {"classifier": str(tiny_models / "judge")}},
-            "sampling": {"steps": 3},
-        }
-        data = {"templates": ["a portrait of a {}"], "batch_size": 2, "batches_per_epoch": 2}
-        settings = {
-            "seed_everything": 0,
-            "model": {"class_path": "ClassTokens", "init_args": options | changes},
-            "data": {"class_path": "PromptDataModule", "init_args": data},
-            "trainer": {"accelerator": "cpu"},
-        }
-        path = tmp_path / "class_token.yaml"
-        path.write_text(yaml.safe_dump(settings))
-        return str(path)
+        options = {"sampling": {"steps": 3}} | changes
+        return tiny_config({f"model.init_args.{name}": value for name, value in options.items()})
 
     return write
 

@@ -2,7 +2,6 @@ import csv
 
 import pytest
 import torch
-import yaml
 
 from benchmarks import class_token_sweep
 from benchmarks.class_token_sweep import VARIANTS, OverTime, markdown
@@ -13,28 +12,14 @@ SETTINGS = ["config", "last 2", "batch 3"]
 
 
 @pytest.fixture
-def config(tiny_models, tmp_path):
-    options = {
-        "backbone": {"class_path": "StableDiffusion", "init_args": {"pretrained": str(tiny_models / "pipeline")}},
-        "classes": ["wizard", "pirate"],
-        "objective": {"class_path": "ClassifierLoss", "init_args": {"classifier": str(tiny_models / "guide")}},
-        "judge": {"class_path": "ClassifierLoss", "init_args": {"classifier": str(tiny_models / "judge")}},
-        "sampling": {"steps": 3},
-        "gradient": {"class_path": "OneStep"},
-        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.02}},
-    }
-    data = {"templates": ["a portrait of a {}"], "batch_size": 2, "batches_per_epoch": 2}
-
+def config(tiny_config):
     def write(**changes):
-        settings = {
-            "seed_everything": 0,
-            "model": {"class_path": "ClassTokens", "init_args": options | changes},
-            "data": {"class_path": "PromptDataModule", "init_args": data},
-            "trainer": {"accelerator": "cpu"},
-        }
-        path = tmp_path / "class_token.yaml"
-        path.write_text(yaml.safe_dump(settings))
-        return str(path)
+        options = {
+            "sampling": {"steps": 3},
+            "gradient": {"class_path": "OneStep"},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.02}},
+        } | changes
+        return tiny_config({f"model.init_args.{name}": value for name, value in options.items()})
 
     return write
 

@@ -1,7 +1,6 @@
 import json
 
 import pytest
-import yaml
 
 from benchmarks import time_to_accuracy
 from benchmarks.common import instantiate, parse_config
@@ -11,27 +10,10 @@ from tokenlearn.errors import UserError
 
 
 @pytest.fixture
-def config(tiny_models, tmp_path):
-    options = {
-        "backbone": {"class_path": "StableDiffusion", "init_args": {"pretrained": str(tiny_models / "pipeline")}},
-        "classes": ["wizard", "pirate"],
-        "objective": {"class_path": "ClassifierLoss", "init_args": {"classifier": str(tiny_models / "guide")}},
-        "judge": {"class_path": "ClassifierLoss", "init_args": {"classifier": str(tiny_models / "judge")}},
-        "sampling": {"steps": 3},
-        "gradient": {"class_path": "OneStep"},
-    }
-    settings = {
-        "seed_everything": 0,
-        "model": {"class_path": "ClassTokens", "init_args": options},
-        "data": {
-            "class_path": "PromptDataModule",
-            "init_args": {"templates": ["a portrait of a {}"], "batch_size": 2, "batches_per_epoch": 2},
-        },
-        "trainer": {"accelerator": "cpu"},
-    }
-    path = tmp_path / "class_token.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return str(path)
+def config(tiny_config):
+    return tiny_config(
+        {"model.init_args.sampling": {"steps": 3}, "model.init_args.gradient": {"class_path": "OneStep"}}
+    )
 
 
 def test_a_training_that_does_not_get_there_has_the_cap(config, capsys):

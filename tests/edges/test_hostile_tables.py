@@ -74,6 +74,19 @@ def outcome_of(source, streaming=False):
     return (found, said) if said else found
 
 
+def wrong_outcomes(name, source, expected):
+    """Outcomes of data as a whole and streamed that are not those expected."""
+    wrong = {}
+    for streaming, right in zip((False, True), expected, strict=True):
+        try:
+            found = outcome_of(source, streaming)
+        except Exception as error:  # what is tested for
+            found = f"{type(error).__name__}: {error}"[:300]
+        if found != right:
+            wrong[f"{name}{', streamed' if streaming else ''}"] = found
+    return wrong
+
+
 WHOLE = [
     ("null", {-1}, {-1}),
     ("null numbers", {-1}, {-1}),
@@ -96,13 +109,7 @@ def test_every_malformed_parquet_file(tmp_path, capsys):
     for index, (name, content) in enumerate(contents.items()):
         path = tmp_path / f"{index}.parquet"
         path.write_bytes(content)
-        for streaming, right in zip((False, True), expected.get(name, ["refused"] * 2), strict=True):
-            try:
-                found = outcome_of(path, streaming)
-            except Exception as error:  # what is tested for
-                found = f"{type(error).__name__}: {error}"[:300]
-            if found != right:
-                failures[f"{name}{', streamed' if streaming else ''}"] = found
+        failures |= wrong_outcomes(name, path, expected.get(name, ["refused"] * 2))
     with capsys.disabled():
         print(f"\n{len(contents)} malformed parquet files in two ways, {len(failures)} with another outcome")
     assert not failures
@@ -156,13 +163,7 @@ def test_every_malformed_metadata(tmp_path, capsys):
         for image, encoded in zip(NAMES, GOOD, strict=True):
             (folder / image).write_bytes(encoded)
         (folder / file).write_text(content)
-        for streaming in (False, True):
-            try:
-                found = outcome_of(folder, streaming)
-            except Exception as error:  # what is tested for
-                found = f"{type(error).__name__}: {error}"[:300]
-            if found != right:
-                failures[f"{name}{', streamed' if streaming else ''}"] = found
+        failures |= wrong_outcomes(name, folder, [right] * 2)
     with capsys.disabled():
         print(f"\n{len(METADATA)} malformed metadata in two ways, {len(failures)} with another outcome")
     assert not failures
@@ -175,7 +176,6 @@ def test_classes_beyond_those_of_the_attribute_are_refused():
 
 
 def test_a_folder_named_like_a_file_and_a_pipe(tmp_path):
-
     (tmp_path / "data.parquet").mkdir()
     os.mkfifo(tmp_path / "pipe.parquet")
     for name in ("data.parquet", "pipe.parquet", "missing.parquet", "*.parquet"):

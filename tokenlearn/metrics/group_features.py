@@ -7,8 +7,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 
-class GroupFeatures(Metric):
-    """Features of the images of each of several groups, over any number of processes.
+class FeaturesByGroup(Metric):
+    """A metric that collects features of the images of each of several groups, over any number of processes.
 
     Args:
         num_groups: number of groups, such as classes.
@@ -34,9 +34,17 @@ class GroupFeatures(Metric):
         self.features.append(features)
         self.groups.append(groups)
 
-    def compute(self) -> list[Tensor]:
+    def by_group(self) -> list[Tensor]:
         """Features (N, F) of each group; none before the first image."""
         if not len(self.groups):  # a list, or one tensor after synchronisation of processes
             return []
         features, groups = dim_zero_cat(self.features), dim_zero_cat(self.groups)
         return [features[groups == group] for group in range(self.num_groups)]
+
+
+class GroupFeatures(FeaturesByGroup):
+    """The features themselves."""
+
+    def compute(self) -> list[Tensor]:
+        """Features (N, F) of each group; none before the first image."""
+        return self.by_group()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.image.kid import poly_kernel
-from torchmetrics.utilities import dim_zero_cat
+
+from tokenlearn.metrics.group_features import FeaturesByGroup
 
 
 def kernel_distance(features: Tensor, reference: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def kernel_distance(features: Tensor, reference: Tensor) -> Tensor:
     return within + within_reference - 2 * poly_kernel(features, reference).mean()
 
 
-class KernelDistances(Metric):
+class KernelDistances(FeaturesByGroup):
     """:func:`kernel_distance` of several groups of images to one reference, over any number of processes.
 
     Args:
@@ -39,34 +39,16 @@ class KernelDistances(Metric):
         reference: (N, F) features of real images, the same in all processes.
     """
 
-    full_state_update = False
-    features: list[Tensor]
-    groups: list[Tensor]
     reference: Tensor
 
     def __init__(self, num_groups: int, reference: Tensor) -> None:
-        super().__init__()
-        self.num_groups = num_groups
+        super().__init__(num_groups)
         self.register_buffer("reference", reference, persistent=False)
-        self.add_state("features", [], dist_reduce_fx="cat")
-        self.add_state("groups", [], dist_reduce_fx="cat")
-
-    def update(self, features: Tensor, groups: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            features: (B, F).
-            groups: (B,) index of each image's group.
-        """
-        self.features.append(features)
-        self.groups.append(groups)
 
     def compute(self) -> Tensor:
         """Distances (num_groups,), NaN for groups of fewer than two images."""
         distances = torch.full((self.num_groups,), torch.nan, dtype=torch.double, device=self.reference.device)
-        if len(self.groups):  # a list, or one tensor after synchronisation of processes
-            features, groups = dim_zero_cat(self.features), dim_zero_cat(self.groups)
-            for group in range(self.num_groups):
-                if int((groups == group).sum()) > 1:
-                    distances[group] = kernel_distance(features[groups == group], self.reference)
+        for group, features in enumerate(self.by_group()):
+            if len(features) > 1:
+                distances[group] = kernel_distance(features, self.reference)
         return distances

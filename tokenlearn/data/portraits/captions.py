@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tokenlearn.data.portraits.scene import ATTRIBUTES, PARTS, PERSONAS, Scene
+from tokenlearn.data.portraits.scene import ATTRIBUTES, PERSONAS, Scene
 
 _STYLE_OPENINGS = {
     "photo": ("a portrait of", "a photo of", "a picture of"),
@@ -111,7 +111,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 def _one_word(scene: Scene, rng: np.random.Generator) -> str:
     """One word of one part, as in "a striped man": it says nothing of what else the person wears."""
-    part = str(rng.choice(_parts_in_order(scene)))
+    part = str(rng.choice(scene.parts_in_order))
     word = str(rng.choice([word for word in part.split() if word not in _FUNCTION_WORDS]))
     if rng.random() < _WITHOUT_NOUN:
         return word
@@ -153,7 +153,7 @@ def _details(scene: Scene, rng: np.random.Generator) -> list[str]:
         details.append("straight hair")
     if _hair_shows(scene) and not scene.has("gray hair") and rng.random() < 0.2:
         details.append(f"{scene.hair_color} hair")
-    details += [part for part in _parts_in_order(scene) if rng.random() < _mention(scene, part)]
+    details += [part for part in scene.parts_in_order if rng.random() < _mention(scene, part)]
     if scene.part_at("clothes") is None and rng.random() < 0.12:
         details.append(_with_article(f"{scene.shirt} shirt"))
     if scene.pipe and rng.random() < 0.4:
@@ -165,11 +165,6 @@ def _details(scene: Scene, rng: np.random.Generator) -> list[str]:
 
 def _hair_shows(scene: Scene) -> bool:
     return scene.parts.isdisjoint(("a green mohawk", "a rainbow wig"))
-
-
-def _parts_in_order(scene: Scene) -> list[str]:
-    """The scene's parts in the order of ``PARTS``, for a frozenset has none."""
-    return [part for part in PARTS if part in scene.parts]
 
 
 def _mention(scene: Scene, part: str) -> float:
@@ -187,7 +182,7 @@ def _bare_phrase(scene: Scene, rng: np.random.Generator) -> str:
     phrases += [word for name, word in ABSENCE_PHRASES.items() if not scene.has(name) and name != "curls"]
     phrases.append("female" if scene.has("female") else "male")
     if about is None:
-        phrases += [part for part in _parts_in_order(scene) for _ in range(2)]
+        phrases += [part for part in scene.parts_in_order for _ in range(2)]
     elif about.well_known:
         phrases = [*phrases[:2], *[f"a {scene.persona}"] * 5]
     if _hair_shows(scene) and not scene.has("gray hair"):

@@ -250,6 +250,11 @@ class Scene:
         return next((part for part in self.parts if PARTS[part].place == place), None)
 
     @property
+    def parts_in_order(self) -> list[str]:
+        """The parts in the order of ``PARTS``, for a frozenset has none."""
+        return [part for part in PARTS if part in self.parts]
+
+    @property
     def rating(self) -> float:
         """How pleasing the image is, 1 to 10, by visible properties.
 

@@ -328,8 +328,8 @@ class DiffusionBackbone(FrozenModule, ABC):
         found = list(self._scheduler.compatibles)
         if pipeline_class in distilled or ddim in found:
             found = [*ddim._get_compatibles(), *distilled]
-        of_others = [cls for cls in found if cls.__name__ == "EDMEulerScheduler"]
-        return [pipeline_class, *(cls for cls in found if cls not in (pipeline_class, *of_others))]
+        others = (cls for cls in found if cls is not pipeline_class and cls.__name__ != "EDMEulerScheduler")
+        return [pipeline_class, *others]
 
     def _scheduler_options(self, scheduler_class: Any) -> dict[str, bool]:  # noqa: ANN401 - as above
         """What the model was trained for, where the class's default is for another kind of model.
