@@ -161,7 +161,7 @@ def test_real_images_are_the_first_of_each_class(files):
     assert found["wizard"][:, 0, 0].tolist() == [[120, 60 * index, 80] for index in range(3)]
     for options, words in (
         ({"column": "labels"}, "'labels'.*did you mean label"),
-        ({"column": "label", "fewest": 5}, "has 4 images of class 'wizard'"),
+        ({"column": "label", "fewest": 5}, "has 4 usable images of class 'wizard'"),
     ):
         with pytest.raises(UserError, match=words):
             RealImages(source=source, **options).of_classes(["wizard"], 16)
