@@ -132,4 +132,4 @@ class BatchStore(ABC):
 
 def file_stem(text: str) -> str:
     """Words and tokens as part of a file's name: ``<no-smile>`` gives ``no-smile``."""
-    return re.sub(r"[^\w.-]+", "-", text).strip("-")
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.")

@@ -14,7 +14,7 @@ from tokenlearn.diffusion import GridSolver
 from tokenlearn.editing import Editing, ImageEditor
 from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.generation.base import ImageBatches, batches_to_edit, images_to_edit, unfinished
-from tokenlearn.generation.results import EditResult, EditTask, ResultPlan, file_stem
+from tokenlearn.generation.results import BEFORE, EditResult, EditTask, ResultPlan, file_stem
 from tokenlearn.guidance import SEGA, GuidedModel, RecordedGuidance, SemanticEdit
 from tokenlearn.guidance.semantic import MomentumAfter, ThresholdOver
 from tokenlearn.models import Conditioning, DiffusionBackbone
@@ -112,6 +112,13 @@ class Sega(TokenTask, EditTask):
             columns.append((ALL, list(edits)))
         captions = [caption for caption, _ in columns] or list(self._recorded)
         names = [file_stem(caption) for caption in captions]
+        if unnamed := next((caption for caption, name in zip(captions, names, strict=True) if not name), None):
+            raise UserError(
+                f"model.edits has one of the name '{unnamed}', of which no folder can be made; give it another name, "
+                "with letters or digits"
+            )
+        if images is None and BEFORE in names:
+            raise UserError(f"model.edits has one of the name '{BEFORE}', as the images without an edit; rename it")
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"model.edits has two of the name '{twice}'; give one of them another name")
         self._columns = {name: column for name, (_, column) in zip(names, columns, strict=False)}

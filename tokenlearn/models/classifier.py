@@ -251,6 +251,9 @@ def save_classifier(
     return Path(folder)
 
 
+_SAVE = "timm.models.push_to_hf_hub or tokenlearn.models.classifier.save_classifier"
+
+
 def _source(pretrained: str) -> str:
     """The name by which timm loads ``pretrained``; UserError for a missing or incomplete folder or unknown name."""
     import timm
@@ -262,13 +265,20 @@ def _source(pretrained: str) -> str:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(
-                f"classifier folder '{folder}' is incomplete: no 'config.json'; download or export it again"
+                f"classifier folder '{folder}' is incomplete: no 'config.json'; download it again, or write the model "
+                f"with {_SAVE}"
             )
+        _refuse_transformers(folder)
         if not any(file.suffix in (".safetensors", ".bin", ".pth") for file in folder.iterdir()):
             raise UserError(
                 f"classifier folder '{folder}' is incomplete: no 'model.safetensors'; download or export it again"
             )
         return f"local-dir:{folder}"
+    if folder.is_file():
+        raise UserError(
+            f"classifier '{pretrained}' is a file of weights, which does not say of what model; give a folder with "
+            f"its config.json, as {_SAVE} writes it"
+        )
     if prefix == "local-dir" or "/" in pretrained or "\\" in pretrained:
         raise UserError(
             f"classifier folder '{folder}' does not exist; give an existing folder, a timm model name or "
@@ -281,6 +291,19 @@ def _source(pretrained: str) -> str:
         )
         raise UserError(f"classifier '{pretrained}' is neither a folder nor a timm model{hint}")
     return pretrained
+
+
+def _refuse_transformers(folder: Path) -> None:
+    """Refuse the folder of a classifier of another library, whose config.json has no name of a timm architecture."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return  # timm says what is wrong
+    if isinstance(config, dict) and "architecture" not in config and "architectures" in config:
+        raise UserError(
+            f"the classifier in '{folder}' is of the library transformers (architectures {config['architectures']}), "
+            f"not of timm; give a timm model, by name or from a folder as {_SAVE} writes it"
+        )
 
 
 def _check_loaded(pretrained: str, model: Any) -> None:  # noqa: ANN401 - timm's models have no common type

@@ -1,0 +1,94 @@
+"""Single mistakes that belong to no sweep: packages that are not there, few steps, foreign classifiers, odd names."""
+
+import json
+import sys
+
+import pytest
+import torch
+from diffusers import PNDMScheduler
+
+from tests.command_line import error_of
+from tests.edges.model_folders import copied, with_json
+from tests.edges.test_silent_nonsense_models import LATENTS
+from tests.tiny import tiny_classifier
+from tokenlearn.errors import UserError
+from tokenlearn.generation import Sega
+from tokenlearn.guidance import SemanticEdit
+from tokenlearn.main import _mistake
+from tokenlearn.models import StableDiffusion
+from tokenlearn.models.classifier import TimmClassifier
+
+
+@pytest.mark.parametrize(("name", "package"), [("DPMSolverSDE", "torchsde"), ("LMSDiscrete", "scipy")])
+def test_schedulers_of_packages_that_are_not_installed(tiny_models, monkeypatch, name, package):
+    for module in [module for module in sys.modules if module.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    backbone = StableDiffusion(str(tiny_models / "pipeline"))
+    try:
+        backbone.make_solver(name, 3)
+    except Exception as error:  # what is tested for
+        line = str(_mistake(error))
+        assert "None" not in line
+        assert package in line
+        assert "install" in line
+    else:
+        pytest.skip(f"this version of diffusers makes {name} without {package}")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_few_steps_with_a_start_by_runge_kutta(tiny_models, tmp_path, steps):
+    folder = copied(tiny_models / "pipeline", tmp_path / "copy")
+    PNDMScheduler(**LATENTS, skip_prk_steps=False).save_pretrained(folder / "scheduler")
+    with_json(folder, "model_index.json", scheduler=["diffusers", "PNDMScheduler"])
+    backbone = StableDiffusion(str(folder))
+    if steps < 4:  # its start by Runge-Kutta takes four
+        with pytest.raises(UserError, match=rf"cannot make {steps} steps .*change sampling\.steps"):
+            backbone.make_solver(None, steps)
+    else:
+        assert len(backbone.make_solver(None, steps).timesteps) >= steps
+
+
+@pytest.mark.parametrize("name", ["shirt.pth", "model_best.pth.tar", "model.ckpt", "model.safetensors", "folder"])
+def test_classifiers_of_other_programs(tmp_path, name):
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+        torch.save({}, path / "model.pth")
+    else:
+        torch.save({"state_dict": {}}, path)
+    with pytest.raises(UserError) as caught:
+        TimmClassifier(str(path))
+    assert "does not exist" not in str(caught.value)
+    assert "config.json" in str(caught.value)
+
+
+def test_a_classifier_of_transformers(tmp_path):
+    folder = tiny_classifier(tmp_path / "guide", ["a", "b"])
+    config = {"architectures": ["ViTForImageClassification"], "model_type": "vit", "id2label": {"0": "a", "1": "b"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as caught:
+        TimmClassifier(str(folder))
+    assert "timm" in str(caught.value)
+    assert "download" not in str(caught.value)
+    assert "ViTForImageClassification" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "???", "../.."])
+def test_names_that_make_no_folder(tiny_models, name):
+    backbone = StableDiffusion(str(tiny_models / "pipeline"))
+    with pytest.raises(UserError, match=r"model\.edits .* letters or digits"):
+        Sega(backbone, edits=[SemanticEdit(concept=name, warmup_steps=0)], prompts=["a man"])
+
+
+def test_an_edit_named_like_the_images_without_one(tiny_models):
+    backbone = StableDiffusion(str(tiny_models / "pipeline"))
+    with pytest.raises(UserError, match=r"model\.edits has one of the name 'before'"):
+        Sega(backbone, edits=[SemanticEdit(concept="before", warmup_steps=0)], prompts=["a man"])
+
+
+@pytest.mark.parametrize("option", ["barebones", "enable_checkpointing"])
+def test_settings_of_the_trainer_that_cannot_be(tiny_config, capsys, option):
+    value = "true" if option == "barebones" else "false"
+    line = error_of(["fit", "--config", tiny_config(), f"--trainer.{option}", value], capsys)
+    assert option in line
