@@ -54,7 +54,8 @@ class ClassifierTraining(TrainedBySteps):
         self.arrays, self.seen = arrays, seen
         self.multi_label = name.startswith("attribute")
         labels = PORTRAIT_LABELS if self.multi_label else PERSONA_LABELS
-        if name.endswith("guide"):
+        self.is_guide = name.endswith("guide")
+        if self.is_guide:
             self.model = timm.create_model("resnet10t", num_classes=len(labels), **_GUIDE_ARGUMENTS)
         else:
             self.model = timm.create_model("regnetx_002", num_classes=len(labels))
@@ -74,6 +75,12 @@ class ClassifierTraining(TrainedBySteps):
             loss = class_cross_entropy(logits.float(), self.arrays.personas[indices], multi_label=False).mean()
         self.log("loss", loss, prog_bar=True)
         return loss
+
+    def save(self, folder: Path) -> None:
+        """Write the classifier to a folder."""
+        labels = PORTRAIT_LABELS if self.multi_label else PERSONA_LABELS
+        arguments = _GUIDE_ARGUMENTS if self.is_guide else None
+        save_classifier(self.model.eval(), folder, labels, self.multi_label, _DATA_CONFIG, arguments)
 
 
 def _augment(pixels: Tensor) -> Tensor:
@@ -125,13 +132,15 @@ def one_step_predictions(backbone: StableDiffusion, arrays: PortraitArrays, prom
 
 def all_parts_named(seed: int, size: int, frequencies: Mapping[str, float] | None) -> list[str]:
     """Prompts that name every part of each of the first portraits, so that a prediction shows all or none of them."""
-    prompts = []
-    for index in range(size):
-        scene = sample_scene(np.random.default_rng([seed, index]), **(frequencies or {}))
-        noun = "woman" if scene.has("female") else "man"
-        parts = f" with {', '.join(scene.parts_in_order)}" if scene.parts else ""
-        prompts.append(f"a portrait of a {noun}{parts}")
-    return prompts
+    scenes = (sample_scene(np.random.default_rng([seed, index]), **(frequencies or {})) for index in range(size))
+    return [all_parts_prompt(scene) for scene in scenes]
+
+
+def all_parts_prompt(scene: Scene) -> str:
+    """A prompt that names every part of a scene."""
+    noun = "woman" if scene.has("female") else "man"
+    parts = f" with {', '.join(scene.parts_in_order)}" if scene.parts else ""
+    return f"a portrait of a {noun}{parts}"
 
 
 def _cached(path: Path, make: Callable[[], Tensor]) -> Tensor:
@@ -182,14 +191,7 @@ def main(
         )
     module = ClassifierTraining(arrays, seen, name, steps, learning_rate)
     train(module, index_loader(size, batch_size), folder / name, ema_decay=None)
-    save_classifier(
-        module.model.eval(),
-        output_folder / name,
-        PORTRAIT_LABELS if module.multi_label else PERSONA_LABELS,
-        module.multi_label,
-        _DATA_CONFIG,
-        _GUIDE_ARGUMENTS if guide else None,
-    )
+    module.save(output_folder / name)
 
 
 if __name__ == "__main__":
