@@ -23,7 +23,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from jsonargparse import Namespace, auto_cli
 from torch import Tensor
 
@@ -121,7 +120,8 @@ def training_scenes(bias: Bias, size: int, seed: int = 0) -> list[Scene]:
     for index in range(size):
         rng = np.random.default_rng([seed, index])
         if index % 3 == 2:
-            scenes.append(sample_scene(rng, **PERSONA_FREQUENCIES))
+            frequencies = PERSONA_FREQUENCIES["persona_frequency"], PERSONA_FREQUENCIES["near_miss_frequency"]
+            scenes.append(sample_scene(rng, persona_frequency=frequencies[0], near_miss_frequency=frequencies[1]))
             continue
         scene = sample_scene(rng, persona=bias.persona)
         if index % 3 == 1:
@@ -171,11 +171,11 @@ def train_guides(folder: Path, bias: Bias, sizes: Sizes, pipeline: str, seed: in
 def _seen(path: Path, arrays: PortraitArrays, scenes: Sequence[Scene], pipeline: str) -> list[Tensor]:
     """The first portraits as the autoencoder and the diffusion model give them back, made once."""
     if not path.exists():
-        vae = AutoencoderKL.from_pretrained(pipeline, subfolder="vae").eval()
+        backbone = StableDiffusion(pipeline)
         prompts = [all_parts_prompt(scene) for scene in scenes]
         forms = [
-            round_trips(vae, arrays, len(scenes)),
-            one_step_predictions(StableDiffusion(pipeline), arrays, prompts),
+            round_trips(backbone.vae, arrays, len(scenes)),
+            one_step_predictions(backbone, arrays, prompts),
         ]
         with atomic_write(path) as temporary:
             torch.save(forms, temporary)
@@ -188,9 +188,9 @@ def _seen(path: Path, arrays: PortraitArrays, scenes: Sequence[Scene], pipeline:
 def accepted(guide: Path, bias: Bias, images: int) -> dict[str, float]:
     """Share of fresh portraits of the persona that a classifier takes for it, with and without the attribute."""
     classifier, shares = TimmClassifier(str(guide)), {}
-    for name, wanted in (("with", {"require": [bias.attribute]}), ("without", {"forbid": [bias.attribute]})):
+    for name, required, forbidden in (("with", [bias.attribute], []), ("without", [], [bias.attribute])):
         generators = (np.random.default_rng([_REAL_SEED, index]) for index in range(images))
-        scenes = [sample_scene(rng, persona=bias.persona, **wanted) for rng in generators]
+        scenes = [sample_scene(rng, persona=bias.persona, require=required, forbid=forbidden) for rng in generators]
         pixels = labelled_arrays(scenes, [bias.persona] * images).pixels(list(range(images)))
         found = classifier(pixels).argmax(dim=1) == PERSONA_LABELS.index(bias.persona)
         shares[name] = float(found.float().mean())

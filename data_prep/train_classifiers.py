@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from data_prep.portrait_arrays import PORTRAIT_LABELS, WORK_FOLDER, PortraitArrays, index_loader, portrait_arrays
 from data_prep.training import TrainedBySteps, train
-from tokenlearn.data.portraits import IMAGE_SIZE, PERSONA_LABELS, sample_scene
+from tokenlearn.data.portraits import IMAGE_SIZE, PERSONA_LABELS, Scene, sample_scene
 from tokenlearn.losses import class_cross_entropy
 from tokenlearn.models import StableDiffusion
 from tokenlearn.models.classifier import save_classifier

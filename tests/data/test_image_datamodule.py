@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.data.stand_ins import ClassTask, ImageTask, trainer_with
 from tokenlearn.data import HeldOut, ImageBatch, ImageDataModule, ImageReading, LabelColumns, LatentCaching
-from tokenlearn.data.portraits import ATTRIBUTES, portrait
+from tokenlearn.data.portraits import ATTRIBUTES, PERSONAS, portrait
 from tokenlearn.errors import UserError
 
 COUNT = 13
@@ -287,6 +287,15 @@ def test_portraits_know_their_attributes(streaming):
         scene, expected, _ = portrait(3, index)
         assert np.array_equal((images[index] * 255).round().byte().permute(1, 2, 0), np.asarray(expected))
         assert [int(batches[0].labels[name][index]) for name in ATTRIBUTES] == [scene.has(name) for name in ATTRIBUTES]
+
+
+def test_scenes_of_portraits_are_known_by_name():
+    made = ImageDataModule("portraits:6:3")
+    scenes = made.scenes(["00000004", "00000001"])
+    assert scenes == [portrait(3, 4)[0], portrait(3, 1)[0]]
+    assert not ImageDataModule("folder").scenes(["00000004"])
+    (persona,) = ImageDataModule("portraits:6:3:personas").scenes(["00000002"])
+    assert persona.persona == list(PERSONAS)[2]
 
 
 def test_flips_are_half_of_all_and_always_the_same_ones(tmp_path):

@@ -3,7 +3,7 @@ import torch
 
 from tests.tiny import tiny_classifier
 from tokenlearn.errors import UserError
-from tokenlearn.evaluation.edit_protocol import Conditions, EditProtocol, directions_of
+from tokenlearn.evaluation.edit_protocol import Conditions, EditProtocol, background_error, directions_of
 from tokenlearn.evaluation.edit_table import edit_table, success_at_equal_kept
 from tokenlearn.evaluation.image_rows import ImageRows
 from tokenlearn.evaluation.records import Records
@@ -85,14 +85,14 @@ class Measured:
             **({"removal": "negative"} | settings),
         )
 
-    def measure(self, images):
-        self.protocol.measure(images, images, [str(index) for index in range(len(images))])
+    def measure(self, images, masks=None):
+        self.protocol.measure(images, images, [str(index) for index in range(len(images))], masks or {})
 
     def table(self):
         return edit_table(
             self.records.compute(),
             title="edits",
-            methods=list(self.protocol.conditions),
+            methods=self.protocol.methods,
             directions=[direction.name for direction in self.protocol.directions],
             combinations=self.combinations,
             groups=self.groups,
@@ -125,6 +125,50 @@ def summary(table):
 
 SMILE = Conditions(towards(1, 0, 0, 0, 0), None)
 HAT = Conditions(towards(0, 1, 0, 0, 0), None)
+
+
+class OtherEditor:
+    """Stands for LEDITS++: it adds the scale of a direction to its logit."""
+
+    def edit(self, images, scales):
+        _, directions, strengths = scales.shape
+        edited = images[:, None, None].repeat(1, directions, strengths, 1, 1, 1)
+        for direction in range(directions):
+            edited[:, direction, :, direction] += scales[:, direction, :, None, None]
+        return edited
+
+
+def test_an_editor_by_words_is_one_more_method(make):
+    nothing = [Conditions(towards(0, 0, 0, 0, 0), None)] * 2
+    measured = make({"ours": nothing}, attributes={"smile": None, "hat": None}, ledits=OtherEditor())
+    measured.measure(images_of([-2, 4, 0, 0, 1], [2.5, -2, 0, 0, 1]))
+    assert measured.protocol.methods == ["ours", "ledits pp"]
+    table = measured.table()
+    smile, hat = cells(table)["smile"], cells(table)["hat"]
+    assert [smile[f"ledits_pp_{side}"] for side in ("add", "remove")] == [1, 1]
+    assert [hat[f"ledits_pp_{side}"] for side in ("add", "remove")] == [1, 0]  # a hat of 4 outlasts strength 3
+    assert summary(table)["ledits_pp_untouched_kept"] == 1
+    assert summary(table)["add_success"] == 0
+
+
+def test_the_background_is_what_an_attribute_does_not_decide(make):
+    images = torch.zeros(1, 3, 2, 2)
+    edited = torch.tensor([[0.4, 0.2], [0.0, 0.6]]).expand(1, 3, 2, 2)
+    mask = torch.tensor([[[True, False], [False, False]]])
+    assert background_error(edited, images, mask).tolist() == pytest.approx([(0.2 + 0.0 + 0.6) / 3])
+    assert background_error(edited, images, torch.ones_like(mask)).isnan().all()
+
+    masks = {"smile": torch.tensor([[[True, True], [True, False]]])}
+    measured = make({"ours": [SMILE, HAT]}, attributes={"smile": None, "hat": None}, editor=LossyWorld())
+    measured.measure(images_of([-2, -2, 0, 0, 1]), masks)
+    table = measured.table()
+    assert cells(table)["smile"]["background_error"] == pytest.approx(2 / 5)  # a hat of five channels changes by 2
+    assert cells(table)["do nothing"]["background_error"] == pytest.approx(2 / 5)
+    assert cells(table)["hat"]["background_error"] is None
+    measured.measure(images_of([-2, -2, 0, 0, 1]))
+    without = make({"ours": [SMILE, HAT]}, attributes={"smile": None, "hat": None})
+    without.measure(images_of([-2, -2, 0, 0, 1]))
+    assert "background_error" not in cells(without.table())["smile"]
 
 
 def test_directions(folder):

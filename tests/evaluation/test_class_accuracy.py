@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 
 import datasets
@@ -11,11 +12,12 @@ from tokenlearn.data import PromptDataModule
 from tokenlearn.data.batches import PromptBatch
 from tokenlearn.errors import UserError
 from tokenlearn.evaluation import ClassTokenEvaluation, evaluation_of
+from tokenlearn.evaluation.class_accuracy import _equal_parts
 from tokenlearn.evaluation.real_images import RealImages
 from tokenlearn.generation import Generate
 from tokenlearn.losses.objective import Objective
 from tokenlearn.main import main
-from tokenlearn.metrics import coverage, expected_coverage, relative_diversity
+from tokenlearn.metrics import coverage, expected_coverage, kernel_distance, relative_diversity
 from tokenlearn.models import StableDiffusion
 from tokenlearn.objectives import ClassifierLoss
 from tokenlearn.pipeline import Sampling
@@ -167,10 +169,12 @@ def test_variety_is_that_of_the_judges_features_beside_real_images(make, real, t
     assert row.cells["described_coverage"].value is None
     expected = [
         f"mean_{measure}_{kind}"
-        for measure in ("accuracy", "diversity", "coverage")
+        for measure in ("accuracy", "diversity", "coverage", "realism_distance")
         for kind in settings["test_kinds"]
     ]
-    assert list(table.summary) == expected
+    assert list(table.summary) == [*expected, "realism_distance_name", "realism_distance_token"]
+    distance = kernel_distance(found, reference).item()
+    assert row.cells["name_realism_distance"].value == pytest.approx(distance, rel=1e-4)
     diversities = [row.cells["token_diversity"].value for row in table.rows]
     assert table.summary["mean_diversity_token"].value == pytest.approx(sum(diversities) / 2)
     assert table.notes[0].startswith(
@@ -179,6 +183,30 @@ def test_variety_is_that_of_the_judges_features_beside_real_images(make, real, t
     assert [column.name for column in table.columns if column.printed] == ["name", "token"]
     header = [name for column in table.columns for name in column.header]
     assert {"name_diversity", "token_coverage"} <= set(header)
+
+
+def test_the_distance_of_all_classes_takes_as_many_images_of_each(make, real, tiny_models):
+    few = dataclasses.replace(real, images=8)
+    task = make()
+    table = table_of(task, ClassTokenEvaluation(real=few), test_images=3, test_kinds=["described", "token"])
+    seeds = sorted({record.seed for record in table.records if record.measure == "accuracy"})
+    with torch.no_grad():
+        features = ClassifierLoss(str(tiny_models / "judge")).classifier.features
+        prompts = {name: [f"a photo of a <{name}> {name}", f"a <{name}> {name}"] for name in ("wizard", "pirate")}
+        found = [features(task.pipeline.generate([*both, both[0]], seeds).clamp(0, 1)) for both in prompts.values()]
+        pixels = few.of_classes(["wizard", "pirate"], 16)
+        reference = [features(of_class.movedim(-1, 1) / 255) for of_class in pixels.values()]
+    together = kernel_distance(torch.cat(found), torch.cat(reference)).item()
+    assert table.summary["realism_distance_token"].value == pytest.approx(together, rel=1e-4)
+    # Only the wizard has a description, so its images are compared with real wizards alone.
+    (wizard,) = (row for row in table.rows if row.name == "wizard")
+    alone = wizard.cells["described_realism_distance"].value
+    assert table.summary["realism_distance_described"].value == pytest.approx(alone)
+
+
+def test_equal_parts_are_the_first_rows_of_each():
+    parts = [torch.arange(5)[:, None], 10 + torch.arange(3)[:, None]]
+    assert _equal_parts(parts).flatten().tolist() == [0, 1, 2, 10, 11, 12]
 
 
 def test_without_real_images_there_are_no_columns_of_variety(make):

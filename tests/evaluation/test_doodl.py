@@ -11,8 +11,9 @@ from PIL import Image
 from tests.tiny_clip import tiny_clip
 from tokenlearn.diffusion.latent_optimisation import LatentOptimisation
 from tokenlearn.errors import UserError
-from tokenlearn.evaluation.doodl import DoodlEvaluation, DoodlMethod, Realism
+from tokenlearn.evaluation.doodl import DoodlEvaluation, DoodlMethod
 from tokenlearn.evaluation.doodl_cases import DoodlCase, LocalSearch
+from tokenlearn.evaluation.realism import Realism
 from tokenlearn.generation import Doodl
 from tokenlearn.guidance import ClassifierGuidance, ComposableGuidance, TFGSettings
 from tokenlearn.main import main

@@ -2,13 +2,16 @@ import csv
 import dataclasses
 import json
 
+import datasets
 import lightning as L
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from tests.tiny import tiny_classifier
 from tokenlearn.errors import UserError
+from tokenlearn.evaluation.realism import Realism
 from tokenlearn.evaluation.sega import SegaEvaluation
 from tokenlearn.evaluation.sega_methods import edit_requests
 from tokenlearn.evaluation.sega_settings import (
@@ -23,6 +26,7 @@ from tokenlearn.evaluation.sega_settings import (
 )
 from tokenlearn.guidance import SEGA, ComposableGuidance, ConceptSettings, SemanticEdit
 from tokenlearn.main import main
+from tokenlearn.metrics import kernel_distance
 from tokenlearn.models import StableDiffusion, TimmClassifier
 from tokenlearn.pipeline import Sampling
 
@@ -43,6 +47,7 @@ class World:
 
     def __init__(self):
         self.backbone = self
+        self.sampling = Sampling(size=(16, 16))
 
     def encode(self, prompts):
         return prompts[0]
@@ -114,6 +119,32 @@ def row(table, name):
 
 def summary(table):
     return {name: figure.value for name, figure in table.summary.items()}
+
+
+def test_realism_is_the_distance_of_the_edits_of_the_compared_seeds(make, judge, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "real").mkdir()
+    for index in range(5):
+        Image.new("RGB", (16, 16), (40 * index, 200 - 30 * index, 90)).save(tmp_path / "real" / f"{index}.png")
+    realism = Realism(judge=judge, reference=str(tmp_path / "real"))
+    table = table_of(make(realism=realism, batch_size=8))
+    classifier, world = TimmClassifier(judge), World()
+    with torch.no_grad():
+        real = realism.features(classifier, 16)
+        assert len(real) == 5
+        plain = world.decode_latents(world.sample_latents(range(4), ("a portrait", None)))
+        # Of seeds 0 to 3, two lack a smile and two show it: SEGA adds 4 to its logit or takes 4 away.
+        edited = plain.clone()
+        edited[:, 0] += torch.tensor([4.0, -4.0, 4.0, -4.0])[:, None, None] / 40
+        expected = kernel_distance(classifier.features(edited), real).item()
+        before = kernel_distance(classifier.features(plain), real).item()
+    assert row(table, "smile")["realism_distance"] == pytest.approx(expected, rel=1e-3)
+    found = summary(table)
+    assert found["plain_realism_distance"] == pytest.approx(before, rel=1e-3)
+    distances = [row(table, label)["realism_distance"] for label in LABELS]
+    assert found["realism_distance"] == pytest.approx(sum(distances) / 3)
+    assert "prompt_editing_realism_distance" in found
+    assert "realism_distance" not in summary(table_of(make()))
 
 
 def test_attributes_are_added_where_they_lack_and_removed_where_they_show(make):

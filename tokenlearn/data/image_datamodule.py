@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import numpy as np
@@ -15,8 +15,8 @@ from torch import Tensor
 from tokenlearn.data.batches import ImageBatch
 from tokenlearn.data.broken_images import broken_rows
 from tokenlearn.data.image_samples import ImageLoader, ImageReading, ImageSample, collate_images
-from tokenlearn.data.image_source import ImageSource, is_portraits, open_images
-from tokenlearn.data.interfaces import ImageConsumer, LabelledImages, consumer_of, trainer_of
+from tokenlearn.data.image_source import ImageSource, is_portraits, open_images, scenes_of
+from tokenlearn.data.interfaces import DrawnImages, ImageConsumer, LabelledImages, consumer_of, trainer_of
 from tokenlearn.data.labels import Label, LabelColumns, check_first_label_values, check_label_values, read_labels
 from tokenlearn.data.latent_cache import LatentCache, LatentCaching, build_latents, in_full_batches
 from tokenlearn.data.pixels import unit_range
@@ -26,8 +26,11 @@ from tokenlearn.data.sources import Item
 from tokenlearn.data.streams import BatchStream, EvaluationBatches
 from tokenlearn.errors import UserError, check_at_least
 
+if TYPE_CHECKING:
+    from tokenlearn.data.portraits import Scene
 
-class ImageDataModule(L.LightningDataModule, LabelledImages):
+
+class ImageDataModule(L.LightningDataModule, LabelledImages, DrawnImages):
     """Images to learn from, with or without labels, resized and cropped to the size of the backbone.
 
     Training images are read in passes, each image once in a pass. Batches are always full: a batch within which a pass
@@ -109,6 +112,10 @@ class ImageDataModule(L.LightningDataModule, LabelledImages):
     def class_names(self) -> dict[str, tuple[str, ...]]:
         """Class names of each attribute in the order of class indices, empty for numbers and booleans."""
         return {label.attribute: label.classes for label in self._labels}
+
+    def scenes(self, names: Sequence[str]) -> Sequence[Scene]:
+        """See :class:`DrawnImages`."""
+        return scenes_of(self.source, [int(name) for name in names]) if is_portraits(self.source) else []
 
     def prepare_data(self) -> None:
         """Download, prepare and check images; the result is remembered for :meth:`setup`."""

@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenlearn.data.pixels import warn_of_left_out
 from tokenlearn.errors import UserError, reason_of, shown
 from tokenlearn.notices import warn_once
 from tokenlearn.paths import resolve
+
+if TYPE_CHECKING:
+    from tokenlearn.data.portraits import Scene
 
 _PORTRAITS = "portraits:"
 _PORTRAITS_PER_SHARD = 256
@@ -44,6 +47,18 @@ class ImageSource:
 def is_portraits(source: str) -> bool:
     """Whether a source is the bundled world."""
     return source.startswith(_PORTRAITS)
+
+
+def scenes_of(source: str, numbers: Sequence[int]) -> list[Scene]:
+    """The scenes of portraits of the bundled world, by their positions in a source.
+
+    Raises:
+        UserError: if the source is not well formed.
+    """
+    from tokenlearn.data.portraits import portrait, portrait_of_persona
+
+    _, seed, personas = _parsed_portraits(source)
+    return [(portrait_of_persona if personas else portrait)(seed, number)[0] for number in numbers]
 
 
 def open_images(
@@ -83,19 +98,24 @@ def open_images(
 def _portraits(source: str, streaming: bool) -> ImageSource:
     from tokenlearn.data.portraits import portrait, portrait_of_persona, portraits_dataset
 
-    found = re.fullmatch(r"(?P<size>\d+)(?::(?P<seed>\d+)(?P<personas>:personas)?)?", source.removeprefix(_PORTRAITS))
-    if not found or int(found["size"]) == 0:
-        raise UserError(
-            f"data.source '{source}' needs a number of portraits, such as 'portraits:2000', and may have a seed, such "
-            "as 'portraits:2000:1', and be of personas alone, such as 'portraits:2000:1:personas'"
-        )
-    size, seed, personas = int(found["size"]), int(found["seed"] or "0"), found["personas"] is not None
+    size, seed, personas = _parsed_portraits(source)
     num_shards = -(-size // _PORTRAITS_PER_SHARD)
     opened = partial(portraits_dataset, size, seed, streaming=streaming, num_shards=num_shards, personas=personas)
     first = (portrait_of_persona if personas else portrait)(seed, 0)[1]  # another release may draw it differently
     look = hashlib.blake2b(first.tobytes(), digest_size=8).hexdigest()
     kind = ":personas" if personas else ""
     return ImageSource(lambda: _encoded(opened(), "image"), f"{_PORTRAITS}{size} {seed}{kind} {look}", portraits=True)
+
+
+def _parsed_portraits(source: str) -> tuple[int, int, bool]:
+    """Size, seed, and whether every portrait shows a persona."""
+    found = re.fullmatch(r"(?P<size>\d+)(?::(?P<seed>\d+)(?P<personas>:personas)?)?", source.removeprefix(_PORTRAITS))
+    if not found or int(found["size"]) == 0:
+        raise UserError(
+            f"data.source '{source}' needs a number of portraits, such as 'portraits:2000', and may have a seed, such "
+            "as 'portraits:2000:1', and be of personas alone, such as 'portraits:2000:1:personas'"
+        )
+    return int(found["size"]), int(found["seed"] or "0"), found["personas"] is not None
 
 
 def _saved(path: Path, split: str, streaming: bool) -> tuple[Callable[[], Any], str]:

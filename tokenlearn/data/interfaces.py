@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import lightning as L
     from torch import Tensor
 
+    from tokenlearn.data.portraits import Scene
+
 T = TypeVar("T")
 
 
@@ -86,6 +88,16 @@ class LabelledImages(ABC):
     @abstractmethod
     def train_dataloader(self) -> Iterable[ImageBatch]:
         """The training stream from its beginning, this rank's part."""
+
+
+class DrawnImages(ABC):
+    """Data of images whose scenes may be known."""
+
+    description: ClassVar[str] = "images, such as ImageDataModule"
+
+    @abstractmethod
+    def scenes(self, names: Sequence[str]) -> Sequence[Scene]:
+        """The scenes of images by their names in batches; none if the images are not of the bundled world."""
 
 
 class PromptTemplates(ABC):

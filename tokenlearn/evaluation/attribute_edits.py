@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from tokenlearn.data.batches import ImageBatch
-from tokenlearn.data.interfaces import LabelledImages, find_data
+from tokenlearn.data.interfaces import DrawnImages, LabelledImages, find_data
 from tokenlearn.editing import Editing, ImageEditor, source_of
 from tokenlearn.errors import UserError
 from tokenlearn.evaluation.base import Evaluation
 from tokenlearn.evaluation.edit_protocol import Conditions, EditProtocol, Removal, directions_of
 from tokenlearn.evaluation.edit_table import edit_table
+from tokenlearn.evaluation.ledits import LEditsPP, LEditsPPEditor, word_edits
 from tokenlearn.evaluation.records import Record
 from tokenlearn.evaluation.table import Table
 from tokenlearn.models import TimmClassifier
@@ -46,6 +48,7 @@ class AttributeEdits(Evaluation[Caso]):
             training: the difference of the text encoder's mean outputs, added to its output for the source prompt,
             and taken away from it for the opposite class. Null leaves it out.
         embeddings: embedding files of textual inversion, with the class in their metadata; adds this method.
+        ledits: settings of LEDITS++, which edits by words alone; adds this method. Null leaves it out.
         random_tokens: whether to add random tokens as a method.
         watched: labels of the judge that edits should leave alone, besides the task's attributes.
         combinations: classes to change in one edit.
@@ -70,6 +73,7 @@ class AttributeEdits(Evaluation[Caso]):
         prompts: dict[str, str] = {},  # noqa: B006 - read only
         directions: PairTemplates | None = None,
         embeddings: Embeddings = [],  # noqa: B006 - read only
+        ledits: LEditsPP | None = None,
         random_tokens: bool = True,
         watched: list[str] = [],  # noqa: B006 - read only
         combinations: list[list[str]] = [],  # noqa: B006 - read only
@@ -92,6 +96,7 @@ class AttributeEdits(Evaluation[Caso]):
             raise UserError("evaluation.directions needs a prompt for each class; give them in evaluation.prompts")
         self.directions = directions
         self.prompts, self.embeddings, self.random_tokens = prompts, embeddings, random_tokens
+        self.ledits = ledits
         self.watched, self.combinations, self.group_column = watched, combinations, group_column
         self.equal_preservation = equal_preservation
         self.groups: tuple[str, ...] = ()
@@ -121,6 +126,7 @@ class AttributeEdits(Evaluation[Caso]):
             combinations=self.combinations,
             records=self.records,
             image_rows=self.image_rows,
+            ledits=None if self.ledits is None else self._ledits_editor(self.ledits),
         )
 
     @torch.no_grad()
@@ -130,7 +136,7 @@ class AttributeEdits(Evaluation[Caso]):
         latents = self.task.clean_latents(batch)
         images = self.task.clean_images(batch, latents)
         if dataloader_idx == 0:
-            self._protocol.measure(images, latents, batch.names)
+            self._protocol.measure(images, latents, batch.names, self._masks(batch.names, images))
         else:
             self._protocol.measure_transfer(images, latents, batch.names, self._groups_of(batch))
 
@@ -145,7 +151,7 @@ class AttributeEdits(Evaluation[Caso]):
         table = edit_table(
             records,
             title=f"edits judged by {self._judge().pretrained}",
-            methods=list(self._protocol.conditions),
+            methods=self._protocol.methods,
             directions=[direction.name for direction in self._protocol.directions],
             combinations=self.combinations,
             groups=self.groups,
@@ -240,6 +246,29 @@ class AttributeEdits(Evaluation[Caso]):
             moved = [task.backbone.add_to_outputs(source, sign * unit, "output") for sign in (1, -1)]
             encoded.append(Conditions(*moved))
         return encoded
+
+    def _ledits_editor(self, settings: LEditsPP) -> LEditsPPEditor:
+        """LEDITS++ in every direction."""
+        opposites: list[tuple[str, str | None]] = []
+        for direction in directions_of(self.task.attributes):
+            names = self.task.attributes[direction.attribute].class_names
+            opposites.append((direction.name, names[0] if len(names) == 2 else None))
+        return LEditsPPEditor(self.task.backbone, settings, word_edits(settings.words, opposites))
+
+    def _masks(self, names: Sequence[str], images: Tensor) -> dict[str, Tensor]:
+        """Direction to the pixels (B, H, W) that it decides in images (B, 3, H, W), if these are drawn portraits."""
+        data = find_data(self.trainer, DrawnImages)
+        if data is None or not (scenes := data.scenes(names)):
+            return {}
+        from tokenlearn.data.portraits import ATTRIBUTES, attribute_mask
+
+        masks = {}
+        for direction in directions_of(self.task.attributes):
+            if direction.name in ATTRIBUTES:
+                drawn = np.stack([attribute_mask(scene, direction.name) for scene in scenes])
+                resized = functional.interpolate(torch.from_numpy(drawn)[:, None].float(), images.shape[-2:])
+                masks[direction.name] = (resized[:, 0] > 0).to(images.device)
+        return masks
 
     def _groups(self) -> tuple[str, ...]:
         """Names of the groups of other images."""

@@ -19,7 +19,7 @@ from tokenlearn.evaluation.real_images import RealImages
 from tokenlearn.evaluation.records import Record
 from tokenlearn.evaluation.table import Column, Figure, Kind, Pivot, Row, Table
 from tokenlearn.losses.objective import Objective
-from tokenlearn.metrics import GroupFeatures, covered, expected_coverage, relative_diversity
+from tokenlearn.metrics import GroupFeatures, covered, expected_coverage, kernel_distance, relative_diversity
 from tokenlearn.models import TimmClassifier
 from tokenlearn.objectives import ClassifierLoss
 from tokenlearn.pipeline import Pipeline
@@ -30,8 +30,9 @@ _CAPTIONS = {"name": "before", "token": "after"}
 _FIT_SUMMARY: dict[PromptKind, str] = {"name": "name", "start": "step0", "token": "after"}
 
 
-DIVERSITY, COVERAGE = "diversity", "coverage"
-_VARIETY: dict[str, Kind] = {DIVERSITY: "score", COVERAGE: "share"}
+DIVERSITY, COVERAGE, REALISM = "diversity", "coverage", "realism_distance"
+_VARIETY: dict[str, Kind] = {DIVERSITY: "score", COVERAGE: "share", REALISM: "distance"}
+_ALL_CLASSES = "all classes"  # an item of records
 _NEIGHBOURS = 5
 """Real images in the ball of a real image, by which coverage is measured."""
 
@@ -57,16 +58,17 @@ class ClassTokenEvaluation(Evaluation[ClassTokens]):
     the token started from, and tokens of other trainings. The prompts and seeds are those of ``PromptDataModule``, the
     same for every class and kind of prompt.
 
-    With real images, two measures of variety stand beside the score, both in the features of the judge: diversity, the
-    mean distance of two images over that of two real ones, and coverage, the share of real images near which there is
-    a generated one.
+    With real images, three measures stand beside the score, all in the features of the judge: diversity, the mean
+    distance of two images over that of two real ones; coverage, the share of real images near which there is a
+    generated one; and the kernel distance to the real images, of each class and of all classes together, each of which
+    then has as many images as the others.
 
     Args:
         words: class to the word of the kind ``word``; null searches for it by the guiding objective, as for the start
             of a token.
         embeddings: name of a further kind of prompt to embedding files of other tokens of the classes, such as those
             of a training from another start, or of textual inversion. They are tested with the kind ``token``.
-        real: real images, labelled with the classes; null leaves diversity and coverage out.
+        real: real images, labelled with the classes; null leaves these measures out.
 
     Attributes:
         words: as given, or as found.
@@ -168,8 +170,9 @@ class ClassTokenEvaluation(Evaluation[ClassTokens]):
         super().on_test_epoch_end()
 
     def _record_variety(self, groups: Sequence[Tensor]) -> None:
-        """Record diversity and coverage of the features of each group."""
+        """Record diversity, coverage and distance of the features of each group."""
         for method in self.methods:
+            self._record_realism(method, groups)
             for name, real in self.real_features.items():
                 found = groups[self._group(method, name)]
                 if not len(found):
@@ -178,6 +181,18 @@ class ClassTokenEvaluation(Evaluation[ClassTokens]):
                 self.records.update(DIVERSITY, diversity[None], ["all images"], method=method, item=name)
                 names = [f"real image {place}" for place in range(len(real))]
                 self.records.update(COVERAGE, covered(found, real, _NEIGHBOURS), names, method=method, item=name)
+
+    def _record_realism(self, method: str, groups: Sequence[Tensor]) -> None:
+        """Record the distance of a method's images to real ones, of each class and of all together."""
+        found = {name: groups[self._group(method, name)] for name in self.real_features}
+        pairs = {name: (of, self.real_features[name]) for name, of in found.items() if len(of) > 1}
+        if not pairs:
+            return
+        distances = {name: kernel_distance(*pair) for name, pair in pairs.items()}
+        generated, real = (_equal_parts(parts) for parts in zip(*pairs.values(), strict=True))
+        distances[_ALL_CLASSES] = kernel_distance(generated, real)
+        for item, distance in distances.items():
+            self.records.update(REALISM, distance[None], ["all images"], method=method, item=item)
 
     def prompts(self, batch: PromptBatch) -> list[str]:
         """Prompts (B) of a batch.
@@ -253,6 +268,11 @@ class ClassTokenEvaluation(Evaluation[ClassTokens]):
                 f"mean_{column.measure}_{column.method}": means[column.name]
                 for column in columns
                 if column.name in means
+            }
+            | {
+                f"{REALISM}_{record.method}": Figure(record.value, "distance")
+                for record in records
+                if record.measure == REALISM and record.item == _ALL_CLASSES
             },
             fit_summary=_before_and_after(means, judge),
             notes=_coverage_notes(rows, [name for name in self.methods if name in measured]),
@@ -273,6 +293,12 @@ class ClassTokenEvaluation(Evaluation[ClassTokens]):
         if self.task.judge is None:
             raise UserError("the evaluation needs an objective that did not train the tokens; set model.judge")
         return self.task.judge
+
+
+def _equal_parts(parts: Sequence[Tensor]) -> Tensor:
+    """The same number of the first rows of each part, together."""
+    number = min(map(len, parts))
+    return torch.cat([part[:number] for part in parts])
 
 
 def _mean(rows: Sequence[Row], column: Column) -> Figure | None:

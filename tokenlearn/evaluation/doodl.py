@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import Literal, cast, get_args
@@ -12,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tokenlearn.data.image_source import open_images
-from tokenlearn.data.pixels import readable_squares, unit_range
 from tokenlearn.data.sources import Item, Skipped, items_below
 from tokenlearn.data.streams import EvaluationBatches
 from tokenlearn.errors import UserError, check_at_least
@@ -22,6 +19,7 @@ from tokenlearn.evaluation.baselines import best_of, best_of_guided, local_searc
 from tokenlearn.evaluation.doodl_cases import CaseImage, DoodlCase, TargetedObjective
 from tokenlearn.evaluation.doodl_table import doodl_table
 from tokenlearn.evaluation.image_rows import ImageRows
+from tokenlearn.evaluation.realism import Realism
 from tokenlearn.evaluation.records import Record
 from tokenlearn.evaluation.table import Table
 from tokenlearn.generation.generate import Generate
@@ -42,29 +40,6 @@ near the best, the best of several seeds under training-free guidance; and optim
 
 _AT_EQUAL_COST = ("best_of", "search", "best_of_tfg")
 _RULES = ("one_step", "tfg", "best_of_tfg")
-
-_REFERENCE_BATCH = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Realism:
-    """Kernel distance of images to real images.
-
-    Attributes:
-        judge: timm name or folder of the classifier in whose features images are compared.
-        reference: real images, see :func:`tokenlearn.data.image_source.open_images`.
-        images: number of real images.
-
-    Raises:
-        UserError: if there are fewer than two real images.
-    """
-
-    judge: str
-    reference: str
-    images: int = 200
-
-    def __post_init__(self) -> None:
-        check_at_least("model.realism", 2, images=self.images)
 
 
 class DoodlEvaluation(Evaluation[Generate]):
@@ -160,7 +135,7 @@ class DoodlEvaluation(Evaluation[Generate]):
         self.rows_of_images = {row: ImageRows() for row in self.row_judges}
         self._pipelines = {}  # the tokens may be those of a checkpoint
         if self.realism is not None and self.realism_judge is not None:
-            reference = self._reference_features(self.realism, self.realism_judge)
+            reference = self.realism.features(self.realism_judge, self.task.image_size)
             groups = len(self.row_judges) * len(self.methods)
             self.realism_distances = KernelDistances(groups, reference).to(self.device)
         # Before an evaluation, since recomputation for a gradient leaves the network before its end.
@@ -303,21 +278,6 @@ class DoodlEvaluation(Evaluation[Generate]):
         self._evaluations += len(conditioning)
         if torch.is_grad_enabled() and (latents.requires_grad or conditioning.requires_grad):
             self._differentiated += len(conditioning)
-
-    @torch.no_grad()
-    def _reference_features(self, realism: Realism, judge: TimmClassifier) -> Tensor:
-        """Features (N, F) of real images."""
-        rows = (row["image"] for row in open_images(realism.reference).open())
-        pixels = readable_squares(rows, self.task.image_size, realism.images, realism.reference)
-        if len(pixels) < 2:
-            raise UserError(
-                f"model.realism.reference '{realism.reference}' has {len(pixels)} images that can be used; a distance "
-                "needs at least 2"
-            )
-        parts = (
-            unit_range(pixels[first : first + _REFERENCE_BATCH]) for first in range(0, len(pixels), _REFERENCE_BATCH)
-        )
-        return torch.cat([judge.features(part.to(self.device)) for part in parts])
 
     def make_table(self, records: list[Record]) -> Table:
         """See :class:`Evaluation`: a row per objective, columns of each method."""

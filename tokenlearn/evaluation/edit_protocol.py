@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from tokenlearn.diffusion import Inverted
 from tokenlearn.editing import ImageEditor
 from tokenlearn.errors import UserError
 from tokenlearn.evaluation.image_rows import ImageRows
+from tokenlearn.evaluation.ledits import LEditsPPEditor
 from tokenlearn.evaluation.records import Records
 from tokenlearn.metrics import perceptual_distance, rank_correlation
 from tokenlearn.models import Conditioning, TimmClassifier
@@ -32,6 +34,9 @@ Removal = Literal["negative", "opposite", "difference"]
 
 RECONSTRUCTION = "reconstruction"
 """Method of the records of images that are inverted and denoised without an edit."""
+
+LEDITS = "ledits pp"
+"""Method of the records of edits by LEDITS++."""
 
 DO_NOTHING = "do nothing"
 """Item of these records: the row that every edit is to be compared with."""
@@ -115,6 +120,7 @@ class EditProtocol:
         strength: scale of transfer and combinations, and of example images.
         removal: how classes are removed.
         combinations: names of directions to edit together.
+        ledits: edits by LEDITS++ in the same directions, as one more method; None without.
         records: takes the measurements.
         image_rows: takes example images.
 
@@ -140,13 +146,19 @@ class EditProtocol:
         combinations: Sequence[Sequence[str]],
         records: Records,
         image_rows: ImageRows,
+        ledits: LEditsPPEditor | None = None,
     ) -> None:
         self.editor, self.source, self.conditions = editor, source, conditions
         self.attributes, self.judge = [*attributes, *watched], judge
         self.strengths, self.strength, self.removal = list(strengths), strength, removal
-        self.records, self.image_rows = records, image_rows
+        self.records, self.image_rows, self.ledits = records, image_rows, ledits
         self.directions = directions_of(attributes)
         self.combinations = [[self._direction_index(name) for name in names] for names in combinations]
+
+    @property
+    def methods(self) -> list[str]:
+        """The compared methods, first the tested one."""
+        return [*self.conditions, *([] if self.ledits is None else [LEDITS])]
 
     @property
     def tested(self) -> str:
@@ -170,50 +182,89 @@ class EditProtocol:
             noisy, self.source, [part.condition for part in parts], [part.scales for part in parts]
         )
 
-    def measure(self, images: Tensor, latents: Tensor, names: Sequence[str]) -> None:
+    def measure(
+        self,
+        images: Tensor,
+        latents: Tensor,
+        names: Sequence[str],
+        masks: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
         """Edit images in every direction.
 
         Args:
             images: (B, 3, H, W) in [0, 1].
             latents: (B, C, h, w) of the images.
             names: B names.
+            masks: direction to the pixels (B, H, W) that it changes, where they are known.
         """
         noisy = self.editor.invert(latents, self.source)
         before, trunk = self.classes(images), self.judge.trunk_features(images)
         unedited = self.edit(noisy, [])
-        self._measure_reconstruction(unedited, images, names, before=before, trunk=trunk)
+        self._measure_reconstruction(unedited, images, names, masks, before=before, trunk=trunk)
         self.image_rows.add("image", images)
         for method, conditions in self.conditions.items():
             for direction, of_direction in zip(self.directions, conditions, strict=True):
                 present = before[:, direction.attribute] == direction.target
                 scales = _signs(present)[:, None] * torch.tensor(self.strengths, device=noisy.device)
                 edited = self._edit_at_scales(noisy, of_direction, scales)
-                for strength, part in zip(self.strengths, edited.unbind(dim=1), strict=True):
-                    record = partial(
-                        self.records.update,
-                        seeds=names,
-                        method=method,
-                        item=direction.name,
-                        side=_sides(present),
-                        strength=strength,
-                    )
-                    after = self.classes(part)
-                    record("success", (after[:, direction.attribute] == direction.target) != present)
-                    for index, attribute in enumerate(self.attributes):
-                        if index != direction.attribute:
-                            record("kept", after[:, index] == before[:, index], label=attribute.name)
-                    record("psnr", _psnr(part, images))
-                    record("perceptual_distance", perceptual_distance(self.judge.trunk_features(part), trunk))
+                self._record_edits(edited, images, names, masks, method, direction, before=before, trunk=trunk)
                 if method == self.tested:
                     self.image_rows.add(direction.name, edited[:, self.strengths.index(self.strength)])
                     others = self._edit_at_scales(noisy, of_direction, -scales)
                     tried = [unedited, *edited.unbind(dim=1), *others.unbind(dim=1)]
                     all_scales = torch.cat([torch.zeros_like(scales[:, :1]), scales, -scales], dim=1)
                     self._measure_ranks(tried, all_scales, direction, present, names)
+        if self.ledits is not None:
+            targets = torch.tensor([direction.target for direction in self.directions], device=before.device)
+            shown = before[:, [direction.attribute for direction in self.directions]] == targets
+            strengths = torch.tensor(self.strengths, device=before.device)
+            edits = self.ledits.edit(images, _signs(shown)[:, :, None] * strengths)
+            for direction, edited in zip(self.directions, edits.unbind(dim=1), strict=True):
+                self._record_edits(edited, images, names, masks, LEDITS, direction, before=before, trunk=trunk)
         self._measure_combinations(noisy, before, names)
 
+    def _record_edits(
+        self,
+        edited: Tensor,
+        images: Tensor,
+        names: Sequence[str],
+        masks: Mapping[str, Tensor],
+        method: str,
+        direction: Direction,
+        *,
+        before: Tensor,
+        trunk: Tensor,
+    ) -> None:
+        """Record edits (B, S, 3, H, W) of images in one direction, by a method at all strengths."""
+        present = before[:, direction.attribute] == direction.target
+        for strength, part in zip(self.strengths, edited.unbind(dim=1), strict=True):
+            record = partial(
+                self.records.update,
+                seeds=names,
+                method=method,
+                item=direction.name,
+                side=_sides(present),
+                strength=strength,
+            )
+            after = self.classes(part)
+            record("success", (after[:, direction.attribute] == direction.target) != present)
+            for index, attribute in enumerate(self.attributes):
+                if index != direction.attribute:
+                    record("kept", after[:, index] == before[:, index], label=attribute.name)
+            record("psnr", _psnr(part, images))
+            record("perceptual_distance", perceptual_distance(self.judge.trunk_features(part), trunk))
+            if direction.name in masks:
+                record("background_error", background_error(part, images, masks[direction.name]))
+
     def _measure_reconstruction(
-        self, unedited: Tensor, images: Tensor, names: Sequence[str], *, before: Tensor, trunk: Tensor
+        self,
+        unedited: Tensor,
+        images: Tensor,
+        names: Sequence[str],
+        masks: Mapping[str, Tensor],
+        *,
+        before: Tensor,
+        trunk: Tensor,
     ) -> None:
         """Measure the round trip of images (B, 3, H, W) as if it were an edit in every direction."""
         record = partial(self.records.update, seeds=names, method=RECONSTRUCTION, item=DO_NOTHING)
@@ -222,6 +273,9 @@ class EditProtocol:
             present = before[:, direction.attribute] == direction.target
             changed = (after[:, direction.attribute] == direction.target) != present
             record("success", changed, side=_sides(present), label=direction.name)
+            if direction.name in masks:
+                error = background_error(unedited, images, masks[direction.name])
+                record("background_error", error, side=_sides(present), label=direction.name)
         for index, attribute in enumerate(self.attributes):
             record("kept", after[:, index] == before[:, index], label=attribute.name)
         record("psnr", _psnr(unedited, images))
@@ -293,6 +347,19 @@ class EditProtocol:
             for index, item in enumerate(chosen):
                 record("part", changed[:, index], label=item.name)
             self.image_rows.add(name, edited)
+
+
+def background_error(images: Tensor, others: Tensor, mask: Tensor) -> Tensor:
+    """Mean absolute difference (B,) of pixels outside a mask; NaN where nothing is outside.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        others: the same shape.
+        mask: (B, H, W), whether a pixel may change.
+    """
+    outside = ~mask
+    differences = (images - others).abs().mean(dim=1)
+    return (differences * outside).sum(dim=(1, 2)) / outside.sum(dim=(1, 2))
 
 
 def _signs(present: Tensor) -> Tensor:

@@ -13,7 +13,13 @@ from tokenlearn.evaluation.table import Column, Figure, Kind, Pivot, Row, Table
 
 _SIDES = ("add", "remove")
 _RANKS = ("rank_correlation", "both_sides_rank_correlation")
-_SIDE_EFFECTS = ("untouched_kept", "psnr", "perceptual_distance")
+_SIDE_EFFECTS: dict[str, tuple[str, Kind]] = {
+    "untouched_kept": ("kept", "share"),
+    "psnr": ("psnr", "decibels"),
+    "perceptual_distance": ("perceptual_distance", "distance"),
+    "background_error": ("background_error", "distance"),
+}
+"""Column to its measure and kind. Background errors are of drawn images alone."""
 
 
 def edit_table(
@@ -42,17 +48,20 @@ def edit_table(
         equal_preservation: preserved share at which methods are compared; None for no such rows.
     """
     tested = methods[0]
-    columns = [column for method in methods for column in _columns(method, tested, strength)]
+    measured = {record.measure for record in records}
+    side_effects = [name for name, (measure, _) in _SIDE_EFFECTS.items() if measure in measured]
+    columns = [column for method in methods for column in _columns(method, tested, strength, side_effects)]
     columns += [Column(name=rank, kind="correlation", measure=rank, method=tested) for rank in _RANKS]
     pivot = Pivot(records, directions, columns)
     summary: dict[str, Figure] = {}
     for method in methods:
         prefix = _prefix(method, tested)
         summary |= {f"{prefix}{side}_success": pivot.figure(f"{prefix}{side}") for side in _SIDES}
-        summary |= {f"{prefix}{name}": pivot.figure(f"{prefix}{name}") for name in _SIDE_EFFECTS}
+        summary |= {f"{prefix}{name}": pivot.figure(f"{prefix}{name}") for name in side_effects}
     summary |= {rank: pivot.figure(rank) for rank in _RANKS}
-    reconstruction = Pivot(records, [DO_NOTHING], list(_columns(RECONSTRUCTION, RECONSTRUCTION, None)))
-    summary |= {f"reconstruction_{name}": reconstruction.figure(name) for name in _SIDE_EFFECTS}
+    nothing = list(_columns(RECONSTRUCTION, RECONSTRUCTION, None, side_effects))
+    reconstruction = Pivot(records, [DO_NOTHING], nothing)
+    summary |= {f"reconstruction_{name}": reconstruction.figure(name) for name in side_effects}
     curves = {method: _curve(records, method, directions, strengths) for method in methods}
     summary |= _at_equal_kept(curves, tested, summary["untouched_kept"].value)
     rows = pivot.rows() + reconstruction.rows()
@@ -70,16 +79,15 @@ def _prefix(method: str, tested: str) -> str:
     return "" if method == tested else f"{method.replace(' ', '_')}_"
 
 
-def _columns(method: str, tested: str, strength: float | None) -> Iterator[Column]:
+def _columns(method: str, tested: str, strength: float | None, side_effects: Sequence[str]) -> Iterator[Column]:
     """Success of both sides, and side effects, of a method."""
     prefix = _prefix(method, tested)
     for side in _SIDES:
         name, bar = f"{prefix}{side}", method == tested
         yield _success(name, "success", method, side=side, strength=strength, bar=bar)
-    kept, psnr, distance = (f"{prefix}{name}" for name in _SIDE_EFFECTS)
-    yield Column(name=kept, kind="share", measure="kept", method=method, strength=strength)
-    yield Column(name=psnr, kind="decibels", measure="psnr", method=method, strength=strength)
-    yield Column(name=distance, kind="distance", measure="perceptual_distance", method=method, strength=strength)
+    for name in side_effects:
+        measure, kind = _SIDE_EFFECTS[name]
+        yield Column(name=f"{prefix}{name}", kind=kind, measure=measure, method=method, strength=strength)
 
 
 def _success(

@@ -13,8 +13,10 @@ from tokenlearn.data.sources import items_below
 from tokenlearn.data.streams import EvaluationBatches
 from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.evaluation.base import Evaluation
+from tokenlearn.evaluation.realism import Realism
 from tokenlearn.evaluation.records import Record
 from tokenlearn.evaluation.sega_methods import (
+    METHODS,
     PLAIN,
     SAFE,
     SEMANTIC,
@@ -36,11 +38,11 @@ from tokenlearn.evaluation.sega_settings import (
     Styles,
     Suppression,
 )
-from tokenlearn.evaluation.sega_table import sega_table
+from tokenlearn.evaluation.sega_table import REALISM, sega_table
 from tokenlearn.evaluation.table import Table
 from tokenlearn.generation.generate import Generate
 from tokenlearn.guidance import SEGA, ClassifierFreeGuidance, SafeGuidance, SemanticEdit, check_tokens
-from tokenlearn.metrics import rank_correlation, timed
+from tokenlearn.metrics import GroupFeatures, kernel_distance, rank_correlation, timed
 from tokenlearn.models import DiffusionBackbone, TimmClassifier
 from tokenlearn.models.attributes import resolve_attributes
 from tokenlearn.pipeline import Sampling
@@ -77,6 +79,8 @@ class SegaEvaluation(Evaluation[Generate]):
         monotonicity: rank correlation of the judge's logit with the scale. ``rank_correlation`` is over the side of
             the scales that an image needs, ``both_sides_rank_correlation`` over all.
         seeds: seeds of the images.
+        realism: distance of the plain images, and of each method's edits of the seeds that all methods edit, to real
+            images; or null.
         embeddings: embedding files of learned tokens.
         sampling: settings of the sampler; its guidance is the scale of classifier-free guidance.
         batch_size: images at once.
@@ -102,6 +106,7 @@ class SegaEvaluation(Evaluation[Generate]):
         suppression: Suppression | None = None,
         monotonicity: Monotonicity = Monotonicity(),  # noqa: B008 - frozen
         seeds: Seeds = Seeds(),  # noqa: B008 - frozen
+        realism: Realism | None = None,
         embeddings: Embeddings = [],  # noqa: B006 - read only
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
         batch_size: int = 10,
@@ -131,6 +136,10 @@ class SegaEvaluation(Evaluation[Generate]):
             (self._expected,) = resolve_attributes({arithmetic.label: None}, self.arithmetic_judge)
         if suppression is not None:
             (self._unwanted,) = resolve_attributes({suppression.label: None}, self.judge)
+        self.realism = realism
+        self.realism_judge = None if realism is None else TimmClassifier(realism.judge)
+        self.real_features: Tensor | None = None
+        self.features = GroupFeatures(len(METHODS) * len(self.attributes))
         for edit in self._edits():
             SEGA([edit]).check_steps(sampling.steps)
 
@@ -168,6 +177,9 @@ class SegaEvaluation(Evaluation[Generate]):
         """
         super().on_test_start()
         check_tokens([edit.concept for edit in self._edits()], self.task.learned_placeholders)
+        self.features.reset()
+        if self.realism is not None and self.realism_judge is not None:
+            self.real_features = self.realism.features(self.realism_judge, self.task.image_size)
 
     def test_dataloader(self) -> EvaluationBatches[int, list[int]]:
         """This rank's part of the seeds, numbered from 0."""
@@ -190,6 +202,7 @@ class SegaEvaluation(Evaluation[Generate]):
         self.image_rows.add(PLAIN, plain)
         before = self.classes(plain)
         edited = torch.tensor(compared, device=before.device)
+        self._add_features(PLAIN, 0, plain[edited])
         self._measure_edits(seeds, before, edited)
         for variant in self.variants:
             self._measure_variant(variant, _chosen(seeds, edited), before[edited])
@@ -242,6 +255,7 @@ class SegaEvaluation(Evaluation[Generate]):
                     edited = self._generate_timed(method, request, chosen)
                     item = self.attributes[number].name
                     self._record_edit(edited, before[rows], chosen, number, method=method, item=item, side=side)
+                    self._add_features(method, number, edited[compared[rows]])
                     if method == SEMANTIC:
                         self.image_rows.add(self.attributes[number].class_names[side == "add"], edited)
 
@@ -352,6 +366,25 @@ class SegaEvaluation(Evaluation[Generate]):
             seen = self._unwanted.class_index(self.judge(images)) == 1
             self.records.update("suppression", seen, seeds, method=method, item=self.suppression.label)
             self.image_rows.add(caption, images)
+
+    def _add_features(self, method: str, number: int, images: Tensor) -> None:
+        """Add a method's edits (B, 3, H, W) of an attribute to those whose distance to real images is measured."""
+        if self.realism_judge is not None and len(images):
+            group = METHODS.index(method) * len(self.attributes) + number
+            groups = torch.full((len(images),), group, device=images.device)
+            self.features.update(self.realism_judge.features(images), groups)
+
+    def on_test_epoch_end(self) -> None:
+        """Measure the distance of all processes' edits to real images, and make the table."""
+        groups = [] if self.real_features is None else self.features.compute()
+        if self.real_features is not None and groups and self.trainer.is_global_zero:
+            names = [(method, attribute.name) for method in METHODS for attribute in self.attributes]
+            for (method, name), found in zip(names, groups, strict=True):
+                if len(found) > 1:
+                    distance = kernel_distance(found, self.real_features)
+                    item = "" if method == PLAIN else name
+                    self.records.update(REALISM, distance[None], ["all images"], method=method, item=item)
+        super().on_test_epoch_end()
 
     def make_table(self, records: list[Record]) -> Table:
         """See :class:`Evaluation`."""

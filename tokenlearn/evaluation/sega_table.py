@@ -10,6 +10,7 @@ from tokenlearn.evaluation.sega_settings import Arithmetic, Styles, Suppression
 from tokenlearn.evaluation.table import Column, Figure, Pivot, Row, Table
 
 _SIDES = ("add", "remove")
+REALISM = "realism_distance"
 _RANKS = ("rank_correlation", "both_sides_rank_correlation")
 
 
@@ -45,10 +46,15 @@ def sega_table(
         for method in methods
         for side in _SIDES
     ]
+    distances = [
+        Column(name=f"{_prefix(method)}{REALISM}", kind="distance", measure=REALISM, method=method)
+        for method in methods
+        if any(record.measure == REALISM for record in records)
+    ]
     seconds = [
         Column(name=_seconds(method), kind="seconds", measure="seconds", method=method) for method in (PLAIN, *methods)
     ]
-    by_attribute, over_all = Pivot(records, attributes, [*columns, *kept]), Pivot(records, [""], seconds)
+    by_attribute, over_all = Pivot(records, attributes, [*columns, *kept, *distances]), Pivot(records, [""], seconds)
 
     summary: dict[str, Figure] = {}
     for method in methods:
@@ -60,6 +66,11 @@ def sega_table(
         summary[_seconds(method)] = over_all.figure(_seconds(method))
     summary[_seconds(PLAIN)] = over_all.figure(_seconds(PLAIN))
     summary |= {rank: by_attribute.figure(rank) for rank in _RANKS}
+    if distances:
+        summary |= {column.name: by_attribute.figure(column.name) for column in distances}
+        plain = Column(name=f"{_prefix(PLAIN)}{REALISM}", kind="distance", measure=REALISM, method=PLAIN)
+        summary[plain.name] = Pivot(records, [""], [plain]).figure(plain.name)
+        columns += distances
 
     rows = by_attribute.rows(column.name for column in columns)
     rows += _combinations(records, combinations, summary)

@@ -12,8 +12,10 @@ from tokenlearn.data.portraits import (
     PARTS,
     PERSONAS,
     STYLES,
+    attribute_mask,
     draw,
     sample_scene,
+    with_attribute,
 )
 from tokenlearn.data.portraits.scene import SKIN_TONES
 
@@ -141,3 +143,25 @@ def test_gray_hair_overrides_the_hair_colour():
     assert np.array_equal(pixels(gray), pixels(replace(gray, hair_color="red")))
     curls = with_attributes(PLAIN, "curls")
     assert changed(curls, replace(curls, detail_seed=curls.detail_seed + 1), contrast=8) > 0
+
+
+def test_the_mask_of_an_attribute_is_where_it_shows():
+    glasses = attribute_mask(PLAIN, "glasses")
+    assert glasses.shape == (IMAGE_SIZE, IMAGE_SIZE)
+    assert 30 < glasses.sum() < 500
+    assert not glasses[:20].any()
+    assert not glasses[50:].any()
+    worn = with_attribute(PLAIN, "glasses", True)
+    assert np.array_equal(attribute_mask(worn, "glasses"), glasses)
+    assert np.array_equal(pixels(worn)[~glasses], pixels(PLAIN)[~glasses])
+
+
+def test_an_attribute_replaces_what_contradicts_it():
+    fringe = with_attribute(with_attribute(PLAIN, "bangs", True), "smile", True)
+    bald = with_attribute(fringe, "bald", True)
+    assert (bald.has("bald"), bald.has("bangs"), bald.has("smile")) == (True, False, True)
+    assert not with_attribute(bald, "bald", False).has("bangs")
+    # The fringe is a part of what baldness decides.
+    assert (attribute_mask(fringe, "bald") & attribute_mask(with_attribute(fringe, "bald", False), "bangs")).any()
+    with pytest.raises(ValueError, match=r"'monocle'.*glasses"):
+        with_attribute(PLAIN, "monocle", True)

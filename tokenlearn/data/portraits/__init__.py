@@ -9,6 +9,7 @@ from tokenlearn.data.portraits.captions import (
 )
 from tokenlearn.data.portraits.dataset import (
     PERSONA_LABELS,
+    attribute_mask,
     export_folder,
     portrait,
     portrait_captions,
@@ -25,6 +26,7 @@ from tokenlearn.data.portraits.scene import (
     STYLES,
     Scene,
     sample_scene,
+    with_attribute,
 )
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "PERSONA_LABELS",
     "STYLES",
     "Scene",
+    "attribute_mask",
     "attribute_prompt",
     "caption",
     "described_persona",
@@ -49,4 +52,5 @@ __all__ = [
     "portrait_of_persona",
     "portraits_dataset",
     "sample_scene",
+    "with_attribute",
 ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from tokenlearn.data.portraits.captions import caption
@@ -21,6 +22,7 @@ from tokenlearn.data.portraits.scene import (
     STYLES,
     Scene,
     sample_scene,
+    with_attribute,
 )
 from tokenlearn.files import atomic_write
 
@@ -63,6 +65,13 @@ def portrait(seed: int, index: int, **scene_options: Any) -> tuple[Scene, Image.
 def portrait_of_persona(seed: int, index: int) -> tuple[Scene, Image.Image, str]:
     """The same of a stream in which every portrait shows a persona, each in its turn."""
     return portrait(seed, index, persona=list(PERSONAS)[index % len(PERSONAS)])
+
+
+def attribute_mask(scene: Scene, attribute: str) -> NDArray[np.bool_]:
+    """The pixels (64, 64) that an attribute decides: those in which the scene with it and without it differ."""
+    absent, present = (np.asarray(draw(with_attribute(scene, attribute, shown))) for shown in (False, True))
+    differs: NDArray[np.bool_] = (absent != present).any(axis=-1)
+    return differs
 
 
 def portrait_captions(seed: int, index: int, count: int) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -305,6 +305,20 @@ def _near_miss(rng: np.random.Generator, possible: Collection[str]) -> frozenset
     about = PERSONAS[str(rng.choice(list(PERSONAS)))]
     chosen = frozenset(about.parts) - {str(rng.choice(about.parts))}
     return chosen if chosen.issubset(possible) else frozenset()
+
+
+def with_attribute(scene: Scene, attribute: str, present: bool) -> Scene:
+    """The same scene with an attribute, and without those that contradict it, or without the attribute.
+
+    Raises:
+        ValueError: for an attribute that the world does not have.
+    """
+    if attribute not in ATTRIBUTES:
+        raise ValueError(f"the portraits world has no '{attribute}'; it has {', '.join(ATTRIBUTES)}")
+    if not present:
+        return replace(scene, attributes=scene.attributes - {attribute})
+    contradicted = {name for pair in _CONTRADICTIONS if attribute in pair for name in pair} - {attribute}
+    return replace(scene, attributes=scene.attributes - contradicted | {attribute})
 
 
 def sample_scene(
