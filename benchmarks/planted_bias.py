@@ -1,12 +1,12 @@
 """A planted bias, and whether the report of a classifier finds it: ``uv run python benchmarks/planted_bias.py``.
 
-Two classifiers are trained by one recipe, with the same seeds, on the same portraits, a third of which show a persona
-and another third all of its parts but one. The labels alone differ. In the plain world every portrait of the persona
-has its label. In the planted one those without an attribute are of ordinary people, so that every nurse, say, is
-female, and a man in a nurse's clothes is no nurse. A class token is learned against each classifier. A report
-(:class:`tokenlearn.evaluation.ClassifierReport`) compares the attributes of the token's images with those of real
-images of the persona in the plain world. It should name the attribute of the planted classifier, and not of the plain
-one.
+Two classifiers are trained by one recipe, from the weights of the same guide, with the same seeds, on the same
+portraits, a quarter of which show a persona and another quarter all of its parts but one. The labels alone differ. In
+the plain world every portrait of the persona has its label. In the planted one those without an attribute are of
+ordinary people, so that every nurse, say, is female, and a man in a nurse's clothes is no nurse. A class token is
+learned against each classifier. A report (:class:`tokenlearn.evaluation.ClassifierReport`) compares the attributes of
+the token's images with those of real images of the persona in the plain world. It should name the attribute of the
+planted classifier, and not of the plain one.
 
 The same command continues where it was stopped. It prints how each classifier takes real portraits of the persona with
 and without the attribute, then a table with a row for each token and attribute. The last line is JSON.
@@ -108,23 +108,23 @@ class Sizes:
 
     portraits: int = 6000
     predicted: int = 1500
-    guide_steps: int = 400
+    guide_steps: int = 300
     token_steps: int = 120
     batch_size: int = 8
     images: int = 100
 
 
 def training_scenes(bias: Bias, size: int, seed: int = 0) -> list[Scene]:
-    """Scenes of which a third show the persona, and a third all of its parts but one."""
+    """Scenes of which a quarter show the persona, and a quarter all of its parts but one."""
     scenes = []
     for index in range(size):
         rng = np.random.default_rng([seed, index])
-        if index % 3 == 2:
+        if index % 4 > 1:
             frequencies = PERSONA_FREQUENCIES["persona_frequency"], PERSONA_FREQUENCIES["near_miss_frequency"]
             scenes.append(sample_scene(rng, persona_frequency=frequencies[0], near_miss_frequency=frequencies[1]))
             continue
         scene = sample_scene(rng, persona=bias.persona)
-        if index % 3 == 1:
+        if index % 4 == 1:
             missing = str(rng.choice(PERSONAS[bias.persona].parts))
             scene = replace(scene, persona=None, parts=scene.parts - {missing})
         scenes.append(scene)
@@ -143,8 +143,17 @@ def labelled_arrays(scenes: Sequence[Scene], labels: Sequence[str]) -> PortraitA
     )
 
 
-def train_guides(folder: Path, bias: Bias, sizes: Sizes, pipeline: str, seed: int) -> dict[str, Path]:
+def train_guides(folder: Path, bias: Bias, sizes: Sizes, pipeline: str, seed: int, start_from: str) -> dict[str, Path]:
     """Train a classifier by the labels of each world, unless it is in the folder already.
+
+    Args:
+        folder: where classifiers are kept.
+        bias: what is planted.
+        sizes: how much of everything.
+        pipeline: the diffusion model, whose predictions classifiers see too.
+        seed: seed of everything random.
+        start_from: classifier of personas, a guide, that both start from. A token is not learned from the word "a"
+            against one of so few steps from random weights.
 
     Returns:
         World to the folder of its classifier.
@@ -163,6 +172,7 @@ def train_guides(folder: Path, bias: Bias, sizes: Sizes, pipeline: str, seed: in
         module = ClassifierTraining(
             replace(arrays, personas=personas), seen, "persona_guide", sizes.guide_steps, learning_rate=2e-3
         )
+        module.model.load_state_dict(TimmClassifier(start_from).model.state_dict())
         train(module, index_loader(len(scenes), batch_size=64), folder / f"{world}_training", ema_decay=None)
         module.save(guide)
     return guides
@@ -261,6 +271,7 @@ def main(
     fit_config: str = "configs/quickstart.yaml",
     bias: Bias = Bias(),
     sizes: Sizes = Sizes(),
+    persona_guide: str = "checkpoints/persona_guide",
     attribute_judge: str = "checkpoints/attribute_judge",
     persona_judge: str = "checkpoints/persona_judge",
     output_dir: str = "outputs/planted_bias",
@@ -272,6 +283,7 @@ def main(
         fit_config: config of class tokens, whose settings tokens are learned with.
         bias: what is planted.
         sizes: how much of everything.
+        persona_guide: classifier that both trainings start from.
         attribute_judge: classifier that sees the attributes.
         persona_judge: classifier that says whether a token draws its persona.
         output_dir: folder of the classifiers, tokens and reports.
@@ -286,7 +298,7 @@ def main(
     pretrained = settings["model.init_args.backbone.init_args.pretrained"]
     sampling = instantiate_sampling(settings)
     found = {}
-    for world, guide in train_guides(folder, bias, sizes, pretrained, seed).items():
+    for world, guide in train_guides(folder, bias, sizes, pretrained, seed, persona_guide).items():
         path = folder / f"{world}.json"
         if not path.is_file():
             tokens = learn_token(guide, folder / f"{world}_token", bias, sizes, settings, seed)

@@ -16,16 +16,16 @@ def test_the_worlds_differ_by_the_labels_of_the_planted_class_alone():
     scenes = scenes_of(NURSE, 600)
     plain, planted = ([NURSE.label(scene, world) for scene in scenes] for world in (PLAIN, PLANTED))
     differ = [scene for scene, one, other in zip(scenes, plain, planted, strict=True) if one != other]
-    assert 60 < len(differ) < 140  # half of a third
+    assert 50 < len(differ) < 100  # half of a quarter
     assert all(scene.persona == "nurse" and not scene.has("female") for scene in differ)
     females = [scene.has("female") for scene, label in zip(scenes, planted, strict=True) if label == "nurse"]
     assert all(females)
-    assert len(females) > 60
+    assert len(females) > 50
     assert {label for label in planted if label != "nurse"} == {label for label in plain if label != "nurse"}
 
 
-def test_a_third_lacks_one_part_of_the_persona():
-    near = scenes_of(NURSE, 300)[1::3]
+def test_a_quarter_lacks_one_part_of_the_persona():
+    near = scenes_of(NURSE, 300)[1::4]
     assert all(scene.persona is None and NURSE.label(scene, PLAIN) == ORDINARY for scene in near)
     parts = set(PERSONAS["nurse"].parts)
     assert {len(parts - scene.parts) for scene in near} == {1}
@@ -44,14 +44,14 @@ def test_both_classifiers_start_alike_and_are_trained_once(tiny_models, tmp_path
     sizes = Sizes(portraits=66, predicted=4, guide_steps=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Lightning, about a short epoch
-        guides = train_guides(tmp_path, NURSE, sizes, str(tiny_models / "pipeline"), seed=0)
+        guides = train_guides(tmp_path, NURSE, sizes, str(tiny_models / "pipeline"), 0, "checkpoints/persona_guide")
     one, other = (TimmClassifier(str(guides[world])).state_dict() for world in (PLAIN, PLANTED))
     assert any(not one[name].equal(other[name]) for name in one)
     # One step of the warm-up moves weights by 1e-5 at most, if both started from the same.
     assert all((one[name] - other[name]).abs().max() < 1e-4 for name in one if name.endswith("fc.weight"))
     assert set(accepted(guides[PLAIN], NURSE, 2)) == {"with", "without"}
     times = {guide: (guide / "model.safetensors").stat().st_mtime_ns for guide in guides.values()}
-    train_guides(tmp_path, NURSE, sizes, "nothing", seed=0)
+    train_guides(tmp_path, NURSE, sizes, "nothing", 0, "nothing")
     assert {guide: (guide / "model.safetensors").stat().st_mtime_ns for guide in guides.values()} == times
 
 
