@@ -13,9 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tokenlearn.diffusion import Gradient, ReversibleSolver, Trajectory, sample, sample_trajectory
+from tokenlearn.diffusion import Gradient, ReversibleSolver, sample
 from tokenlearn.errors import UserError, check_at_least
-from tokenlearn.guidance import ClassifierFreeGuidance, GuidanceRule, GuidedModel, check_tokens
+from tokenlearn.guidance import (
+    ClassifierFreeGuidance,
+    GuidanceRule,
+    GuidedModel,
+    Trajectory,
+    check_tokens,
+    sample_trajectory,
+)
 from tokenlearn.models import Conditioning, DiffusionBackbone
 from tokenlearn.paths import resolve
 from tokenlearn.quiet import quiet_models

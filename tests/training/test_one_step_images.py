@@ -1,5 +1,7 @@
 """Class tokens that learn from images predicted in one step."""
 
+import functools
+
 import pytest
 import torch
 from torch.nn import functional
@@ -63,6 +65,24 @@ def test_the_gradient_equals_a_plain_loop(make):
     assert loss == pytest.approx(float(expected), rel=1e-4)
     assert reference.abs().max() > 0
     torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=1e-3 * float(reference.abs().max()))
+
+
+@pytest.mark.parametrize(("negative_prompt", "rows"), [("", [4, 2, 2, 2]), ("a <wizard>", [4, 2, 2, 2, 2, 2])])
+def test_what_does_not_change_is_not_evaluated_again(make, negative_prompt, rows, monkeypatch):
+    """One step of sampling, then three batches of two images: the first has the tokens of the sampling."""
+    sampling = Sampling(steps=4, guidance=7.0, negative_prompt=negative_prompt)
+    optimizer = functools.partial(torch.optim.Adam, lr=0.05)
+    task = make(OneStep(0.0, 0.25, reuse=3), sampling=sampling, optimizer=optimizer)
+    evaluated = []
+    original = type(task.backbone).__call__
+
+    def count(backbone, latents, timesteps, conditioning):
+        evaluated.append(len(conditioning))
+        return original(backbone, latents, timesteps, conditioning)
+
+    monkeypatch.setattr(type(task.backbone), "__call__", count)
+    fit(task, [BATCH], max_steps=3)
+    assert evaluated == rows
 
 
 def test_latents_serve_for_several_batches(make, sampled):

@@ -14,7 +14,6 @@ from tokenlearn.diffusion.solvers import (
     SchedulerSolver,
     Solver,
 )
-from tokenlearn.diffusion.trajectory import Trajectory, sample_trajectory
 
 __all__ = [
     "EDICT",
@@ -36,11 +35,9 @@ __all__ = [
     "SchedulerSolver",
     "Solver",
     "Stored",
-    "Trajectory",
     "add_noise",
     "convert",
     "edit_friendly_noise",
     "invert",
     "sample",
-    "sample_trajectory",
 ]

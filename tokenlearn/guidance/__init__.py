@@ -28,6 +28,7 @@ from tokenlearn.guidance.semantic import (
     with_momentum,
 )
 from tokenlearn.guidance.tfg import TFG, TFGSettings
+from tokenlearn.guidance.trajectory import Trajectory, sample_trajectory
 
 __all__ = [
     "SAFETY_PRESETS",
@@ -47,6 +48,7 @@ __all__ = [
     "SemanticEdit",
     "SemanticGuidance",
     "TFGSettings",
+    "Trajectory",
     "check_tokens",
     "classifier_free_guidance",
     "composable_guidance",
@@ -56,6 +58,7 @@ __all__ = [
     "safely_guided",
     "safety_guidance",
     "safety_scale",
+    "sample_trajectory",
     "semantic_direction",
     "semantically_guided",
     "tail_mask",

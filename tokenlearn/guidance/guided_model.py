@@ -29,6 +29,9 @@ class ConditioningRows(Protocol):
     def expand(self, batch: int) -> Self:
         """One row repeated to ``batch`` rows."""
 
+    def equals(self, other: Any) -> bool:  # noqa: ANN401 - of the same kind
+        """Whether another conditioning has the same values."""
+
     @staticmethod
     def cat(conditionings: Sequence[Any]) -> Any:  # noqa: ANN401 - static methods cannot name Self
         """Rows of all conditionings, one after another."""
@@ -131,6 +134,11 @@ class GuidedModel(Generic[C]):
         """Unguided prediction (B, C, h, w) for the conditioning with an index."""
         return self.backbone(latents, timestep, self.conditionings[index].expand(len(latents)))
 
+    def needed(self, step: int) -> Sequence[int]:
+        """Indices of the conditionings that the rule needs at a step."""
+        needed = self.rule.needed(step)
+        return range(len(self.conditionings)) if needed is None else needed
+
     def predictions(
         self,
         latents: Tensor,
@@ -149,8 +157,7 @@ class GuidedModel(Generic[C]):
             known: predictions that are there already, by the index of their conditioning.
         """
         batch = len(latents)
-        needed = self.rule.needed(step)
-        indices = range(len(self.conditionings)) if needed is None else needed
+        indices = self.needed(step)
         outputs = {index: prediction for index, prediction in (known or {}).items() if index in indices}
         rows = {
             index: item if len(item := self.conditionings[index]) == batch else item.expand(batch)

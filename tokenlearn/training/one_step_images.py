@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tokenlearn.data.batches import PromptBatch
-from tokenlearn.diffusion import OneStep, ReversibleSolver, Trajectory
+from tokenlearn.diffusion import OneStep, ReversibleSolver
+from tokenlearn.guidance import Trajectory
 from tokenlearn.pipeline import Pipeline
 from tokenlearn.tokens import TokenBank
 

@@ -61,6 +61,11 @@ class Conditioning:
             {name: torch.cat([item.extra[name] for item in conditionings]) for name in first.extra},
         )
 
+    def equals(self, other: Conditioning) -> bool:
+        """Whether another conditioning has the same parts with the same values."""
+        mine, others = self._tensors(), other._tensors()
+        return len(mine) == len(others) and all(map(torch.equal, mine, others))
+
     def _tensors(self) -> list[Tensor]:
         pooled = [] if self.pooled_prompt_embeds is None else [self.pooled_prompt_embeds]
         return [self.prompt_embeds, *pooled, *self.extra.values()]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tokenlearn.diffusion import OneStep, sample, sample_trajectory
+from tokenlearn.diffusion import OneStep, sample
 from tokenlearn.errors import UserError
-from tokenlearn.guidance import ClassifierFreeGuidance, GuidedModel
+from tokenlearn.guidance import ClassifierFreeGuidance, GuidedModel, sample_trajectory
 from tokenlearn.models import StableDiffusion
 
 STEPS = 5
