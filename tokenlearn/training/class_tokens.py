@@ -89,7 +89,7 @@ class ClassTokens(TokenTraining, ClassConsumer):
         sampling: Sampling = Sampling(steps=20, guidance=7.0),  # noqa: B008 - frozen
         solver: ReversibleSolver | None = None,
         guidance: GuidanceRule | float | None = None,
-        gradient: Gradient = LastK(8),  # noqa: B008 - frozen
+        gradient: Gradient = OneStep(),  # noqa: B008 - frozen
         optimizer: OptimizerCallable = adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
