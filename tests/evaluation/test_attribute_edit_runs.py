@@ -210,6 +210,7 @@ def test_directions_are_made_of_the_prompts_and_judged_beside_the_others(make, f
         strength=2.0,
         prompts=PROMPTS,
         directions=templates,
+        direction_units=3.0,
         random_tokens=False,
     )
     conditions = settings.of(task).conditions()
@@ -222,10 +223,11 @@ def test_directions_are_made_of_the_prompts_and_judged_beside_the_others(make, f
     means = {name: states.mean(dim=(0, 1)) for name, states in means.items()}
     smile, black, *_ = conditions["direction"]
     close = {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(smile.present.prompt_embeds, source + means["smiling man"] - means["man"], **close)
-    torch.testing.assert_close(smile.absent.prompt_embeds, source - means["smiling man"] + means["man"], **close)
+    smiling = 3 * (means["smiling man"] - means["man"])
+    torch.testing.assert_close(smile.present.prompt_embeds, source + smiling, **close)
+    torch.testing.assert_close(smile.absent.prompt_embeds, source - smiling, **close)
     others = (means["queen"] + means["clown"]) / 2
-    torch.testing.assert_close(black.present.prompt_embeds, source + means["king"] - others, **close)
+    torch.testing.assert_close(black.present.prompt_embeds, source + 3 * (means["king"] - others), **close)
 
     table = run(settings, held_out(faces))
     for row in table.rows[:-1]:
@@ -233,3 +235,5 @@ def test_directions_are_made_of_the_prompts_and_judged_beside_the_others(make, f
     assert {"direction_add_success", "direction_remove_success", "direction_untouched_kept"} <= table.summary.keys()
     with pytest.raises(UserError, match=r"evaluation\.prompts"):
         AttributeEdits(directions=templates)
+    with pytest.raises(UserError, match=r"direction_units.*-1"):
+        AttributeEdits(directions=templates, prompts=PROMPTS, direction_units=-1.0)

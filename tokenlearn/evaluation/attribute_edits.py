@@ -47,6 +47,8 @@ class AttributeEdits(Evaluation[Caso]):
         directions: how pairs of prompts are made from these prompts; adds the method direction, which needs no
             training: the difference of the text encoder's mean outputs, added to its output for the source prompt,
             and taken away from it for the opposite class. Null leaves it out.
+        direction_units: natural units of a direction that are added. One unit, the mean difference of the prompts, is
+            weak without the prompt that it comes from.
         embeddings: embedding files of textual inversion, with the class in their metadata; adds this method.
         ledits: settings of LEDITS++, which edits by words alone; adds this method. Null leaves it out.
         random_tokens: whether to add random tokens as a method.
@@ -57,8 +59,8 @@ class AttributeEdits(Evaluation[Caso]):
             the strength that has it, interpolated between ``strengths``; null leaves these rows out.
 
     Raises:
-        UserError: if ``strength`` is not among ``strengths``, a strength is not positive, there are directions without
-            prompts, or the share is not between 0 and 1.
+        UserError: if ``strength`` is not among ``strengths``, a strength or the units are not positive, there are
+            directions without prompts, or the share is not between 0 and 1.
     """
 
     task_class = Caso
@@ -72,6 +74,7 @@ class AttributeEdits(Evaluation[Caso]):
         removal: Removal = "negative",
         prompts: dict[str, str] = {},  # noqa: B006 - read only
         directions: PairTemplates | None = None,
+        direction_units: float = 1.0,
         embeddings: Embeddings = [],  # noqa: B006 - read only
         ledits: LEditsPP | None = None,
         random_tokens: bool = True,
@@ -94,7 +97,9 @@ class AttributeEdits(Evaluation[Caso]):
         self.editing, self.strengths, self.strength, self.removal = editing, strengths, strength, removal
         if directions is not None and not prompts:
             raise UserError("evaluation.directions needs a prompt for each class; give them in evaluation.prompts")
-        self.directions = directions
+        if direction_units <= 0:
+            raise UserError(f"evaluation.direction_units must be above 0, got {direction_units:g}")
+        self.directions, self.direction_units = directions, direction_units
         self.prompts, self.embeddings, self.random_tokens = prompts, embeddings, random_tokens
         self.ledits = ledits
         self.watched, self.combinations, self.group_column = watched, combinations, group_column
@@ -236,14 +241,14 @@ class AttributeEdits(Evaluation[Caso]):
         return encoded
 
     def _of_directions(self, templates: PairTemplates) -> list[Conditions]:
-        """Conditions of each direction: the source moved by one natural unit, forwards and backwards."""
+        """Conditions of each direction: the source moved by natural units, forwards and backwards."""
         task = self.task
         source, encoded = source_of(task.pipeline, self.editing), []
         for direction in directions_of(task.attributes):
             others = [name for name in task.attributes[direction.attribute].class_names if name != direction.name]
             found = find_direction(task.pipeline, *templates.pairs(direction.name, others, self.prompts))
-            unit = found.unit * found.vector[None]
-            moved = [task.backbone.add_to_outputs(source, sign * unit, "output") for sign in (1, -1)]
+            step = self.direction_units * found.unit * found.vector[None]
+            moved = [task.backbone.add_to_outputs(source, sign * step, "output") for sign in (1, -1)]
             encoded.append(Conditions(*moved))
         return encoded
 
