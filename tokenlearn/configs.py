@@ -102,7 +102,7 @@ def _content(file: Path) -> dict[str, Any]:
 
 
 def _check_texts(value: Any, what: str) -> None:  # noqa: ANN401 - whatever YAML has
-    """Refuse halves of characters, of which escapes such as ``\\ud83d`` make one, in names and values."""
+    """Refuse halves of characters, which escapes can make, in names and values."""
     seen: set[int] = set()
     pending = [value]
     while pending:

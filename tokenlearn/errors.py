@@ -46,7 +46,7 @@ def check_seeds(setting: str, seeds: Iterable[int]) -> None:
 def check_unicode(text: str, what: str) -> None:
     """Refuse text with a lone surrogate, half of a character, which neither tokenizers nor files take.
 
-    Escapes such as ``\\ud83d`` without its other half give it, and bytes of another encoding on the command line.
+    Escapes of one half without the other give it, and bytes of another encoding on the command line.
 
     Args:
         text: the text.
