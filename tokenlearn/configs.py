@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from tokenlearn.errors import UserError, reason_of
+from tokenlearn.errors import UserError, check_unicode, reason_of
 from tokenlearn.paths import resolve_config
 
 _MOST_VALUES = 100_000
@@ -26,11 +26,17 @@ class Typed:
     text: str
 
     def load(self) -> Any:  # noqa: ANN401 - whatever YAML has
-        """The value that YAML makes of it; the text itself where it is not YAML."""
+        """The value that YAML makes of it; the text itself where it is not YAML.
+
+        Raises:
+            UserError: if it has an escape of half of a character.
+        """
         try:
-            return yaml.safe_load(self.text)
+            value = yaml.safe_load(self.text)
         except yaml.YAMLError:
             return self.text
+        _check_texts(value, "option")
+        return value
 
 
 def combine_configs(options: Sequence[str]) -> tuple[list[str], str]:
@@ -91,7 +97,21 @@ def _content(file: Path) -> dict[str, Any]:
         )
         raise UserError(f"config file '{file}' {found}; it must have sections such as model, data and trainer")
     _check_tree(content, file)
+    _check_texts(content, f"config file '{file}': the text")
     return content
+
+
+def _check_texts(value: Any, what: str) -> None:  # noqa: ANN401 - whatever YAML has
+    """Refuse halves of characters, which escapes can make, in names and values."""
+    seen: set[int] = set()
+    pending = [value]
+    while pending:
+        found = pending.pop()
+        if isinstance(found, str):
+            check_unicode(found, what)
+        elif isinstance(found, dict | list) and id(found) not in seen:
+            seen.add(id(found))
+            pending += [*found, *found.values()] if isinstance(found, dict) else found
 
 
 def _check_tree(content: dict[Any, Any], file: Path) -> None:
@@ -212,15 +232,24 @@ def _merged(settings: Any, changes: Any) -> Any:  # noqa: ANN401 - whatever YAML
 
 
 def _insert(settings: dict[str, Any], path: Sequence[str], text: str) -> None:
-    """Set an option, below ``init_args`` of every class on its way."""
+    """Set an option, below ``init_args`` of every class on its way; after ``name+``, of the last one added."""
     name, *rest = path
     if name not in ("class_path", "dict_kwargs") and ("class_path" in settings or "init_args" in settings):
         settings = settings.setdefault("init_args", {})
-    if not rest:
+    if not rest and name.endswith("+"):
+        settings[name] = [*settings.get(name, []), Typed(text)]
+    elif not rest:
         settings[name] = Typed(text)
-        return
-    inner = settings.get(name)
-    inner = inner.load() if isinstance(inner, Typed) else inner
-    inner = {"class_path": inner} if isinstance(inner, str) else inner
-    settings[name] = dict(inner) if isinstance(inner, Mapping) else {}
-    _insert(settings[name], rest, text)
+    elif added := settings.get(f"{name}+"):
+        added[-1] = _named(added[-1])
+        _insert(added[-1], rest, text)
+    else:
+        settings[name] = _named(settings.get(name))
+        _insert(settings[name], rest, text)
+
+
+def _named(value: Any) -> dict[str, Any]:  # noqa: ANN401 - whatever YAML has
+    """Settings that options are inserted into: a copy, or those of the class that a value names."""
+    value = value.load() if isinstance(value, Typed) else value
+    value = {"class_path": value} if isinstance(value, str) else value
+    return dict(value) if isinstance(value, Mapping) else {}

@@ -43,6 +43,27 @@ def check_seeds(setting: str, seeds: Iterable[int]) -> None:
             raise UserError(f"{setting} must be whole numbers from 0 to 2^63 - 1, got {seed}")
 
 
+def check_unicode(text: str, what: str) -> None:
+    """Refuse text with a lone surrogate, half of a character, which neither tokenizers nor files take.
+
+    Escapes of one half without the other give it, and bytes of another encoding on the command line.
+
+    Args:
+        text: the text.
+        what: what it is in a message, such as ``prompt``.
+
+    Raises:
+        UserError: naming the text, with the surrogate written as an escape.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{what} {shown(text)} has {shown(text[error.start])}, which is half of a character or not UTF-8; type "
+            "this character again"
+        ) from None
+
+
 def check_template(template: str, setting: str, content: str = "token") -> None:
     """Refuse a prompt template without exactly one ``{}``, or with other braces.
 

@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 from tokenlearn.configs import combine_configs
-from tokenlearn.errors import UserError, reason_of
+from tokenlearn.errors import UserError, check_unicode, reason_of
 from tokenlearn.stopping import Stopped, StopSignals
 
 USER_ERROR = 2
@@ -104,6 +104,8 @@ def _run(arguments: Sequence[str], signals: StopSignals) -> None:
         raise UserError(
             f"'{command}' is not a command; begin with one of {', '.join(COMMANDS)}, or see 'tokenlearn --help'"
         )
+    for option in options:
+        check_unicode(option, "option")
     if os.environ.get("LOCAL_RANK", "0") == "0":  # the trainer starts this program once per device
         print(f"tokenlearn {command}: loading ...", file=sys.stderr, flush=True)
     if command in _FUNCTIONS:

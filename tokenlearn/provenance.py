@@ -199,6 +199,7 @@ def read_origin(path: str | Path) -> dict[str, Any]:
         about: dict[str, Any] = json.loads(info[CHUNK])
         if not _is_whole(about):
             raise ValueError
+        json.dumps(about, ensure_ascii=False).encode()  # halves of characters are in no config
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"--from '{path}' does not say how it was made; give a PNG file that 'tokenlearn predict' wrote, not a "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging
 
 from tokenlearn.data.interfaces import TaskWrapper
 from tokenlearn.errors import UserError
@@ -24,6 +25,18 @@ _RESULTS = {
 _LARGEST_SEED = 2**32 - 1
 _LIGHTNING_WORDS = ("best", "last", "hpc", "registry")
 """Values of ``ckpt_path`` that Lightning looks up in the run before, which a command does not have."""
+
+_AVERAGES = (
+    "copies and averages the frozen models too",
+    ", and let model.lr_scheduler lower the learning rate instead",
+)
+_CALLBACKS_OF_ALL_WEIGHTS: dict[type, tuple[str, str]] = {
+    WeightAveraging: _AVERAGES,
+    StochasticWeightAveraging: _AVERAGES,
+    BaseFinetuning: ("trains the frozen models", ", because a fit trains the tokens alone"),
+    ModelPruning: ("removes weights of the frozen models", ", and give a smaller model.backbone instead"),
+}
+"""Callbacks to what they would do to a task, and what to do in their place."""
 
 
 def check_command(
@@ -55,6 +68,8 @@ def check_command(
     if config.get("ckpt_path") is not None:
         config.ckpt_path = checkpoint_path(config.ckpt_path, task, resumes=command == "fit")
     check_precision(task, str(config.trainer.precision))
+    if command == "fit" and issubclass(task, TokenTask):
+        check_callbacks(config.trainer.callbacks)
 
 
 def commands_of(task: type, evaluates: Callable[[type], bool]) -> list[str]:
@@ -113,6 +128,23 @@ def check_seed(seed: bool | int) -> None:
     """
     if seed is not True and not 0 <= seed <= _LARGEST_SEED:
         raise UserError(f"seed_everything must be from 0 to {_LARGEST_SEED}, or false, got {seed}")
+
+
+def check_callbacks(callbacks: Any) -> None:  # noqa: ANN401 - jsonargparse's namespaces
+    """Refuse Lightning's callbacks that copy or change all weights of a task, nearly all of which are frozen.
+
+    Args:
+        callbacks: value of ``trainer.callbacks``: one, several or none.
+
+    Raises:
+        UserError: naming the first one, and what to do in its place.
+    """
+    for callback in callbacks if isinstance(callbacks, list) else filter(None, [callbacks]):
+        module, _, name = callback.class_path.rpartition(".")
+        cls = getattr(importlib.import_module(module), name)
+        for kind, (fault, way_out) in _CALLBACKS_OF_ALL_WEIGHTS.items():
+            if isinstance(cls, type) and issubclass(cls, kind):
+                raise UserError(f"trainer.callbacks has {name}, which {fault}; remove it{way_out}")
 
 
 def check_precision(task: type, precision: str) -> None:

@@ -27,6 +27,7 @@ from tokenlearn.setting_types import (
     is_settings,
     made_classes,
     members,
+    returned_classes,
     show,
     subclasses,
 )
@@ -104,6 +105,14 @@ class _Checks:
                 return
             value = value.load()
         self._check_nested(path, hint, value, default)
+
+    def _check_added(self, path: str, hint: Any, value: Any) -> None:  # noqa: ANN401 - a user's value
+        """Check what is added to a list: elements of it, or lists of them."""
+        element = next((found for member in members(hint) if (found := elements(member)) is not None), None)
+        if element is None:
+            raise UserError(f"{path} adds to a list, and this setting is {describe(hint)}; leave out the '+'")
+        for entry in value if isinstance(value, list) else [value]:
+            self._check(path, hint if isinstance(_loaded(entry), list) else element, entry, inspect.Parameter.empty)
 
     def _check_plain(self, path: str, hint: Any, value: Any) -> None:  # noqa: ANN401 - a user's value
         if isinstance(value, Typed):
@@ -205,11 +214,10 @@ class _Checks:
                 f"{path} names the class '{name}', which cannot be imported ({reason_of(error)}); check the name, and "
                 "that its module is on PYTHONPATH"
             ) from error
-        if not isinstance(found, type):
-            return None
-        if not issubclass(found, tuple(bases)):
+        made = (found,) if isinstance(found, type) else returned_classes(found)
+        if not any(issubclass(cls, tuple(bases)) for cls in made):
             raise UserError(f"{expected}, got '{name}', which is none")
-        return found
+        return found if isinstance(found, type) else None
 
     def _check_names(
         self,
@@ -236,6 +244,8 @@ class _Checks:
                 raise UserError(f"{path} ({title}) has no setting '{key}', got {found}; {way_out}")
             if key == name:
                 self._check(f"{path}.{key}", known[key].annotation, value, known[key].default)
+            else:
+                self._check_added(f"{path}.{name}", known[key].annotation, value)
         missing = [
             name
             for name, parameter in known.items()

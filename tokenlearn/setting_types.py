@@ -88,6 +88,12 @@ def made_classes(hint: Any) -> tuple[type, ...]:  # noqa: ANN401 - annotations h
     return tuple(filter(is_class, members(get_args(hint)[1]))) if _callable(hint) else ()
 
 
+def returned_classes(function: Callable[..., Any]) -> tuple[type, ...]:
+    """The classes of what a function returns by its annotation; none without one."""
+    returned = _hints(function).get("return") if callable(function) else None
+    return tuple(member for member in members(returned) if isinstance(member, type))
+
+
 def called_with(hint: Any) -> int:  # noqa: ANN401 - annotations have no common type
     """Number of arguments that a callable is called with; 0 for other annotations."""
     return len(get_args(hint)[0]) if _callable(hint) and isinstance(get_args(hint)[0], list) else 0

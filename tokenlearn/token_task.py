@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokenlearn.data.interfaces import ImageConsumer
 from tokenlearn.data.latent_cache import weights_hash
+from tokenlearn.data.skipped_images import SkippedImages
 from tokenlearn.errors import UserError
 from tokenlearn.models import DiffusionBackbone
 from tokenlearn.pipeline import Pipeline, Sampling
@@ -62,6 +63,10 @@ class TokenTask(L.LightningModule, ImageConsumer):
     def monitor(self) -> tuple[str, Literal["max", "min"]]:
         """Name of the logged figure by which the best tokens are chosen, and whether it should grow or shrink."""
         return DEFAULT_MONITOR, "max"
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """The callback that warns once of skipped images, with any trainer."""
+        return [SkippedImages()]
 
     def use_bank(self, bank: TokenBank) -> None:
         """Make the bank this task's state and its placeholders part of prompts."""

@@ -1,15 +1,23 @@
 """Photos that cannot be read are left out of evaluations and of sets of real images, with one warning that counts."""
 
+import subprocess
+import sys
 import warnings
+from types import SimpleNamespace
 
 import datasets
 import lightning as L
 import lightning_utilities.core.rank_zero as ranks
 import pytest
+import torch
+import yaml
 from PIL import Image
 
 from tokenlearn.data.images_to_edit import FolderImages
 from tokenlearn.data.pixels import readable_squares
+from tokenlearn.data.skipped_images import SkippedImages
+from tokenlearn.data.sources import Skipped, items_below
+from tokenlearn.data.streams import EvaluationBatches
 from tokenlearn.diffusion.latent_optimisation import LatentOptimisation
 from tokenlearn.errors import UserError
 from tokenlearn.evaluation.doodl import DoodlEvaluation, Realism
@@ -18,6 +26,8 @@ from tokenlearn.evaluation.real_images import RealImages
 from tokenlearn.models import StableDiffusion
 from tokenlearn.objectives import ClassifierLoss, SymmetryLoss
 from tokenlearn.pipeline import Sampling
+from tokenlearn.token_task import TokenTask
+from tokenlearn.tokens import save_embedding
 
 
 @pytest.fixture(autouse=True)
@@ -133,3 +143,65 @@ def test_what_all_processes_see_is_said_by_the_first(photos, monkeypatch, rank, 
         warnings.simplefilter("always")
         FolderImages(str(photos), 16, 4)
     assert len([warning for warning in caught if "left out" in str(warning.message)]) == warned
+
+
+@pytest.mark.parametrize("stage", ["val", "test", "predict"])
+@pytest.mark.parametrize("several", [False, True])
+def test_several_processes_warn_once_of_the_images_of_all(monkeypatch, stage, several):
+    def load(item):
+        return Skipped(f"image {item.index}", "it is cut") if item.index in (2, 3) else item.index
+
+    loaders = [
+        EvaluationBatches(lambda: items_below(6), 6, load, list, batch_size=4, rank=rank, world_size=2)
+        for rank in (0, 1)
+    ]
+    batches, lines = skipped_in(lambda: [list(loader) for loader in loaders])
+    assert batches == [[[0, 4]], [[1, 5]]]
+    assert not lines
+
+    def gather(parts, own):
+        parts[:] = [loader.skipped for loader in loaders]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    lines_of_all = []
+    for rank, loader in enumerate(loaders):
+        found = {f"{name}_dataloaders": None for name in ("val", "test", "predict")}
+        found[f"{stage}_dataloaders"] = [loader, []] if several else loader
+        trainer = SimpleNamespace(world_size=2, is_global_zero=rank == 0, **found)
+        end = {"val": "on_validation_end", "test": "on_test_end", "predict": "on_predict_end"}[stage]
+        _, lines = skipped_in(lambda end=end, trainer=trainer: getattr(SkippedImages(), end)(trainer, None))
+        lines_of_all += lines
+    (line,) = lines_of_all
+    assert line.startswith("skipped 2 images that cannot be used, such as 'image 2' (it is cut)")
+
+
+def test_tasks_and_evaluations_warn_with_any_trainer(tiny_models):
+    backbone = StableDiffusion(str(tiny_models / "pipeline"))
+    judge = ClassifierLoss(str(tiny_models / "judge"), "wizard")
+    case = DoodlCase(row="a", prompts=["a man"], objective=SymmetryLoss(), judge=judge, sampling=Sampling(steps=2))
+    for module in (TokenTask(backbone, Sampling()), DoodlEvaluation(backbone, [case], methods=["none"])):
+        assert [type(callback) for callback in module.configure_callbacks()] == [SkippedImages]
+
+
+def test_two_processes_that_edit_broken_photos(tiny_models, photos, tmp_path):
+    save_embedding(tmp_path / "smile.safetensors", "<smile>", [torch.ones(1, 16)], {})
+    backbone = {"class_path": "StableDiffusion", "init_args": {"pretrained": str(tiny_models / "pipeline")}}
+    settings = {
+        "backbone": backbone,
+        "images": str(photos),
+        "embeddings": str(tmp_path / "smile.safetensors"),
+        "edits": [{"<smile>": 2}],
+        "editing": {"timestep": 601, "steps": 5},
+    }
+    config = {
+        "model": {"class_path": "Edit", "init_args": settings},
+        "trainer": {"accelerator": "cpu", "logger": False, "devices": 2, "strategy": "ddp"},
+        "output_dir": str(tmp_path / "out"),
+    }
+    (tmp_path / "edit.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "tokenlearn", "predict", "--config", str(tmp_path / "edit.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("skipped ") == 1
+    assert "skipped 3 images that cannot be used" in done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").rglob("images/*/*.png")) == ["0.png", "2.png", "4.png"]

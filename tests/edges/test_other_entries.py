@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from diffusers import PNDMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 
 from tests.command_line import error_of
 from tests.edges.model_folders import copied, with_json
@@ -17,6 +17,7 @@ from tokenlearn.guidance import SemanticEdit
 from tokenlearn.main import _mistake
 from tokenlearn.models import StableDiffusion
 from tokenlearn.models.classifier import TimmClassifier
+from tokenlearn.pipeline import Pipeline, Sampling
 
 
 @pytest.mark.parametrize(("name", "package"), [("DPMSolverSDE", "torchsde"), ("LMSDiscrete", "scipy")])
@@ -47,6 +48,23 @@ def test_few_steps_with_a_start_by_runge_kutta(tiny_models, tmp_path, steps):
             backbone.make_solver(None, steps)
     else:
         assert len(backbone.make_solver(None, steps).timesteps) >= steps
+
+
+@pytest.mark.parametrize("kind", ["learned", "learned_range"])
+@pytest.mark.parametrize("saved", [DDPMScheduler, DPMSolverMultistepScheduler, DDIMScheduler])
+def test_a_variance_that_no_network_predicts(tiny_models, tmp_path, saved, kind):
+    def images(config, solver):
+        folder = copied(tiny_models / "pipeline", tmp_path / str(len(list(tmp_path.iterdir()))))
+        saved.from_config(config).save_pretrained(folder / "scheduler")
+        with_json(folder, "model_index.json", scheduler=["diffusers", saved.__name__])
+        settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        assert settings.get("variance_type") == config.get("variance_type", settings.get("variance_type"))
+        pipe = Pipeline(StableDiffusion(str(folder)), sampling=Sampling(solver=solver, steps=3))
+        return pipe.generate(["a man"], seeds=[1])
+
+    for solver in (None, "DDPM", "DPMSolverMultistep"):
+        found = images({**LATENTS, "variance_type": kind}, solver)
+        assert torch.equal(found, images(LATENTS, solver))
 
 
 @pytest.mark.parametrize("name", ["shirt.pth", "model_best.pth.tar", "model.ckpt", "model.safetensors", "folder"])

@@ -1,12 +1,15 @@
 """Loading and decoding where memory is short."""
 
+import functools
+
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from tests.tiny import tiny_pipeline
 from tokenlearn.errors import UserError
 from tokenlearn.models import StableDiffusion
-from tokenlearn.models.backbones import latent_diffusion
+from tokenlearn.models.backbones import latent_diffusion, loading
 from tokenlearn.pipeline import Pipeline, Sampling, load_backbone
 from tokenlearn.token_task import TokenTask
 
@@ -39,6 +42,32 @@ def test_the_vae_takes_images_in_slices(backbone, monkeypatch, pixels, expected)
     assert again.shape == latents.shape
     torch.testing.assert_close(images, whole, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradient, gradient_of_whole, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_networks_are_loaded_without_a_second_set_of_weights(tiny_models, backbone, monkeypatch, in_place):
+    if in_place:
+        pytest.importorskip("accelerate")
+    devices = {}
+
+    def watch(cls):
+        original = cls.__init__
+
+        @functools.wraps(original)
+        def make(self, *args, **kwargs):
+            original(self, *args, **kwargs)
+            devices[cls] = {parameter.device.type for parameter in self.parameters()}
+
+        monkeypatch.setattr(cls, "__init__", make)
+
+    monkeypatch.setattr(loading, "_IN_PLACE", in_place)
+    for cls in (UNet2DConditionModel, AutoencoderKL):
+        watch(cls)
+    found = StableDiffusion(str(tiny_models / "pipeline"))
+    expected = {"meta"} if in_place else {"cpu"}  # meta has no memory
+    assert devices == {UNet2DConditionModel: expected, AutoencoderKL: expected}
+    for ours, theirs in zip(found.parameters(), backbone.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def halved(folder, keep=()):

@@ -68,7 +68,7 @@ class BatchStream(Generic[Sample, Batch]):
             batch = self._next_batch()
             if self.batches_taken % self.length == 0:
                 if self.rank == 0:  # all ranks have skipped the same items
-                    _warn_of(self._skipped)
+                    warn_of(self._skipped)
                 self._skipped = []
             yield batch
             if self.batches_taken % self.length == 0:
@@ -138,6 +138,10 @@ class EvaluationBatches(Generic[Sample, Batch]):
         in_place_of: makes the sample that takes the place of a skipped item, so that the number of batches does not
             depend on the items; None to leave skipped items out.
 
+    Attributes:
+        skipped: this rank's skipped items of the last iteration. The only process warns of them itself; of several,
+            :class:`tokenlearn.data.skipped_images.SkippedImages` warns once of those of all.
+
     Raises:
         UserError: if there are fewer items than processes; or in the iteration of the only process, if all items are
             skipped and something takes their place.
@@ -162,6 +166,7 @@ class EvaluationBatches(Generic[Sample, Batch]):
         self.items, self.count, self.load, self.collate = items, count, load, collate
         self.batch_size, self.num_workers, self.in_place_of = batch_size, num_workers, in_place_of
         self.rank, self.world_size = rank, world_size
+        self.skipped: list[Skipped] = []
 
     def __len__(self) -> int:
         if self.count is None:
@@ -171,7 +176,7 @@ class EvaluationBatches(Generic[Sample, Batch]):
     def __iter__(self) -> Iterator[Batch]:
         items = itertools.islice(self.items(), self.rank, None, self.world_size)
         samples: list[Sample] = []
-        skipped: list[Skipped] = []
+        skipped = self.skipped = []
         try:
             for sample in prefetch(self.load, items, workers=self.num_workers, depth=2 * self.batch_size):
                 if isinstance(sample, Skipped):
@@ -191,14 +196,16 @@ class EvaluationBatches(Generic[Sample, Batch]):
             if samples:
                 yield self.collate(samples)
         finally:  # a caller that knows the number of batches does not ask for what follows the last one
-            _warn_of(skipped)
+            if self.world_size == 1:
+                warn_of(skipped)
 
 
 def _described(skipped: Skipped) -> str:
     return f"'{skipped.name}' ({skipped.reason})"
 
 
-def _warn_of(skipped: Sequence[Skipped]) -> None:
+def warn_of(skipped: Sequence[Skipped]) -> None:
+    """Warn of skipped items, if there are any, naming the first."""
     if skipped:
         warnings.warn(
             f"skipped {len(skipped)} images that cannot be used, such as {_described(skipped[0])}; remove or replace "

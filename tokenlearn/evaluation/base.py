@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 import lightning as L
 
 from tokenlearn.data.interfaces import TaskWrapper
+from tokenlearn.data.skipped_images import SkippedImages
 from tokenlearn.errors import UserError
 from tokenlearn.evaluation.image_rows import ImageRows
 from tokenlearn.evaluation.records import Record, Records
@@ -73,6 +74,10 @@ class Evaluation(L.LightningModule, TaskWrapper, Generic[Task], ABC):
     @abstractmethod
     def make_table(self, records: list[Record]) -> Table:
         """The table of the records of all processes; title, columns, rows and summary."""
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """The callback that warns once of skipped images, with any trainer."""
+        return [SkippedImages()]
 
     def on_test_start(self) -> None:
         """Forget earlier measurements."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tokenlearn.diffusion.process import Process
 from tokenlearn.diffusion.solvers import GridSolver, ReversibleSolver, SchedulerSolver, Solver
-from tokenlearn.errors import UserError, reason_of
+from tokenlearn.errors import UserError, check_unicode, reason_of
 from tokenlearn.models.backbones.conditioning import Conditioning
 from tokenlearn.models.frozen import FrozenModule, Precision
 from tokenlearn.tokens.bank import Space, TokenBank
@@ -86,7 +86,7 @@ class DiffusionBackbone(FrozenModule, ABC):
         self.latent_size = latent_size
         self.vae_scale_factor = vae_scale_factor
         self.embedding_widths = tuple(input_embedding(encoder).embedding_dim for encoder in text_encoders)
-        self._scheduler = scheduler
+        self._scheduler = _with_fixed_variance(scheduler)
         for encoder in text_encoders:
             accept_learned_embeddings(encoder)
         # Copies of the tokenizers by bank: a cache, since placeholders of a bank never change.
@@ -441,8 +441,11 @@ class DiffusionBackbone(FrozenModule, ABC):
             (B, max_prompt_length) int64 on the CPU.
 
         Raises:
-            UserError: if the prompt is too long and a placeholder is among the ids to be cut.
+            UserError: if a prompt has half of a character, or is too long and a placeholder is among the ids to be
+                cut.
         """
+        for prompt in prompts:
+            check_unicode(prompt, "prompt")
         vocabulary = None if tokens is None else self.vocabulary(tokens)
         tokenizer: Any = (self if vocabulary is None else vocabulary).tokenizers[encoder_index]
         expanded = list(prompts) if vocabulary is None else [vocabulary.expand(prompt) for prompt in prompts]
@@ -486,6 +489,17 @@ def pool_at_end_of_text(states: Tensor, ids: Tensor, eos_token_id: int) -> Tenso
     """
     positions = (ids == eos_token_id).int().argmax(dim=1)
     return states[torch.arange(len(ids), device=ids.device), positions]
+
+
+_LEARNED_VARIANCES = ("learned", "learned_range")
+
+
+def _with_fixed_variance(scheduler: Any) -> Any:  # noqa: ANN401 - diffusers' schedulers share no useful base class
+    """The same scheduler for predictions without a variance, which no backbone hands on, or has."""
+    if scheduler.config.get("variance_type") not in _LEARNED_VARIANCES:
+        return scheduler
+    # Not as an argument beside the configuration, which classes without a variance type would drop or refuse.
+    return type(scheduler).from_config({**scheduler.config, "variance_type": "fixed_small"})
 
 
 def _scheduler_solver(name: str, steps: int, make: Callable[[], Any]) -> SchedulerSolver:

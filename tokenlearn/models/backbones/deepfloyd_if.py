@@ -19,7 +19,6 @@ from tokenlearn.tokens.bank import TokenBank
 
 _CHANNELS = 3
 _MAX_PROMPT_LENGTH = 77  # what the network was trained with; T5 itself has no limit
-_LEARNED_VARIANCES = ("learned", "learned_range")
 
 
 class DeepFloydIF(DiffusionBackbone):
@@ -69,7 +68,7 @@ class DeepFloydIF(DiffusionBackbone):
         super().__init__(
             pretrained=pretrained,
             process=ddpm_process(pipeline.scheduler, pretrained),
-            scheduler=_with_fixed_variance(pipeline.scheduler),
+            scheduler=pipeline.scheduler,
             tokenizers=[_lowering(pipeline.tokenizer)],
             text_encoders=[pipeline.text_encoder],
             max_prompt_length=_MAX_PROMPT_LENGTH,
@@ -140,14 +139,6 @@ def _load(pretrained: str, revision: str | None, variant: str | None) -> Any:  #
                 "uv pip install sentencepiece"
             ) from error
         raise
-
-
-def _with_fixed_variance(scheduler: Any) -> Any:  # noqa: ANN401 - diffusers' schedulers share no useful base class
-    """The same scheduler for outputs without a variance."""
-    if scheduler.config.get("variance_type") not in _LEARNED_VARIANCES:
-        return scheduler
-    # Not as an argument beside the configuration, which classes without a variance type would drop or refuse.
-    return type(scheduler).from_config({**scheduler.config, "variance_type": "fixed_small"})
 
 
 def _lowering(tokenizer: Any) -> Any:  # noqa: ANN401 - reaches into the tokenizer's backend
