@@ -203,8 +203,7 @@ def test_what_programs_show_of_a_file(tmp_path: Path):
     assert entries["modelspec.architecture"] == "stable-diffusion-v1/textual-inversion"
     assert entries["modelspec.trigger_phrase"] == "pirate-tl"
     assert "embedding:pirate-tl pirate" in entries["modelspec.usage_hint"]
-    assert entries["modelspec.description"] == (
-        "Token of 'pirate' learned by class tokens on mine (vocabulary ab12) with judged accuracy 0.9200 by owner/judge."
-    )
+    for words in ("'pirate'", "class tokens", "on mine (vocabulary ab12)", "judged accuracy 0.9200 by owner/judge"):
+        assert words in entries["modelspec.description"]
     card = json.loads(path.with_suffix(".json").read_text())
     assert (card["activation text"], card["sd version"]) == ("a pirate-tl pirate", "SD1")
