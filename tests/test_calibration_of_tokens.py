@@ -102,14 +102,14 @@ def test_directions_and_calibration_by_the_command_line(tiny_models, classifier,
     }
     (tmp_path / "directions.yaml").write_text(yaml.safe_dump(config))
     main(["directions", "--config", "directions.yaml", "--output_dir", "made"])
-    assert capsys.readouterr().out.strip() == "made/glasses.safetensors"
+    assert capsys.readouterr().out.strip() == "made/glasses-tl.safetensors"
     expected = tl.direction(
         pipe,
         positive=["a photo of a man with glasses", "a portrait of a man with glasses"],
         negative=["a photo of a man", "a portrait of a man"],
         token="<glasses>",
     )
-    made = load_embedding("made/glasses.safetensors")
+    made = load_embedding("made/glasses-tl.safetensors")
     torch.testing.assert_close(made.vectors[0], expected.bank.get("<glasses>")[0].detach())
     broken = config | {"directions": {"<glasses>": {"positive": ["a", "b"], "negative": ["a"]}}}
     (tmp_path / "broken.yaml").write_text(yaml.safe_dump(broken))
@@ -119,10 +119,14 @@ def test_directions_and_calibration_by_the_command_line(tiny_models, classifier,
 
     photo().save("photo.png")
     editing = [f"--editing.{name}={value}" for name, value in SETTINGS.items()]
-    words = ["--file", "made/glasses.safetensors", "--images", "photo.png", "--classifier", classifier]
+    words = ["--file", "made/glasses-tl.safetensors", "--images", "photo.png", "--classifier", classifier]
+    error = error_of(["calibrate", *words, *editing], capsys)
+    assert "'pipeline'" in error  # the file says the model's name, not where it is on this machine
+    assert "--pretrained" in error
+    words += ["--pretrained", config["pretrained"]]
     main(["calibrate", *words, "--strengths=[0,20]", "--points=5", "--compared=3", "--bound=2", *editing])
     assert "unevenness" in capsys.readouterr().out
-    calibrated = load_embedding("made/glasses.safetensors")
+    calibrated = load_embedding("made/glasses-tl.safetensors")
     assert torch.equal(calibrated.vectors[0], made.vectors[0])
     assert calibrated.metadata.items() > made.metadata.items()
 

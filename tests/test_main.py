@@ -132,7 +132,7 @@ def test_predict_from_embedding_file(generate_config, tmp_path, capsys):
 def test_predict_from_checkpoint_equals_predict_from_its_embedding_file(tiny_config, generate_config, tmp_path):
     main(["fit", "--config", tiny_config({"model.init_args.judge": None, "trainer.max_steps": 2})])
     run = tmp_path / "run"
-    main(["predict", "--config", generate_config([run / "embeddings" / "wizard.safetensors"])])
+    main(["predict", "--config", generate_config([run / "embeddings" / "wizard-tl.safetensors"])])
     image = tmp_path / "images-run" / "images" / "000-a-photo-of-a-wizard-wizard-seed1.png"
     from_file = np.asarray(Image.open(image))
     image.unlink()
@@ -187,7 +187,7 @@ def test_export_from_checkpoint(tiny_config, tmp_path, capsys, form):
     out = tmp_path / "exported"
     main(["export", "--ckpt_path", str(last), "--format", form, "--output_dir", str(out), "--scale", "2"])
     paths = capsys.readouterr().out.split()
-    assert paths == [str(out / "wizard.safetensors"), str(out / "pirate.safetensors")]
+    assert paths == [str(out / "wizard-tl.safetensors"), str(out / "pirate-tl.safetensors")]
     bank = torch.load(last, weights_only=True)["state_dict"]["bank.vectors.0"]
     file = load_embedding(paths[0])
     assert file.token == "<wizard>"
@@ -210,7 +210,7 @@ def test_export__bad_input(tmp_path, capsys):
 def test_convert_a_foreign_file(tmp_path):
     save_file({"<wizard>": torch.ones(1, 16)}, tmp_path / "foreign.safetensors")
     main(["export", "--embedding", str(tmp_path / "foreign.safetensors"), "--output_dir", str(tmp_path / "out")])
-    assert load_file(tmp_path / "out" / "wizard.safetensors").keys() == {"emb_params"}
+    assert load_file(tmp_path / "out" / "wizard-tl.safetensors").keys() == {"emb_params"}
 
 
 def test_test_judges_a_checkpoint(tiny_config, tmp_path, capsys):

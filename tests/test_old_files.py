@@ -56,7 +56,7 @@ def test_checkpoints_are_exported(method, tmp_path, capsys):
     tokens = list(checkpoint_about(checkpoint)["num_vectors"])
     assert len(capsys.readouterr().out.split()) == len(tokens)
     for row, token in enumerate(tokens):
-        vectors = load_embedding(tmp_path / f"{token.strip('<>')}.safetensors").vectors[0]
+        vectors = load_embedding(tmp_path / f"{token.strip('<>')}-tl.safetensors").vectors[0]
         assert torch.equal(vectors, checkpoint["state_dict"]["bank.vectors.0"][row : row + 1])
 
 

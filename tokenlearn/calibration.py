@@ -136,6 +136,10 @@ def calibrate_file(
     model = pretrained or embedding.metadata.get("base_model")
     if model is None:
         raise UserError(f"'{file}' does not name its model; give it by --pretrained")
+    if "/" not in model and not Path(model).expanduser().exists():
+        raise UserError(
+            f"'{file}' is for the model '{model}', which is not here by that name; give it by --pretrained"
+        )
     assert embedding.path is not None
     found = calibrate(
         Pipeline.from_pretrained(model, tokens=str(embedding.path)),

@@ -1,4 +1,4 @@
-"""Export: embedding files from a checkpoint, or from an embedding file of another program."""
+"""Export: embedding files of the tokens of a checkpoint, and how the tokens are written in prompts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from tokenlearn.errors import UserError
 from tokenlearn.tokens.bank import TokenBank
 from tokenlearn.tokens.checkpoint import checkpoint_about, read_checkpoint
-from tokenlearn.tokens.embeddings import embedding_file_names
-from tokenlearn.tokens.files import EmbeddingFile, EmbeddingFormat, load_embedding, save_embedding
+from tokenlearn.tokens.files import EmbeddingFile, EmbeddingFormat
+from tokenlearn.tokens.files.writing import print_written, write_tokens
 
 
 def export(
@@ -19,40 +19,41 @@ def export(
     output_dir: str = "embeddings",
     scale: float = 1.0,
     tokens: list[str] | None = None,
+    name: str | None = None,
 ) -> list[Path]:
     """Write learned tokens as embedding files, one per token.
 
     Args:
         ckpt_path: checkpoint that ``tokenlearn fit`` wrote.
-        embedding: embedding file of any known form, to convert, instead of a checkpoint.
+        embedding: embedding file of any known form, to convert, instead of a checkpoint; ``tokenlearn convert`` takes
+            several files and folders.
         format: the program that will load the files.
-        output_dir: folder of the files, which are named after the tokens.
+        output_dir: folder of the files.
         scale: factor on the vectors: the strength of the tokens.
         tokens: placeholders to export; all by default.
+        name: name of the file of a single token, which most programs take for the word in prompts; by default the
+            token's letters and ``-tl``, which is no word of a vocabulary.
 
     Returns:
         Paths of the files.
 
     Raises:
-        UserError: if neither or both sources are given, the source cannot be read, it lacks one of ``tokens``, or
-            two tokens would be written to the same file.
+        UserError: if neither or both sources are given, the source cannot be read, it lacks one of ``tokens``, two
+            tokens would be written to the same file, or a file of another token is there.
     """
     if (ckpt_path is None) == (embedding is None):
         raise UserError("give either --ckpt_path or --embedding, the source of the tokens")
     if embedding is not None:
-        file = load_embedding(embedding)
-        sources = {file.token: file}
-    else:
-        sources = _checkpoint_tokens(str(ckpt_path))
+        from tokenlearn.conversion import convert
+
+        return convert([embedding], to=format, output_dir=output_dir, scale=scale, tokens=tokens, name=name)
+    sources = _checkpoint_tokens(str(ckpt_path))
     for token in tokens or []:
         if token not in sources:
-            raise UserError(f"no token '{token}' in '{ckpt_path or embedding}'; it has {', '.join(sources)}")
-    written = []
-    for name, token in embedding_file_names(tokens or sources).items():
-        file = sources[token]
-        path = Path(output_dir).expanduser() / name
-        written.append(save_embedding(path, token, file.vectors, file.metadata, format, scale, file.space))
-        print(path)
+            raise UserError(f"no token '{token}' in '{ckpt_path}'; it has {', '.join(sources)}")
+    chosen = [sources[token] for token in tokens or sources]
+    written = write_tokens(chosen, Path(output_dir).expanduser(), format, scale, name)
+    print_written(chosen, written, format)
     return written
 
 
@@ -65,7 +66,10 @@ def _checkpoint_tokens(path: str) -> dict[str, EmbeddingFile]:
     bank.load_state_dict({key.removeprefix("bank."): value for key, value in state.items() if key.startswith("bank.")})
     return {
         token: EmbeddingFile(
-            token, [part.detach() for part in bank.get(token)], about["metadata"][token], space=bank.spaces[token]
+            token,
+            [part.detach().numpy() for part in bank.get(token)],
+            about["metadata"][token],
+            space=bank.spaces[token],
         )
         for token in bank.placeholders
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import re
 import sys
@@ -18,14 +19,19 @@ from tokenlearn.stopping import Stopped, StopSignals
 USER_ERROR = 2
 """Exit code for input that the user can correct."""
 
+_OF_FILES = ("convert", "inspect")
+"""Commands whose files come first, without an option."""
+
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
-COMMANDS = ("fit", "validate", "test", "predict", "directions", "calibrate", "export")
+COMMANDS = ("fit", "validate", "test", "predict", "directions", "calibrate", "export", "convert", "inspect")
 
 _FUNCTIONS = {
     "directions": ("direction_files", "directions"),
     "calibrate": ("calibration", "calibrate_file"),
     "export": ("export", "export"),
+    "convert": ("conversion", "convert"),
+    "inspect": ("inspection", "inspect"),
 }
 """Commands that need no trainer: module and name of the function that does each."""
 
@@ -47,9 +53,13 @@ commands:
   directions tokens without training, from pairs of prompts
                tokenlearn directions --config directions/portraits
   calibrate  strengths of a token at which equal steps change images equally
-               tokenlearn calibrate --file embeddings/smile.safetensors --images photos --classifier FOLDER
+               tokenlearn calibrate --file embeddings/smile-tl.safetensors --images photos --classifier FOLDER
   export     write learned tokens as embedding files for another program
                tokenlearn export --ckpt_path outputs/quickstart/TIME/checkpoints/last.ckpt --format diffusers
+  convert    embedding files of any program, or folders of them, as files for another program
+               tokenlearn convert EasyNegative.pt my-cat.safetensors --to diffusers
+  inspect    what an embedding file holds, which programs read it, and what to type in each
+               tokenlearn inspect checkpoints/class_tokens/pirate.safetensors
 
 settings:
   --config names a YAML file or a config of this package, such as configs/quickstart.yaml. Several are combined:
@@ -112,7 +122,7 @@ def _run(arguments: Sequence[str], signals: StopSignals) -> None:
         from jsonargparse import auto_cli
 
         module, name = _FUNCTIONS[command]
-        arguments, _ = combine_configs(options)
+        arguments, _ = combine_configs(_files_by_name(options) if command in _OF_FILES else options)
         function = getattr(import_module(f"tokenlearn.{module}"), name)
         auto_cli(function, args=arguments, as_positional=False, prog=f"tokenlearn {command}", exit_on_error=False)
     else:
@@ -121,8 +131,6 @@ def _run(arguments: Sequence[str], signals: StopSignals) -> None:
         from tokenlearn.cli import TokenlearnCLI
 
         if image is not None:
-            import json
-
             from tokenlearn.provenance import config_of, read_origin
 
             origin = read_origin(image)
@@ -130,6 +138,12 @@ def _run(arguments: Sequence[str], signals: StopSignals) -> None:
             TokenlearnCLI("again", [command, *arguments], signals, origin)
             return
         TokenlearnCLI(name, [command, *arguments], signals)
+
+
+def _files_by_name(options: Sequence[str]) -> list[str]:
+    """The options of a command whose files come first, with the files as an option too."""
+    first = next((index for index, option in enumerate(options) if option.startswith("-")), len(options))
+    return ["--files", json.dumps(options[:first]), *options[first:]] if first else list(options)
 
 
 def _image_to_make_again(command: str, options: Sequence[str]) -> tuple[str | None, list[str]]:

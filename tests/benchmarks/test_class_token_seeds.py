@@ -37,7 +37,7 @@ def test_every_seed_is_trained_once(tiny_config, tmp_path, capsys, monkeypatch):
     table = max(place for place, line in enumerate(lines) if line.startswith("class "))
     assert lines[table].split()[-4:] == ["seed", "0", "seed", "7"]
     assert lines[table + 3].startswith(f"mean {found['mean']:.1%} [")
-    first, second = (load_file(folder / f"seed{seed}" / "embeddings" / "wizard.safetensors") for seed in (0, 7))
+    first, second = (load_file(folder / f"seed{seed}" / "embeddings" / "wizard-tl.safetensors") for seed in (0, 7))
     assert any(not first[name].equal(second[name]) for name in first)
     assert len(trained) == 2
 

@@ -77,7 +77,7 @@ def fit(folder, values, *callbacks, **options):
 
 def exported(folder):
     """First number of the exported token, and the file's metadata."""
-    with safe_open(folder / "embeddings" / "wizard.safetensors", "pt") as file:
+    with safe_open(folder / "embeddings" / "wizard-tl.safetensors", "pt") as file:
         (key,) = file.keys()
         return file.get_tensor(key)[0, 0].item(), file.metadata()
 
@@ -97,7 +97,10 @@ def test_embedding_export_keeps_the_best(tmp_path, mode, values, best_step):
     assert number == best_step
     assert metadata["step"] == str(best_step)
     assert export.best == pytest.approx(values[best_step - 1])
-    assert [path.name for path in (tmp_path / "embeddings").iterdir()] == ["wizard.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "embeddings").iterdir()) == [
+        "wizard-tl.json",
+        "wizard-tl.safetensors",
+    ]
 
 
 def test_embedding_export_ignores_sanity_checks_and_other_runs(tmp_path):
@@ -124,7 +127,7 @@ def test_embedding_export_resumes_with_its_best_and_still_leaves_files(tmp_path)
     number, metadata = exported(tmp_path / "second")
     assert number == 1
     assert metadata["judged_accuracy"] == "0.5000"
-    assert resumed.paths == [tmp_path / "second" / "embeddings" / "wizard.safetensors"]
+    assert resumed.paths == [tmp_path / "second" / "embeddings" / "wizard-tl.safetensors"]
 
 
 class Evaluation(L.LightningModule, TaskWrapper):

@@ -18,7 +18,7 @@ from tokenlearn.errors import UserError
 from tokenlearn.export import export
 from tokenlearn.main import main
 from tokenlearn.models.attributes import check_class_names, labelled_attributes
-from tokenlearn.tokens.embeddings import embedding_file_names
+from tokenlearn.tokens.files.writing import file_names
 
 
 @pytest.fixture(autouse=True)
@@ -57,12 +57,12 @@ def opened(source, **options):
 def test_tokens_of_one_file_are_refused_before_the_training(tiny_config, tiny_models, tmp_path, capsys):
     for token, other in (("<c++>", "<c#>"), ("<18+>", "<<18>"), ("<a.b>", "<A.B>")):
         with pytest.raises(UserError, match="both give the file"):
-            embedding_file_names([token, "<x>", other])
-    assert list(embedding_file_names(["<c++>", "<cpp>"])) == ["c.safetensors", "cpp.safetensors"]
+            file_names([token, "<x>", other])
+    assert file_names(["<c++>", "<cpp>"]) == ["c-tl.safetensors", "cpp-tl.safetensors"]
     changes = {"classes": ["c++", "c#"], "objective": {"class_path": "SymmetryLoss"}, "judge": None}
     config = tiny_config({f"model.init_args.{name}": value for name, value in changes.items()})
     line = error_of(["fit", "--config", config], capsys)
-    assert "'<c++>' and '<c#>' both give the file 'c.safetensors'; rename one" in line
+    assert "'<c++>' and '<c#>' both give the file 'c-tl.safetensors'; rename one" in line
     assert not list((tmp_path / "run").rglob("*.ckpt"))
 
 

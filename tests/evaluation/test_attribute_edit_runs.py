@@ -168,7 +168,7 @@ def test_the_command_leaves_a_table_and_images(tiny_models, classifiers, faces, 
     main(["fit", "--config", config("run")])
     theirs = []
     for name in ("smile", "hat"):
-        vectors = load_embedding(tmp_path / "run" / "embeddings" / f"{name}.safetensors").vectors
+        vectors = load_embedding(tmp_path / "run" / "embeddings" / f"{name}-tl.safetensors").vectors
         about = {"class": name, "prompt": f"a <ti-{name}>"}
         theirs.append(str(save_embedding(tmp_path / f"{name}.safetensors", f"<ti-{name}>", vectors, about)))
     checkpoint = str(tmp_path / "run" / "checkpoints" / "last.ckpt")

@@ -296,7 +296,7 @@ def test_the_evaluation_follows_a_fit_and_loads_its_checkpoint(tiny_config, tmp_
     after_fit = json.loads((run / "summary.json").read_text())
     accuracies = {}
     for name in ("wizard", "pirate"):
-        about = load_embedding(run / "embeddings" / f"{name}.safetensors").metadata
+        about = load_embedding(run / "embeddings" / f"{name}-tl.safetensors").metadata
         accuracies[name] = float(about["judged_accuracy"])
     (best,) = (run / "checkpoints").glob("best-*.ckpt")
     again = tiny_config({"output_dir": str(tmp_path / "again")}, "again")

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,14 +111,14 @@ def test_the_mask_of_each_encoder_is_its_own(folders):
 def test_files_return_what_was_saved(pipe, tmp_path):
     tokens = glasses(pipe, positions="content")
     (path,) = tokens.save(tmp_path)
-    assert path.name == "glasses.safetensors"
+    assert path.name == "glasses-tl.safetensors"
     file = load_embedding(path)
     assert (file.token, file.space) == ("<glasses>", "output_content")
     for found, expected in zip(file.vectors, tokens.bank.get("<glasses>"), strict=True):
         assert torch.equal(found, expected)
     assert file.metadata["kind"] == "direction"
     assert file.metadata["vocabulary_hash"] == pipe.vocabulary_hash
-    assert file.metadata["base_model"] == pipe.backbone.pretrained
+    assert file.metadata["base_model"] == Path(pipe.backbone.pretrained).name
     assert file.metadata["pairs"] == "3"
     low, high = json.loads(file.metadata["strengths"])
     assert low <= -1 < 1 <= high

@@ -90,7 +90,7 @@ def test_learned_tokens_are_saved_with_what_is_known_of_them(tmp_path: Path):
     learned = LearnedTokens(bank, {"<My-Style>": {"base_model": "tiny"}})
     assert learned.placeholders == ("<My-Style>", "<b>")
     paths = learned.save(tmp_path / "new")
-    assert paths == [tmp_path / "new" / "my-style.safetensors", tmp_path / "new" / "b.safetensors"]
+    assert paths == [tmp_path / "new" / "my-style-tl.safetensors", tmp_path / "new" / "b-tl.safetensors"]
     loaded = load_embedding(paths[0])
     assert (loaded.token, loaded.metadata["base_model"]) == ("<My-Style>", "tiny")
     assert torch.equal(loaded.vectors[0], bank.get("<My-Style>")[0])
@@ -99,6 +99,6 @@ def test_learned_tokens_are_saved_with_what_is_known_of_them(tmp_path: Path):
 
 
 def test_tokens_of_one_file_name_are_not_saved_over_each_other(tmp_path: Path):
-    with pytest.raises(UserError, match=r"'<c\+\+>' and '<c#>' both .*'c\.safetensors'"):
+    with pytest.raises(UserError, match=r"'<c\+\+>' and '<c#>' both .*'c-tl\.safetensors'"):
         LearnedTokens(TokenBank({"<c++>": 1, "<c#>": 1}, [4])).save(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -205,6 +205,14 @@ def test_expansion_gives_one_id_per_vector(tokenizer):
     assert vocabulary.rows(ids, 0).tolist() == [-1, 0, 1, 2, -1, -1]
 
 
+def test_a_token_without_brackets_is_found_as_a_whole_word_alone(tokenizer):
+    vocabulary = PlaceholderVocabulary(random_bank({"ngd": 2}), [tokenizer])
+    assert vocabulary.expand("a kingdom, NGD, ngds") == "a kingdom, ngd ngd_1, ngds"
+    known = vocabulary.tokenizers[0]
+    assert known("a kingdom")["input_ids"] == tokenizer("a kingdom")["input_ids"]
+    assert {"ngd", "ngd_1"} <= set(known.tokenize(vocabulary.expand("a ngd man")))
+
+
 @pytest.mark.parametrize("placeholder", ["wizard", "wizard</w>", "Wizard", "<|endoftext|>", "a"])
 def test_placeholder_that_is_a_word_already(tokenizer, placeholder: str):
     size = len(tokenizer)

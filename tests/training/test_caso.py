@@ -483,7 +483,9 @@ def test_fit_leaves_everything_that_it_names(config, tmp_path, capsys):
     summary = json.loads((run / "summary.json").read_text())
     assert summary.keys() == {"guided_accuracy", "judged_accuracy", "minutes", "embeddings"}
     assert all(isinstance(summary[name], float) for name in ("guided_accuracy", "judged_accuracy", "minutes"))
-    assert summary["embeddings"] == [str(run / "embeddings" / f"{name}.safetensors") for name in ("no-smile", "smile")]
+    assert summary["embeddings"] == [
+        str(run / "embeddings" / f"{name}-tl.safetensors") for name in ("no-smile", "smile")
+    ]
     (best,) = (run / "checkpoints").glob("best-*.ckpt")
     vectors = torch.load(best, weights_only=True)["state_dict"]["bank.vectors.0"]
     for row, path in enumerate(summary["embeddings"]):
@@ -499,7 +501,7 @@ def test_fit_leaves_everything_that_it_names(config, tmp_path, capsys):
     assert list(run.glob("events.out.tfevents*"))
     # A resumed run that improves on nothing still leaves files.
     main(["fit", "--config", config("more", trainer={"max_steps": 4}), "--ckpt_path", str(best)])
-    assert (tmp_path / "more" / "embeddings" / "smile.safetensors").is_file()
+    assert (tmp_path / "more" / "embeddings" / "smile-tl.safetensors").is_file()
 
 
 def test_a_config_names_gradient_guidance_and_objective(config, tmp_path):
@@ -514,7 +516,7 @@ def test_a_config_names_gradient_guidance_and_objective(config, tmp_path):
         "sampling": {"steps": 5},
     }
     main(["fit", "--config", config("run", model, {"held_out": {"validation": 0, "test": 0}}, {"max_steps": 1})])
-    about = load_embedding(tmp_path / "run" / "embeddings" / "smile.safetensors").metadata
+    about = load_embedding(tmp_path / "run" / "embeddings" / "smile-tl.safetensors").metadata
     settings = json.loads(about["config"])
     assert (settings["guidance"], settings["editing_loss"]) == ("ComposableGuidance", "class_mean")
     assert settings["gradient"] == str(LastK(2))
@@ -522,7 +524,7 @@ def test_a_config_names_gradient_guidance_and_objective(config, tmp_path):
 
 def test_a_fit_without_validation_leaves_its_tokens(config, tmp_path):
     main(["fit", "--config", config("run", data={"held_out": {"validation": 0, "test": 0}})])
-    vectors = load_embedding(tmp_path / "run" / "embeddings" / "smile.safetensors").vectors[0]
+    vectors = load_embedding(tmp_path / "run" / "embeddings" / "smile-tl.safetensors").vectors[0]
     assert torch.equal(vectors, last_tokens(tmp_path / "run")[1:])
 
 
@@ -548,4 +550,4 @@ def test_two_processes_equal_one(config, tmp_path):
     torch.testing.assert_close(last_tokens(tmp_path / "two"), last_tokens(tmp_path / "one"), rtol=0, atol=1e-4)
     figures = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")]
     assert figures[0]["guided_accuracy"] == figures[1]["guided_accuracy"]
-    assert len(list((tmp_path / "two" / "embeddings").iterdir())) == 2
+    assert len(list((tmp_path / "two" / "embeddings").glob("*.safetensors"))) == 2

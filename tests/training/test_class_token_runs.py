@@ -110,7 +110,7 @@ def test_the_command_line_keeps_the_last_good_files(tiny_config, tmp_path, monke
         main(["fit", "--config", tiny_config()])
     assert stopped.value.code == 2
     assert "not finite at step 2" in capsys.readouterr().err.strip().splitlines()[-1]
-    (vectors,) = load_file(tmp_path / "run" / "embeddings" / "wizard.safetensors").values()
+    (vectors,) = load_file(tmp_path / "run" / "embeddings" / "wizard-tl.safetensors").values()
     assert vectors.isfinite().all()
 
 
@@ -121,7 +121,9 @@ def test_fit_leaves_everything_that_it_names(tiny_config, tmp_path, capsys):
     assert out.strip().splitlines()[-1] == str(run)
     summary = json.loads((run / "summary.json").read_text())
     assert {"judged_accuracy_step0", "judged_accuracy_after", "embeddings", "minutes"} <= summary.keys()
-    assert summary["embeddings"] == [str(run / "embeddings" / f"{name}.safetensors") for name in ("wizard", "pirate")]
+    assert summary["embeddings"] == [
+        str(run / "embeddings" / f"{name}-tl.safetensors") for name in ("wizard", "pirate")
+    ]
     for path in summary["embeddings"]:
         assert path in out
         (vectors,) = load_file(path).values()

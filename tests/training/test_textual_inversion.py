@@ -346,7 +346,7 @@ def test_fit_leaves_embedding_files(config, tmp_path):
     summary = json.loads((run / "summary.json").read_text())
     assert summary.keys() == {"loss", "minutes", "embeddings"}
     names = ("ti-no-smile", "ti-smile")
-    assert summary["embeddings"] == [str(run / "embeddings" / f"{name}.safetensors") for name in names]
+    assert summary["embeddings"] == [str(run / "embeddings" / f"{name}-tl.safetensors") for name in names]
     (best,) = (run / "checkpoints").glob("best-*.ckpt")
     kept = torch.load(best, weights_only=True)["state_dict"]["bank.vectors.0"]
     for row, path in enumerate(summary["embeddings"]):

@@ -13,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from tokenlearn.data.interfaces import TaskWrapper
 from tokenlearn.errors import UserError
 from tokenlearn.token_task import DEFAULT_MONITOR, TokenTask
-from tokenlearn.tokens import EmbeddingFormat, LearnedTokens
+from tokenlearn.tokens import EmbeddingFormat, LearnedTokens, load_embedding
+from tokenlearn.tokens.files.programs import how_to_use
 
 
 class EmbeddingExport(L.Callback):
@@ -27,6 +28,7 @@ class EmbeddingExport(L.Callback):
     Attributes:
         best: best value so far, None before the first.
         paths: files that this run wrote.
+        usage: lines on what to type in each program, for the first of them.
 
     Raises:
         UserError: at the first validation of a fit, if the metric is not logged.
@@ -41,6 +43,7 @@ class EmbeddingExport(L.Callback):
         self.monitor, self.mode, self.format = monitor, mode, format
         self.best: float | None = None
         self.paths: list[Path] = []
+        self.usage: list[str] = []
         self._fitted = False
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -74,6 +77,7 @@ class EmbeddingExport(L.Callback):
         assert task.bank is not None
         about = {token: entries | metadata for token, entries in task.token_metadata().items()}
         self.paths = LearnedTokens(task.bank, about).save(Path(trainer.default_root_dir) / "embeddings", self.format)
+        self.usage = how_to_use(load_embedding(self.paths[0]))
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After a fit, write the files of the best tokens, with the judge's figures in their metadata."""

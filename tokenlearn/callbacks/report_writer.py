@@ -88,14 +88,16 @@ class ReportWriter(L.Callback):
     ) -> dict[str, Any]:
         """Print embedding files, images and figures of a fit; returns files and minutes, with the evaluation's."""
         folder, minutes = Path(trainer.default_root_dir), (time.monotonic() - (self._fit_started or 0)) / 60
-        paths = [
-            str(path)
+        exports = [
+            callback
             for callback in trainer.callbacks  # type: ignore[attr-defined]
             if isinstance(callback, EmbeddingExport)
-            for path in callback.paths
         ]
+        paths = [str(path) for export in exports for path in export.paths]
         for path in paths:
             print(f"embedding file        {path}")
+        for line in (line for export in exports for line in export.usage):
+            print(f"what to type          {line}")
         for caption, name in sheets:
             print(f"{caption:<21} {folder / name}")
         for logger in trainer.loggers:

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import permutations
-from typing import Literal, Self, cast, get_args
+from typing import Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from tokenlearn.errors import UserError
 from tokenlearn.tokens.calibration import Calibration
-
-Space = Literal["input", "output", "output_content"]
-"""Where the vectors of a token live.
-
-``input``
-    In place of the placeholder's embedding, as in textual inversion: what other programs know.
-``output``
-    Added to the text encoders' outputs at all positions, each time that the placeholder stands in the prompt.
-``output_content``
-    The same from the first content token on: not at the begin of the text, which encoders of the CLIP kind put first.
-"""
+from tokenlearn.tokens.spaces import Space
 
 
 class TokenBank(nn.Module):

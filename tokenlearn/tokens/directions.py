@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from tokenlearn.errors import UserError, check_template
-from tokenlearn.tokens.bank import Space, TokenBank
+from tokenlearn.tokens.bank import TokenBank
 from tokenlearn.tokens.embeddings import LearnedTokens
+from tokenlearn.tokens.spaces import Space
 
 if TYPE_CHECKING:
     from tokenlearn.pipeline import Pipeline

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from tokenlearn.errors import UserError, shown
+from tokenlearn.notices import warn_once
 from tokenlearn.paths import resolve
 from tokenlearn.tokens.bank import TokenBank
 from tokenlearn.tokens.calibration import CALIBRATION, Calibration
 from tokenlearn.tokens.files import (
     EmbeddingFile,
     EmbeddingFormat,
-    embedding_file_name,
     load_embedding,
-    save_embedding,
+    read_tokens,
 )
+from tokenlearn.tokens.files.base import check_token
+from tokenlearn.tokens.files.paths import embedding_paths
+from tokenlearn.tokens.files.writing import write_tokens
+from tokenlearn.tokens.spaces import Space
 
 Embeddings = str | list[str] | dict[str, str]
 """Embedding files in settings: a folder or a file; folders and files; or token to file, which renames the token."""
-
-_FOLDER_SUFFIXES = (".safetensors", ".pt", ".bin")  # what image programs take for embeddings in their folders
 
 
 def load_embeddings(embeddings: Embeddings) -> list[EmbeddingFile]:
@@ -31,7 +34,8 @@ def load_embeddings(embeddings: Embeddings) -> list[EmbeddingFile]:
 
     Args:
         embeddings: a folder or a file; any number of folders and files; or token to file, which renames the token. In
-            a folder, the embedding files directly in it count, in the order of their names.
+            a folder, the embedding files directly in it count, in the order of their names. A file may hold several
+            tokens.
 
     Raises:
         UserError: if a file cannot be read, a folder has none, or two files name the same token.
@@ -40,14 +44,10 @@ def load_embeddings(embeddings: Embeddings) -> list[EmbeddingFile]:
         files = [load_embedding(path, token) for token, path in embeddings.items()]
     else:
         names = [embeddings] if isinstance(embeddings, str) else embeddings
-        files = [load_embedding(path) for name in names for path in _paths(name)]
+        files = [file for path in embedding_paths(names) for file in read_tokens(path)]
     seen: dict[str, Path | None] = {}
     for file in files:
-        if any(letter.isspace() for letter in file.token):
-            raise UserError(
-                f"'{file.path}' names its token '{file.token}', which is not one word; name it by {{<token>: file}} "
-                "in model.embeddings"
-            )
+        check_token(file)
         if file.token in seen:
             raise UserError(
                 f"'{file.path}' names the token '{file.token}', as '{seen[file.token]}' does; leave one out, or "
@@ -76,10 +76,18 @@ def load_bank(
             another model of the same width.
     """
     files = load_embeddings(embeddings)
+    for file in files:
+        if file.space == "output_place":
+            raise UserError(
+                f"'{file.path}' has vectors that take the place of the text encoder's output, which only OneTrainer "
+                "does; train the embedding there without output embeddings"
+            )
+        if file.ignored:
+            warn_once(f"'{file.path}' has {', '.join(file.ignored)} besides its vectors, which are not used here")
     bank = TokenBank(
         {file.token: len(file.vectors[0]) for file in files},
         embedding_widths,
-        {file.token: file.space for file in files},
+        {file.token: cast(Space, file.space) for file in files},
     )
     for file in files:
         bank.set(file.token, file.vectors)
@@ -163,7 +171,7 @@ class LearnedTokens:
     def save(
         self, folder: str | os.PathLike[str], format: EmbeddingFormat = "a1111", scale: float = 1.0
     ) -> list[Path]:
-        """Write an embedding file for each token, named after it.
+        """Write an embedding file for each token, see :func:`tokenlearn.tokens.files.writing.write_tokens`.
 
         Args:
             folder: folder of the files; it is made if it does not exist.
@@ -171,47 +179,16 @@ class LearnedTokens:
             scale: factor on the vectors.
 
         Raises:
-            UserError: if two tokens give the same file name, or a file cannot be written.
+            UserError: if two tokens give the same file name, a file of another token is there, or a file cannot be
+                written.
         """
-        return [
-            save_embedding(
-                Path(folder).expanduser() / name,
+        files = [
+            EmbeddingFile(
                 token,
-                self.bank.get(token),
+                [part.detach().to("cpu").numpy() for part in self.bank.get(token)],
                 self.metadata.get(token, {}),
-                format,
-                scale,
-                self.bank.spaces[token],
+                space=self.bank.spaces[token],
             )
-            for name, token in embedding_file_names(self.placeholders).items()
+            for token in self.placeholders
         ]
-
-
-def embedding_file_names(tokens: Iterable[str]) -> dict[str, str]:
-    """The file name of each token's embedding file, to the token.
-
-    Raises:
-        UserError: if two tokens give the same file name, so that one would replace the other, or one gives none.
-    """
-    named: dict[str, str] = {}
-    for token in tokens:
-        name = embedding_file_name(token)
-        if name in named:
-            raise UserError(f"the tokens '{named[name]}' and '{token}' both give the file '{name}'; rename one")
-        named[name] = token
-    return named
-
-
-def _paths(name: str) -> list[Path]:
-    """A file, or the embedding files of a folder."""
-    path = Path(resolve(name)).expanduser()
-    if not path.is_dir():
-        return [path]
-    found = sorted(
-        file
-        for file in path.iterdir()
-        if file.suffix.lower() in _FOLDER_SUFFIXES and file.is_file() and not file.name.startswith(".")
-    )
-    if not found:
-        raise UserError(f"folder '{name}' has no embedding files ({', '.join(_FOLDER_SUFFIXES)}); name another folder")
-    return found
+        return write_tokens(files, Path(folder).expanduser(), format, scale)

@@ -115,8 +115,8 @@ class PlaceholderVocabulary:
         expansions = {name: " ".join(bank.unit_names(name)) for name in inputs}
         self._expansions = {name.casefold(): expansion for name, expansion in expansions.items()}
         texts = sorted({*units, *expansions.values()}, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, texts)), re.IGNORECASE)
-        self._output_pattern = re.compile(rf"\s*({'|'.join(map(re.escape, self.outputs))})", re.IGNORECASE)
+        self._pattern = re.compile("|".join(map(_whole_word, texts)), re.IGNORECASE)
+        self._output_pattern = re.compile(rf"\s*({'|'.join(map(_whole_word, self.outputs))})", re.IGNORECASE)
 
     def expand(self, prompt: str) -> str:
         """Replace each placeholder by its units, ``<wizard>`` by ``<wizard> <wizard>_1 ...``.
@@ -160,6 +160,13 @@ class PlaceholderVocabulary:
         return torch.where(matches.any(dim=-1), self._rows.to(ids.device)[matches.int().argmax(dim=-1)], -1)
 
 
+def _whole_word(name: str) -> str:
+    """Pattern of a name where it is no part of a longer word; brackets end a word themselves."""
+    before = r"(?<!\w)" if name[0].isalnum() or name[0] == "_" else ""
+    after = r"(?!\w)" if name[-1].isalnum() or name[-1] == "_" else ""
+    return f"{before}{re.escape(name)}{after}"
+
+
 def _check_new(tokenizer: PreTrainedTokenizerBase, units: Iterable[str]) -> None:
     """Raise UserError when a unit is in the vocabulary, in its own spelling or as the tokenizer spells it."""
     vocabulary = tokenizer.get_vocab()
@@ -174,7 +181,10 @@ def _check_new(tokenizer: PreTrainedTokenizerBase, units: Iterable[str]) -> None
 
 def _add_units(tokenizer: PreTrainedTokenizerBase, units: list[str]) -> list[int]:
     """Add units and return their ids; UserError when the tokenizer splits one of them."""
-    tokenizer.add_tokens(units)
+    from transformers import AddedToken
+
+    # A unit without brackets must stand alone: "ngd" is no part of "kingdom".
+    tokenizer.add_tokens([AddedToken(unit, single_word=unit[0] != "<", normalized=True) for unit in units])
     ids = cast(list[int], tokenizer.convert_tokens_to_ids(units))
     for unit, unit_id in zip(units, ids, strict=True):
         found = tokenizer(unit, add_special_tokens=False).input_ids

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tokenlearn.errors import UserError, check_at_least, check_braces
-from tokenlearn.tokens.bank import Space
 from tokenlearn.tokens.embeddings import Embeddings
+from tokenlearn.tokens.spaces import Space
 
 
 @dataclass(frozen=True)

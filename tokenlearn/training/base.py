@@ -29,7 +29,7 @@ from tokenlearn.pipeline import Sampling
 from tokenlearn.token_task import TokenTask
 from tokenlearn.tokens import TokenBank, load_embeddings, vectors_from_words, vocabulary_norm_range
 from tokenlearn.tokens.directions import vectors_of_outputs
-from tokenlearn.tokens.embeddings import embedding_file_names
+from tokenlearn.tokens.files.writing import file_names
 from tokenlearn.tokens.settings import TokenSettings
 from tokenlearn.training.learning_rate import lr_schedule
 from tokenlearn.training.optimizer_settings import apply_changes, changes, settings_of
@@ -163,7 +163,7 @@ class TokenTraining(TokenTask):
             UserError: if words are not in the vocabulary, placeholders are not usable or share a file name, or an
                 embedding file cannot be read or does not fit its token.
         """
-        embedding_file_names(words)  # refuses now what would fail after the training
+        file_names(words)  # refuses now what would fail after the training
         settings = self.token_settings
         bank = TokenBank(
             dict.fromkeys(words, settings.num_vectors),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tokenlearn.errors import UserError
 from tokenlearn.tokens.files import EmbeddingFormat, embedding_file_name, load_embedding, save_embedding
+from tokenlearn.tokens.files.safetensors_files import Array
 
 VECTORS = torch.arange(6, dtype=torch.float32).reshape(2, 3)
 WIDE = torch.arange(10, dtype=torch.float32).reshape(2, 5)
@@ -59,11 +60,11 @@ def test_saves_rows_of_a_half_precision_parameter_scaled(tmp_path: Path):
 def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = save_embedding(tmp_path / "wizard.safetensors", "<wizard>", [VECTORS], {})
 
-    def half_written(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    def half_written(file: Path, arrays: dict[str, Array], metadata: dict[str, str]) -> None:
         Path(file).write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("tokenlearn.tokens.files.base.save_file", half_written)
+    monkeypatch.setattr("tokenlearn.tokens.files.base.write_arrays", half_written)
     with pytest.raises(UserError, match="no space"):
         save_embedding(path, "<wizard>", [VECTORS + 1], {})
     assert torch.equal(load_embedding(path).vectors[0], VECTORS)
@@ -109,10 +110,9 @@ def test_foreign_forms(tmp_path: Path, suffix: str, content: dict[str, Tensor], 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"<a>": VECTORS, "<b>": VECTORS}, "<a>, <b>"),
-        ({"clip_l": VECTORS, "t5": VECTORS}, "clip_l, t5"),
-        ({"emp_params": VECTORS, "emp_params_out": VECTORS}, "emp_params_out"),
-        ({"clip_l": VECTORS, "clip_g": WIDE[:1]}, "2 .*CLIP-L.* 1 .*CLIP-G"),
+        ({"a": VECTORS, "b": VECTORS}, "a, b"),
+        ({"clip_l": VECTORS, "other": VECTORS}, "clip_l, other"),
+        ({"clip_l": VECTORS, "clip_g": WIDE[:1]}, "2 for clip_l and 1 for clip_g"),
         ({"conv.weight": torch.zeros(2, 3, 1, 1)}, r"shape \(2, 3, 1, 1\)"),
         ({"emb_params": torch.zeros(0, 3)}, r"shape \(0, 3\)"),
         ({"emb_params": torch.zeros(2, 3, dtype=torch.int64)}, r"shape \(2, 3\).*'emb_params'"),
@@ -152,10 +152,12 @@ def test_garbage(tmp_path: Path, name: str):
 
 def test_missing_file_folder_and_unknown_suffix(tmp_path: Path):
     (tmp_path / "a.png").touch()
+    (tmp_path / "a.txt").touch()
     for name, message in (
         ("missing.pt", "missing.pt"),
         (".", str(tmp_path)),
-        ("a.png", r"\.safetensors"),
+        ("a.png", "without an embedding"),
+        ("a.txt", r"\.safetensors"),
     ):
         with pytest.raises(UserError, match=message):
             load_embedding(tmp_path / name)
@@ -171,11 +173,11 @@ def test_file_that_cannot_name_its_token(tmp_path: Path):
 @pytest.mark.parametrize(
     ("token", "name"),
     [
-        ("<wizard>", "wizard.safetensors"),
-        ("<My Style>", "my-style.safetensors"),
-        ("[a]<b>", "a-b.safetensors"),
-        ("<cat-toy_2.1>", "cat-toy_2.1.safetensors"),
-        ("../../etc/<x>", "etc-x.safetensors"),
+        ("<wizard>", "wizard-tl.safetensors"),
+        ("<My Style>", "my-style-tl.safetensors"),
+        ("[a]<b>", "a-b-tl.safetensors"),
+        ("<cat-toy_2.1>", "cat-toy_2.1-tl.safetensors"),
+        ("../../etc/<x>", "etc-x-tl.safetensors"),
     ],
 )
 def test_file_names(token: str, name: str):

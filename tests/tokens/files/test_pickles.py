@@ -27,7 +27,7 @@ def test_automatic1111_pickle(tmp_path: Path, param: Tensor, container: type, ke
     }
     torch.save(content, tmp_path / "renamed.pt")
     loaded = load_embedding(tmp_path / "renamed.pt")
-    assert loaded.token == "charturner"
+    assert loaded.token == "<renamed>"  # as AUTOMATIC1111 names it, whatever name is inside
     assert loaded.metadata == {"name": "charturner", "step": "500", "sd_checkpoint_name": "v1-5"}
     assert torch.equal(loaded.vectors[0], VECTORS)
     assert not loaded.vectors[0].requires_grad

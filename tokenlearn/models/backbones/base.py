@@ -20,13 +20,14 @@ from tokenlearn.diffusion.solvers import GridSolver, ReversibleSolver, Scheduler
 from tokenlearn.errors import UserError, check_unicode, reason_of
 from tokenlearn.models.backbones.conditioning import Conditioning
 from tokenlearn.models.frozen import FrozenModule, Precision
-from tokenlearn.tokens.bank import Space, TokenBank
+from tokenlearn.tokens.bank import TokenBank
 from tokenlearn.tokens.injection import (
     PlaceholderVocabulary,
     accept_learned_embeddings,
     input_embedding,
     learned_embeddings,
 )
+from tokenlearn.tokens.spaces import Space
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

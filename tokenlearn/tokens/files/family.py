@@ -1,55 +1,75 @@
-"""What a family of programs is, which name the tensors of embedding files alike."""
+"""What a family of programs is, which name the arrays of embedding files alike."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
-from torch import Tensor
+from tokenlearn.tokens.files.safetensors_files import Array
+from tokenlearn.tokens.spaces import Space
+
+FileSpace = Space | Literal["output_place"]
+"""Where the vectors of a file live. OneTrainer puts those of ``output_place`` in place of the text encoder's output
+at the token's position; no task here has such tokens."""
 
 
 class Content(NamedTuple):
     """The content of a file before it is known whose it is.
 
     Attributes:
-        tensors: by key; in files of unknown origin, possibly other objects than tensors.
+        arrays: by key; in files of unknown origin, possibly other objects than arrays.
         metadata: text entries.
-        token: the token, if an entry of the file names it.
     """
 
-    tensors: Mapping[str, Any]
+    arrays: Mapping[str, Any]
     metadata: dict[str, str] = {}  # noqa: RUF012 - read only
-    token: str | None = None
 
 
 class Found(NamedTuple):
-    """Vectors that a family has found in a file.
+    """A token that a family has found in a file.
 
     Attributes:
         keys: key of the vectors of each text encoder.
+        encoders: names of the text encoders in :data:`tokenlearn.tokens.files.encoders.ENCODERS`; None if the keys do
+            not tell.
         token: the token, if the keys name it.
+        space: where the vectors live.
+        ignored: further keys of the token that no task here has a use for.
     """
 
     keys: tuple[str, ...]
+    encoders: tuple[str, ...] | None = None
     token: str | None = None
+    space: FileSpace = "input"
+    ignored: tuple[str, ...] = ()
 
 
-class Family(Protocol):
-    """What a module of this package has that is a family: ``a1111``, ``diffusers``, ``onetrainer``, ``sdxl``."""
+class Writer(Protocol):
+    """How a family names the arrays of a token for one text encoder."""
 
-    def tensors(self, token: str, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Tensors of a file by their keys.
+    def __call__(self, token: str, vectors: Sequence[Array]) -> dict[str, Array]:
+        """Arrays of a file by their keys.
 
         Args:
             token: the token as used in prompts.
             vectors: (n, width) per text encoder.
         """
 
-    def find(self, keys: frozenset[str], source: Path) -> Found | None:
-        """Vectors among the keys of a file, None if the file is of another family.
+
+class Reader(Protocol):
+    """How a family recognises its files."""
+
+    def __call__(self, keys: frozenset[str], source: Path) -> list[Found]:
+        """Tokens among the keys of a file, none if the file is of another family.
 
         Args:
             keys: all keys of the file.
             source: the file, for messages.
         """
+
+
+def wrapped(name: str) -> str:
+    """A name as a token: in angle brackets, which keep it apart from the words of a prompt; white space as dashes."""
+    bare = "-".join(name.split()).strip("<>")
+    return f"<{bare}>"

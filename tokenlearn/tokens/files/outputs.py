@@ -10,32 +10,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from tokenlearn.errors import UserError
 from tokenlearn.tokens.files.family import Found
+from tokenlearn.tokens.files.safetensors_files import Array
 
 VERSION_KEY = "format"  # before the other keys in the alphabet and, as an integer, in the file
 VERSION = 1
 _PREFIX = "output_"
 
 
-def tensors(token: str, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
-    """See :class:`tokenlearn.tokens.files.family.Family`."""
+def arrays(token: str, vectors: Sequence[Array]) -> dict[str, Array]:
+    """See :class:`tokenlearn.tokens.files.family.Writer`."""
     parts = {f"{_PREFIX}{index}": part for index, part in enumerate(vectors)}
-    return {VERSION_KEY: torch.tensor([VERSION])} | parts
+    return {VERSION_KEY: np.array([VERSION])} | parts
 
 
-def find(keys: frozenset[str], source: Path) -> Found | None:
-    """See :class:`tokenlearn.tokens.files.family.Family`.
+def find(keys: frozenset[str], source: Path) -> list[Found]:
+    """See :class:`tokenlearn.tokens.files.family.Reader`.
 
     Raises:
         UserError: if the vectors of a text encoder are missing.
     """
     parts = sorted(key for key in keys if key.startswith(_PREFIX))
     if not parts or keys != {VERSION_KEY, *parts}:
-        return None
+        return []
     if parts != [f"{_PREFIX}{index}" for index in range(len(parts))]:
         raise UserError(f"'{source}' lacks vectors of a text encoder, it has {', '.join(parts)}; copy it again")
-    return Found(tuple(parts))
+    return [Found(tuple(parts))]

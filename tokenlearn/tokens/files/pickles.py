@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tokenlearn.errors import UserError
+from tokenlearn.errors import UserError, shown
+from tokenlearn.tokens.files.safetensors_files import Array
 
 SUFFIXES = (".pt", ".bin", ".pth", ".ckpt")
 
@@ -42,6 +45,35 @@ def read_pickle(source: Path, most_bytes: int) -> object:
                 "ask for a .safetensors file"
             ) from None
         raise UserError(f"'{source}' is damaged or no PyTorch file ({type(error).__name__}); copy it again") from None
+
+
+def as_mapping(content: object) -> Mapping[Any, Any] | None:
+    """A mapping or a ``ParameterDict`` as a mapping, None for anything else.
+
+    ParameterDicts of PyTorch 1.11 and before lack what theirs has today, and hold their parameters as a module does.
+    """
+    if isinstance(content, nn.ParameterDict):
+        state = vars(content)
+        return dict(content.items()) if "_keys" in state else dict(state.get("_parameters") or {})
+    return content if isinstance(content, Mapping) else None
+
+
+def as_array(value: object, key: str, source: Path) -> Array | None:
+    """A tensor of a pickle as an array, None for anything else.
+
+    Raises:
+        UserError: for a tensor that is not of plain numbers in memory.
+    """
+    if not isinstance(value, Tensor):
+        return None
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_nested or value.is_quantized:
+        raise UserError(f"'{source}' has a sparse or empty tensor under {shown(key)}; expected numbers (n, width)")
+    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+        raise UserError(
+            f"'{source}' claims {value.numel()} numbers under {shown(key)} and holds fewer; ask for another file"
+        )
+    plain = value.detach().resolve_conj()
+    return plain.float().numpy() if plain.dtype == torch.bfloat16 else plain.numpy()
 
 
 def _unpacked(source: Path, most_bytes: int) -> tuple[int, bytes]:
