@@ -87,6 +87,7 @@ class Evaluation(L.LightningModule, TaskWrapper, Generic[Task], ABC):
     def on_test_epoch_end(self) -> None:
         """Make the table and log its summary."""
         records = self.records.compute()
+        self.image_rows.gather()
         self.table = self.make_table(records)
         self.table.records = records
         summary = {f"test/{name}": figure.value for name, figure in self.table.summary.items()}

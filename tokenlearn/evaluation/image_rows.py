@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+
+import torch
 from torch import Tensor
 
 
@@ -21,6 +25,29 @@ class ImageRows:
         row = self._images.setdefault(caption, [])
         row += list(images[: self.length - len(row)].float().cpu())
 
+    def gather(self) -> None:
+        """Take in the images of all processes, each of which has seen another part of the samples."""
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return
+        parts: list[dict[str, list[Tensor]]] = [{} for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(parts, self._images)
+        self._images = interleave(parts, self.length)
+
     def rows(self) -> list[tuple[str, list[Tensor]]]:
         """Captions with their images (3, H, W), in the order of their first image."""
         return [(caption, images) for caption, images in self._images.items() if images]
+
+
+def interleave(parts: Sequence[Mapping[str, Sequence[Tensor]]], length: int) -> dict[str, list[Tensor]]:
+    """The first images of each caption, by turns from each process, as samples are dealt out.
+
+    Args:
+        parts: caption to images (3, H, W) of each process.
+        length: most images of a caption.
+    """
+    captions = dict.fromkeys(caption for part in parts for caption in part)
+    merged = {}
+    for caption in captions:
+        turns = zip_longest(*(part.get(caption, ()) for part in parts))
+        merged[caption] = [image for turn in turns for image in turn if image is not None][:length]
+    return merged
