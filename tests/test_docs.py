@@ -157,7 +157,9 @@ def test_python_runs(page, folder):
 
 
 def assert_equals_diffusers(path):
-    pipe = tl.Pipeline.from_pretrained("checkpoints/portraits", tokens="checkpoints/class_tokens/pirate.safetensors")
+    pipe = tl.Pipeline.from_pretrained(
+        "checkpoints/portraits", tokens="checkpoints/class_tokens/pirate-tl.safetensors"
+    )
     (ours,) = pipe("a portrait of a <pirate> pirate", seeds=[7], steps=20, guidance=7.5)
     difference = np.asarray(ours, dtype=int) - np.asarray(Image.open(path), dtype=int)
     assert np.abs(difference).max() <= 1  # rounding to 8 bits may fall to either side

@@ -13,7 +13,7 @@ from tokenlearn.main import main
 from tokenlearn.tokens.files import save_embedding
 
 ROOT = Path(__file__).parents[1]
-PIRATE = "checkpoints/class_tokens/pirate.safetensors"
+PIRATE = "checkpoints/class_tokens/pirate-tl.safetensors"
 VECTORS = np.linspace(-1, 1, 768, dtype=np.float32)[None]
 
 

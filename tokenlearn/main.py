@@ -59,7 +59,7 @@ commands:
   convert    embedding files of any program, or folders of them, as files for another program
                tokenlearn convert EasyNegative.pt my-cat.safetensors --to diffusers
   inspect    what an embedding file holds, which programs read it, and what to type in each
-               tokenlearn inspect checkpoints/class_tokens/pirate.safetensors
+               tokenlearn inspect checkpoints/class_tokens/pirate-tl.safetensors
 
 settings:
   --config names a YAML file or a config of this package, such as configs/quickstart.yaml. Several are combined:

@@ -17,6 +17,12 @@ class SkippedImages(L.Callback):
     A single process has warned already.
     """
 
+    @classmethod
+    def for_run(cls, trainer: L.Trainer) -> list[L.Callback]:
+        """The callback for a run that lacks it: a fit and the test after it share one."""
+        there = any(isinstance(callback, cls) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if there else [cls()]
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Warn of images of the validation."""
         _warn(trainer, trainer.val_dataloaders)
