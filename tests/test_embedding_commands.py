@@ -21,7 +21,7 @@ def test_inspect_says_what_a_file_is_and_what_to_type(capsys):
     main(["inspect", PIRATE])
     page = capsys.readouterr().out
     for words in (
-        "<pirate>, 1 vector",
+        "<pirate>, 2 vectors",
         "checkpoints/portraits",
         "the vocabulary's",
         "embedding:pirate pirate",

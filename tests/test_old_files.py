@@ -63,6 +63,7 @@ def test_checkpoints_are_exported(method, tmp_path, capsys):
 def test_a_fit_goes_on_from_an_old_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     run = ["fit", "--config", str(QUICKSTART), "--output_dir", str(tmp_path / "run"), *SHORT]
+    run += ["--model.tokens.num_vectors", "1"]
     with pytest.raises(SystemExit):
         main([*run, "--ckpt_path", str(OLD / "class_tokens.ckpt")])
     assert "text encoder differs" in capsys.readouterr().err  # the bundled one has been trained on since

@@ -66,7 +66,7 @@ class TokenTask(L.LightningModule, ImageConsumer):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """The callback that warns once of skipped images, with any trainer."""
-        return SkippedImages.for_run(self.trainer)
+        return SkippedImages.for_run(self._trainer)
 
     def use_bank(self, bank: TokenBank) -> None:
         """Make the bank this task's state and its placeholders part of prompts."""

@@ -80,7 +80,9 @@ def fit(tiny_config, folder):
 
 def results(run: Path) -> dict[str, object]:
     """Everything that a fit leaves but the times."""
-    embeddings = {path.name: load_file(path)["emb_params"] for path in sorted((run / "embeddings").glob("*"))}
+    embeddings = {
+        path.name: load_file(path)["emb_params"] for path in sorted((run / "embeddings").glob("*.safetensors"))
+    }
     (best,) = (run / "checkpoints").glob("best-*.ckpt")
     last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     sheets = {path.name: path.read_bytes() for path in (run / "validation").glob("step-*.png")}

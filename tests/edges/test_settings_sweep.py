@@ -157,6 +157,7 @@ def parts(tmp_path_factory) -> Mapping[str, Any]:
         "name": "variant",
         "add": ConceptSettings(),
         "columns": {"style": "a"},
+        "words": {"smile": "smiling"},
         "label": "smile",
         "prompt": "a man",
         "judge": str(guide),

@@ -18,10 +18,10 @@ class SkippedImages(L.Callback):
     """
 
     @classmethod
-    def for_run(cls, trainer: L.Trainer) -> list[L.Callback]:
-        """The callback for a run that lacks it: a fit and the test after it share one."""
-        there = any(isinstance(callback, cls) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        return [] if there else [cls()]
+    def for_run(cls, trainer: L.Trainer | None) -> list[L.Callback]:
+        """The callback for a run that lacks it: a fit and the test after it share one; None is no run yet."""
+        there = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
+        return [] if any(isinstance(callback, cls) for callback in there) else [cls()]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Warn of images of the validation."""

@@ -77,7 +77,7 @@ class Evaluation(L.LightningModule, TaskWrapper, Generic[Task], ABC):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """The callback that warns once of skipped images, with any trainer."""
-        return SkippedImages.for_run(self.trainer)
+        return SkippedImages.for_run(self._trainer)
 
     def on_test_start(self) -> None:
         """Forget earlier measurements."""
