@@ -24,11 +24,13 @@ def test_inspect_says_what_a_file_is_and_what_to_type(capsys):
         "<pirate>, 2 vectors",
         "checkpoints/portraits",
         "the vocabulary's",
-        "embedding:pirate pirate",
-        "'pirate'",
+        "embedding:pirate-tl pirate",
+        "bandana",  # a word of the bundled vocabulary that shows a pirate
     ):
         assert words in page
-    assert "bandana" in page  # a word of the bundled vocabulary that shows a pirate
+    assert "may be a word" not in page
+    main(["inspect", "checkpoints/attribute_tokens/smile.safetensors"])
+    assert "'smile' may be a word" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["inspect", "convert"])
