@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-import torch
 
-from tokenlearn.data.sources import Skipped
 from tokenlearn.data.streams import EvaluationBatches, warn_of
+from tokenlearn.processes import of_all_processes
 
 
 class SkippedImages(L.Callback):
@@ -41,7 +40,6 @@ def _warn(trainer: L.Trainer, loaders: Any) -> None:  # noqa: ANN401 - one data 
         return
     loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
     own = [skipped for loader in loaders if isinstance(loader, EvaluationBatches) for skipped in loader.skipped]
-    of_all: list[list[Skipped]] = [[] for _ in range(trainer.world_size)]
-    torch.distributed.all_gather_object(of_all, own)
+    of_all = of_all_processes(own)
     if trainer.is_global_zero:
         warn_of([skipped for part in of_all for skipped in part])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
-import torch
 from torch import Tensor
+
+from tokenlearn.processes import of_all_processes
 
 
 class ImageRows:
@@ -27,11 +28,7 @@ class ImageRows:
 
     def gather(self) -> None:
         """Take in the images of all processes, each of which has seen another part of the samples."""
-        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-            return
-        parts: list[dict[str, list[Tensor]]] = [{} for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather_object(parts, self._images)
-        self._images = interleave(parts, self.length)
+        self._images = interleave(of_all_processes(self._images), self.length)
 
     def rows(self) -> list[tuple[str, list[Tensor]]]:
         """Captions with their images (3, H, W), in the order of their first image."""

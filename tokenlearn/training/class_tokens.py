@@ -23,6 +23,7 @@ from tokenlearn.metrics.group_scores import GroupScores
 from tokenlearn.models import DiffusionBackbone
 from tokenlearn.objectives import ClassifierLoss, ObjectiveSum, require_judge_differs
 from tokenlearn.pipeline import Sampling
+from tokenlearn.processes import of_all_processes
 from tokenlearn.tokens.checkpoint import checkpoint_about
 from tokenlearn.tokens.settings import TokenSettings, check_distinct
 from tokenlearn.training.base import TokenTraining, adamw, check_gradient
@@ -284,11 +285,7 @@ class ClassTokens(TokenTraining, ClassConsumer):
         """Add the batch whose latents are in use, of every process."""
         super().on_save_checkpoint(checkpoint)
         if self._one_step is not None and self._trainer is not None:
-            states: list[Any] = [self._one_step.state()]
-            if self.trainer.world_size > 1:
-                states *= self.trainer.world_size
-                torch.distributed.all_gather_object(states, self._one_step.state())
-            checkpoint[_ONE_STEP_KEY] = states
+            checkpoint[_ONE_STEP_KEY] = of_all_processes(self._one_step.state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check the checkpoint, and restore the words that its tokens started from and the latents in use."""

@@ -97,8 +97,6 @@ def _onetrainer(file: EmbeddingFile) -> bool:
     return all("OneTrainer" in ENCODERS[name].programs for name in file.encoders) and keys <= known
 
 
-_LOAD = 'after pipe.load_textual_inversion("{file}", token="{token}")'
-
 PROGRAMS = (
     Program(
         "diffusers",
