@@ -162,6 +162,8 @@ def test_several_processes_warn_once_of_the_images_of_all(monkeypatch, stage, se
     def gather(parts, own):
         parts[:] = [loader.skipped for loader in loaders]
 
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     lines_of_all = []
     for rank, loader in enumerate(loaders):
