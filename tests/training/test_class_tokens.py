@@ -34,10 +34,11 @@ def clip(tmp_path_factory):
 
 @pytest.fixture
 def make(backbone, guide):
-    """Make a task whose optimizer changes nothing, unless a test asks for another one."""
+    """Make a task that takes the classes of its batches and whose optimizer changes nothing, unless a test asks."""
 
     def task(objective=guide, classes=CLASSES, guidance=3.0, **options):
         settings = {"sampling": Sampling(steps=4, guidance=guidance), "gradient": LastK(2), "optimizer": no_change}
+        settings["hard_classes"] = 0.0
         return ClassTokens(backbone, classes, objective, **(settings | options))
 
     return task

@@ -44,7 +44,7 @@ def sampled(monkeypatch):
 
 
 def test_the_gradient_equals_a_plain_loop(make):
-    task = make()
+    task = make(hard_classes=0.0)
     loss, gradient, _ = one_step(task, BATCH)
     pipeline = Pipeline(task.backbone, tokens=task.bank, sampling=Sampling(steps=4, guidance=2.0))
     prompts = task.prompts(BATCH)
@@ -89,6 +89,18 @@ def test_latents_serve_for_several_batches(make, sampled):
     batches = [BATCH._replace(seeds=[2 * step, 2 * step + 1]) for step in range(7)]
     fit(make(), batches, max_steps=7)
     assert sampled == [[0, 1], [6, 7], [12, 13]]
+
+
+def test_hard_classes_have_more_images(make):
+    """With one class at a loss of 0, all images of the next latents are of the other one."""
+    task = make(OneStep(0.0, 0.25, reuse=1), hard_classes=1.0)
+    task.hard_classes.restore({"losses": [0.0, 2.0], "images": [200.0, 200.0]})
+    fit(task, [BATCH], max_steps=1)
+    easy, hard = task.hard_classes.losses.tolist()
+    assert easy == 0
+    assert hard != 2
+    assert task.hard_classes.images.tolist() == [200, 202]
+    assert task._one_step.source.class_indices == [1, 1]
 
 
 def test_a_token_learns(make):

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.optim import Optimizer
 
 from tokenlearn.data.batches import PromptBatch, PromptKind
 from tokenlearn.data.interfaces import ClassConsumer, PromptTemplates, data_of
@@ -27,10 +28,12 @@ from tokenlearn.processes import of_all_processes
 from tokenlearn.tokens.checkpoint import checkpoint_about
 from tokenlearn.tokens.settings import TokenSettings, check_distinct
 from tokenlearn.training.base import TokenTraining, adamw, check_gradient
+from tokenlearn.training.hard_classes import HardClasses
 from tokenlearn.training.one_step_images import OneStepImages
 from tokenlearn.training.word_search import WordSearch, find_words
 
 _ONE_STEP_KEY = "one_step"
+_HARD_CLASSES_KEY = "hard_classes"
 
 
 class ClassTokens(TokenTraining, ClassConsumer):
@@ -61,6 +64,8 @@ class ClassTokens(TokenTraining, ClassConsumer):
         guidance: guidance rule of the training images, or the scale of classifier-free guidance; null for that of
             ``sampling``. A lower scale than that of the images to come gives a gradient with less noise.
         gradient: how the gradient goes back through the sampler.
+        hard_classes: share of the training images whose classes are drawn in proportion to their recent losses, from 0
+            to 1; the other images are shared out evenly among the classes.
         optimizer: over the token vectors only.
         lr_scheduler: stepped after every optimizer step; null keeps the learning rate.
 
@@ -69,13 +74,15 @@ class ClassTokens(TokenTraining, ClassConsumer):
         class_names: class names in the order of class indices.
         placeholders: class name to token.
         objective, judge, search, solver, gradient: as given.
+        hard_classes: recent losses of the classes, by which their images are drawn.
         training_pipeline: ``pipeline`` with the guidance of the training images.
         started_from: class name to the word or words from which its token started.
         judged_accuracies: token to mean score by the judge, for its embedding file; evaluations fill it in.
 
     Raises:
         UserError: if there is no class, two classes have the same token, the objective or the judge lacks a class, the
-            judge has a model of the objective, or gradient, solver and guidance do not go together.
+            judge has a model of the objective, a share is out of range, or gradient, solver and guidance do not go
+            together.
     """
 
     def __init__(
@@ -91,6 +98,7 @@ class ClassTokens(TokenTraining, ClassConsumer):
         solver: ReversibleSolver | None = None,
         guidance: GuidanceRule | float | None = None,
         gradient: Gradient = OneStep(),  # noqa: B008 - frozen
+        hard_classes: float = 0.5,
         optimizer: OptimizerCallable = adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -116,6 +124,7 @@ class ClassTokens(TokenTraining, ClassConsumer):
         self.started_from = {name: (tokens.initial_words or "a").format(name) for name in self.class_names}
         bank = self.make_bank({token: self.started_from[name] for name, token in self.placeholders.items()})
         check_tokens([*sampling.rule.concept_prompts, *training.rule.concept_prompts], bank.placeholders)
+        self.hard_classes = HardClasses(len(self.class_names), hard_classes)
         self.guided_scores = GroupScores(len(self.class_names))
         self.judged_scores = GroupScores(len(self.class_names))
         self.judged_accuracies: dict[str, float] = {}
@@ -206,8 +215,9 @@ class ClassTokens(TokenTraining, ClassConsumer):
             progress=progress,
         )
 
-    def training_images(self, batch: PromptBatch) -> tuple[Tensor, list[str]]:
-        """Images (B, 3, H, W), nominally in [0, 1], with the gradient of the settings, and their class names (B)."""
+    def training_images(self, batch: PromptBatch) -> tuple[Tensor, PromptBatch]:
+        """Images (B, 3, H, W), nominally in [0, 1], with the gradient of the settings, and the batch they are of."""
+        batch = batch._replace(class_indices=self.hard_classes.assign(batch.class_indices, batch.seeds))
         if self._one_step is not None:
             position = self.trainer.fit_loop.total_batch_idx
             images, batch = self._one_step.images(self.training_pipeline, batch, position, self.solver)
@@ -215,7 +225,7 @@ class ClassTokens(TokenTraining, ClassConsumer):
             images = self.training_pipeline.generate(
                 self.prompts(batch), batch.seeds, gradient=self.gradient, solver=self.solver
             )
-        return images, self.targets(batch)
+        return images, batch
 
     def training_step(self, batch: PromptBatch) -> Tensor:
         """Generate a batch and return its mean loss.
@@ -224,18 +234,27 @@ class ClassTokens(TokenTraining, ClassConsumer):
             UserError: if the loss is not finite on any device.
         """
         scores = None
-        images, targets = self.training_images(batch)
+        images, batch = self.training_images(batch)
+        targets = self.targets(batch)
         if self.objective.has_score:
             losses, scores = self.objective.loss_and_score(images, targets, self.global_step)
         else:
             losses = self.objective(images, self.global_step, targets)
         loss = self.require_finite(losses.mean())
+        self.hard_classes.note(losses.detach(), batch.class_indices)
         size = len(batch.seeds)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size, sync_dist=True)
         if scores is not None:
             name = f"train/guided_{self.objective.score_name}"
             self.log(name, scores.mean(), prog_bar=True, batch_size=size, sync_dist=True)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Tell :class:`HardClasses` the losses of the step, of all processes."""
+        super().on_before_optimizer_step(optimizer)
+        of_step = self.hard_classes.take_step().to(self.device, torch.float32)  # not every device has float64
+        of_step = self.trainer.strategy.reduce(of_step, reduce_op="sum")
+        self.hard_classes.update(*of_step.double().cpu())
 
     @torch.no_grad()
     def validation_step(self, batch: PromptBatch) -> dict[str, Any]:
@@ -282,14 +301,17 @@ class ClassTokens(TokenTraining, ClassConsumer):
         return metadata
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the batch whose latents are in use, of every process."""
+        """Add the recent losses of the classes, and the batch whose latents are in use, of every process."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint[_HARD_CLASSES_KEY] = self.hard_classes.state()
         if self._one_step is not None and self._trainer is not None:
             checkpoint[_ONE_STEP_KEY] = of_all_processes(self._one_step.state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check the checkpoint, and restore the words that its tokens started from and the latents in use."""
+        """Check the checkpoint, and restore what its tokens started from, the recent losses and the latents in use."""
         super().on_load_checkpoint(checkpoint)
+        if _HARD_CLASSES_KEY in checkpoint:  # older checkpoints have none
+            self.hard_classes.restore(checkpoint[_HARD_CLASSES_KEY])
         states = checkpoint.get(_ONE_STEP_KEY, [])
         if self._one_step is not None and self.global_rank < len(states):
             self._one_step.restore(states[self.global_rank], self.device)
