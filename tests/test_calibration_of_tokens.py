@@ -10,6 +10,7 @@ from PIL import Image
 import tokenlearn as tl
 from tests.command_line import error_of
 from tests.tiny import tiny_classifier
+from tokenlearn.calibration import measure_unevenness
 from tokenlearn.editing import ImageEditor
 from tokenlearn.errors import UserError
 from tokenlearn.generation import Edit
@@ -73,6 +74,10 @@ def test_lengths_are_those_of_the_path_of_edits(pipe, glasses, classifier):
     before, after = found.unevenness
     assert before > 0
     assert after > 0
+    again = measure_unevenness(
+        known, "<glasses>", found, images, classifier=classifier, compared=4, editing=tl.Editing(**SETTINGS)
+    )
+    assert again == pytest.approx(found.unevenness)
 
     calibrated = pipe.with_tokens(glasses.calibrated("<glasses>", found))
     strength = found.strength(0.6)

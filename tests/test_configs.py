@@ -1,6 +1,7 @@
 """Every shipped config runs as users run it, at reduced size; backbones and methods combine."""
 
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -20,6 +21,7 @@ CONFIGS = ROOT / "configs"
 BACKBONES, METHODS, PORTRAITS = (
     sorted((CONFIGS / folder).glob("*.yaml")) for folder in ("backbones", "methods", "portraits")
 )
+CHANGES = sorted((CONFIGS / "changes").glob("*.yaml"))
 COMPLETE = [CONFIGS / "quickstart.yaml", *PORTRAITS]
 REDUCTIONS = yaml.safe_load((ROOT / "tests" / "config_reductions.yaml").read_text())
 TINY = "tiny/"
@@ -118,7 +120,7 @@ def run_reduced(run, config, *, others=(), settings=None, tiny_folder=ROOT):
 
 
 def test_every_config_that_can_run_has_a_reduction():
-    assert set(REDUCTIONS) == {name_of(config) for config in (*COMPLETE, *METHODS)}
+    assert set(REDUCTIONS) == {name_of(config) for config in (*COMPLETE, *METHODS, *CHANGES)}
 
 
 @pytest.mark.parametrize("config", COMPLETE, ids=name_of)
@@ -140,6 +142,12 @@ def test_methods_run_on_backbones(config, backbone, run, tiny_files):
         settings={"model": {"init_args": model}},
         tiny_folder=tiny_files,
     )
+
+
+@pytest.mark.parametrize("config", CHANGES, ids=name_of)
+def test_changes_run_after_the_config_that_they_change(config, run):
+    changed = re.search(r"--config (\S+) --config changes/", config.read_text())[1]
+    run_reduced(run, config, others=[CONFIGS / f"{changed}.yaml"])
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=name_of)

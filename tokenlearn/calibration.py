@@ -68,40 +68,101 @@ def calibrate(
     low, high = strengths
     if not low <= 0 <= high or low == high:
         raise UserError(f"strengths must be a range around 0, such as [-6, 6] or [0, 6], got {list(strengths)}")
-    check_tokens([token], () if pipeline.tokens is None else pipeline.tokens.placeholders)
-    judge = TimmClassifier(classifier) if isinstance(classifier, str) else classifier
-    judge = judge.to(pipeline.backbone.device)
-    editor = ImageEditor(pipeline.backbone, editing)
-    source = source_of(pipeline, editor.editing)
-    noisy = [
-        editor.invert(pipeline.backbone.encode_images(image.image.to(pipeline.backbone.device)), source)
-        for image in read_images(images, pipeline.backbone)
-        if image.image is not None
-    ]
+    edits = _EditsOfToken(pipeline, token, images, classifier, template, editing, batch_size)
+    grid = sorted({0.0, *np.linspace(low, high, points).round(6).tolist()})
+    of_grid, zero = edits.features(grid), grid.index(0.0)
+    away = _mean([perceptual_distance(item, item[zero, None].expand_as(item)) for item in of_grid])
+    found = calibrate_strengths(grid, _steps(of_grid), away, bound)
+    return dataclasses.replace(found, unevenness=edits.unevenness(found, compared))
 
-    def features(tried: Sequence[float]) -> list[Tensor]:
+
+@torch.no_grad()
+def measure_unevenness(
+    pipeline: Pipeline,
+    token: str,
+    calibration: Calibration,
+    images: ImageInput,
+    *,
+    classifier: str | TimmClassifier,
+    compared: int = 9,
+    template: str = "{}",
+    editing: Editing = Editing(),  # noqa: B008 - frozen
+    batch_size: int = 8,
+) -> tuple[float, float]:
+    """Unevenness of equal steps of a token's strength, and of its calibrated strength, on images of one's choice.
+
+    Args:
+        pipeline: frozen model with the token.
+        token: the token.
+        calibration: of the token.
+        images: as of :func:`calibrate`; others than the calibration's show whether it holds for them.
+        classifier: as there; another one shows whether it holds for its features.
+        compared: strengths, equally spaced over the range of the calibration.
+        template: as there.
+        editing: as there.
+        batch_size: images at once.
+
+    Raises:
+        UserError: if the token is not loaded, an image cannot be read, or a setting is out of range.
+    """
+    check_at_least("measure_unevenness", 3, compared=compared)
+    check_template(template, "template")
+    edits = _EditsOfToken(pipeline, token, images, classifier, template, editing, batch_size)
+    return edits.unevenness(calibration, compared)
+
+
+class _EditsOfToken:
+    """Features of images that a token edits; the arguments are those of :func:`calibrate`."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        token: str,
+        images: ImageInput,
+        classifier: str | TimmClassifier,
+        template: str,
+        editing: Editing,
+        batch_size: int,
+    ) -> None:
+        check_tokens([token], () if pipeline.tokens is None else pipeline.tokens.placeholders)
+        found = TimmClassifier(classifier) if isinstance(classifier, str) else classifier
+        self.pipeline, self.token, self.template, self.batch_size = pipeline, token, template, batch_size
+        self.classifier = found.to(pipeline.backbone.device)
+        self.editor = ImageEditor(pipeline.backbone, editing)
+        self.source = source_of(pipeline, editing)
+        self.inverted = [
+            self.editor.invert(pipeline.backbone.encode_images(image.image.to(pipeline.backbone.device)), self.source)
+            for image in read_images(images, pipeline.backbone)
+            if image.image is not None
+        ]
+
+    def features(self, strengths: Sequence[float]) -> list[Tensor]:
         """Features (S, P, F) of each image's edits at S strengths."""
-        edits = [{token: strength} for strength in tried]
+        edits = [{self.token: strength} for strength in strengths]
         found = []
-        for inverted in noisy:
-            edited = editor.edit(
-                inverted, edits, pipeline=pipeline, source=source, template=template, batch_size=batch_size
+        for inverted in self.inverted:
+            edited = self.editor.edit(
+                inverted,
+                edits,
+                pipeline=self.pipeline,
+                source=self.source,
+                template=self.template,
+                batch_size=self.batch_size,
             )
-            found.append(torch.cat([judge.trunk_features(part) for part in torch.split(edited, batch_size)]))
+            parts = [self.classifier.trunk_features(part) for part in torch.split(edited, self.batch_size)]
+            found.append(torch.cat(parts))
         return found
 
-    def steps(of_images: Sequence[Tensor]) -> list[float]:
-        """Mean distances (S - 1) of neighbours."""
-        return _mean([perceptual_distance(item[1:], item[:-1]) for item in of_images])
+    def unevenness(self, calibration: Calibration, compared: int) -> tuple[float, float]:
+        """Unevenness at equal steps of the strength, and of the calibrated strength."""
+        before = np.linspace(calibration.strengths[0], calibration.strengths[-1], compared).tolist()
+        after = [calibration.strength(length) for length in np.linspace(*calibration.range, compared)]
+        return unevenness(_steps(self.features(before))), unevenness(_steps(self.features(after)))
 
-    grid = sorted({0.0, *np.linspace(low, high, points).round(6).tolist()})
-    of_grid, zero = features(grid), grid.index(0.0)
-    away = _mean([perceptual_distance(item, item[zero, None].expand_as(item)) for item in of_grid])
-    found = calibrate_strengths(grid, steps(of_grid), away, bound)
-    before = np.linspace(found.strengths[0], found.strengths[-1], compared).tolist()
-    after = [found.strength(length) for length in np.linspace(*found.range, compared)]
-    measured = unevenness(steps(features(before))), unevenness(steps(features(after)))
-    return dataclasses.replace(found, unevenness=measured)
+
+def _steps(of_images: Sequence[Tensor]) -> list[float]:
+    """Mean distances (S - 1) of neighbours, of features (S, P, F) of each image."""
+    return _mean([perceptual_distance(item[1:], item[:-1]) for item in of_images])
 
 
 def _mean(squares: Sequence[Tensor]) -> list[float]:

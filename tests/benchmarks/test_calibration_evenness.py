@@ -1,0 +1,40 @@
+"""The benchmark of even strengths, on the tiny model."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import tokenlearn as tl
+from benchmarks.calibration_evenness import main
+from tests.tiny import tiny_classifier
+from tokenlearn.errors import UserError
+
+
+def test_unevenness_is_measured_on_other_images_in_other_features(tiny_models, tmp_path, capsys):
+    pipe = tl.Pipeline.from_pretrained(str(tiny_models / "pipeline"))
+    tl.direction(pipe, positive=["a man with glasses"], negative=["a man"], token="<glasses>").save(tmp_path / "made")
+    for index in range(2):
+        pixels = torch.randint(0, 255, (16, 16, 3), generator=torch.Generator().manual_seed(index))
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(pixels.byte().numpy()).save(tmp_path / "images" / f"{index}.png")
+    classifiers = {
+        name: str(tiny_classifier(tmp_path / name, ["smile", "hat"], multi_label=True)) for name in ("guide", "judge")
+    }
+    settings = {
+        "embeddings": str(tmp_path / "made"),
+        "pretrained": str(tiny_models / "pipeline"),
+        "images": str(tmp_path / "images"),
+        "classifier": classifiers["guide"],
+        "judge": classifiers["judge"],
+    }
+    main(**settings, calibrated_on=1, strengths=(0, 40), points=5)
+    *_, row, figures = capsys.readouterr().out.strip().splitlines()
+    found = json.loads(figures)
+    assert row.split() == ["<glasses>", f"{found['before']:.3f}", f"{found['after']:.3f}"]
+    assert found["ratio"] == pytest.approx(found["after"] / found["before"], abs=1e-3)
+    with pytest.raises(UserError, match="has 2 images; calibrated_on 2 must leave some"):
+        main(**settings, calibrated_on=2)
+    with pytest.raises(UserError, match=r"'<hat>' is no token .* known are <glasses>"):
+        main(**settings, calibrated_on=1, tokens=("<hat>",))
