@@ -11,7 +11,7 @@ from tokenlearn.data.interfaces import TaskWrapper
 from tokenlearn.errors import UserError
 from tokenlearn.evaluation import SegaEvaluation, evaluates
 from tokenlearn.generation import Edit, Generate
-from tokenlearn.run_checks import check_precision, check_seed, checkpoint_path, commands_of
+from tokenlearn.run_checks import check_data, check_precision, check_seed, checkpoint_path, commands_of
 from tokenlearn.tokens.checkpoint import checkpoint_about, read_checkpoint
 from tokenlearn.training import Caso, ClassTokens
 
@@ -142,3 +142,22 @@ def test_seeds():
     for seed in (-1, 2**32):
         with pytest.raises(UserError, match="seed_everything must be from 0 to 4294967295"):
             check_seed(seed)
+
+
+@pytest.mark.parametrize(
+    ("task", "command", "words"),
+    [
+        (ClassTokens, "fit", "ClassTokens needs data for 'fit'"),
+        (ClassTokens, "validate", "ClassTokens needs data for 'validate'"),
+        (Generate, "predict", "Generate needs data for 'predict'"),
+    ],
+)
+def test_runs_without_data(task, command, words):
+    with pytest.raises(UserError, match=rf"{words}, and there is no data section; add one"):
+        check_data(task.__name__, task, command, {"data": None})
+    check_data(task.__name__, task, command, {"data": object()})
+
+
+@pytest.mark.parametrize(("task", "command"), [(Edit, "predict"), (SegaEvaluation, "test"), (ClassTokens, "test")])
+def test_tasks_with_images_of_their_own_need_no_data(task, command):
+    check_data(task.__name__, task, command, {"data": None})

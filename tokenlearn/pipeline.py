@@ -212,7 +212,7 @@ class Pipeline:
         """
         from tokenlearn.image_functions import edit_images
 
-        if isinstance(image, str | Path) and Path(image).is_dir():
+        if isinstance(image, str | Path) and Path(image).expanduser().is_dir():
             raise UserError(f"'{image}' is a folder; give an image, or a list of files")
         edited = edit_images(self, image, edit, **settings)
         return edited[0] if isinstance(image, Image.Image | str | Path) else edited

@@ -52,6 +52,10 @@ def load_pipeline(
     refuse_single_file(pretrained, pipeline_class.__name__)
     if not local and (pretrained.startswith((".", "/", "~")) or pretrained.count("/") != 1):
         # Some old hub ids have no slash, but all models of these layouts that still load have an owner.
+        if folder.is_file():
+            raise UserError(f"model '{pretrained}' is a file; give the folder of a diffusers pipeline that it is in")
+        if "://" in pretrained:
+            raise UserError(f"model '{pretrained}' is an address; give its hub id (owner/name), or a local folder")
         raise UserError(
             f"model folder '{pretrained}' does not exist; give an existing folder or a hub id (owner/name)"
         )
