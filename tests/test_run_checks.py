@@ -1,6 +1,7 @@
 """Commands, checkpoints and precisions that a run cannot use are refused before a model is loaded."""
 
 import os
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -144,20 +145,34 @@ def test_seeds():
             check_seed(seed)
 
 
+def data_of(name):
+    return {"data": None if name is None else SimpleNamespace(class_path=f"tokenlearn.data.{name}")}
+
+
 @pytest.mark.parametrize(
-    ("task", "command", "words"),
+    ("task", "command", "data", "words"),
     [
-        (ClassTokens, "fit", "ClassTokens needs data for 'fit'"),
-        (ClassTokens, "validate", "ClassTokens needs data for 'validate'"),
-        (Generate, "predict", "Generate needs data for 'predict'"),
+        (ClassTokens, "fit", None, "ClassTokens needs data for 'fit', and there is no data section; add one"),
+        (ClassTokens, "validate", None, "ClassTokens needs data for 'validate'"),
+        (Generate, "predict", None, "Generate needs data for 'predict'"),
+        (ClassTokens, "fit", "PromptList", "data PromptList has nothing for 'fit' of ClassTokens; name another class"),
+        (Generate, "predict", "PromptDataModule", "data PromptDataModule has nothing for 'predict' of Generate"),
+        (Edit, "predict", "PromptList", "Edit takes its images from its own settings; leave out the data section"),
     ],
 )
-def test_runs_without_data(task, command, words):
-    with pytest.raises(UserError, match=rf"{words}, and there is no data section; add one"):
-        check_data(task.__name__, task, command, {"data": None})
-    check_data(task.__name__, task, command, {"data": object()})
+def test_data_that_a_run_lacks_or_does_not_use(task, command, data, words):
+    with pytest.raises(UserError, match=words):
+        check_data(task.__name__, task, command, data_of(data))
 
 
-@pytest.mark.parametrize(("task", "command"), [(Edit, "predict"), (SegaEvaluation, "test"), (ClassTokens, "test")])
-def test_tasks_with_images_of_their_own_need_no_data(task, command):
-    check_data(task.__name__, task, command, {"data": None})
+@pytest.mark.parametrize(
+    ("task", "command", "data"),
+    [
+        (ClassTokens, "fit", "PromptDataModule"),
+        (Generate, "predict", "PromptList"),
+        (Edit, "predict", None),
+        (SegaEvaluation, "test", None),
+    ],
+)
+def test_data_that_a_run_has(task, command, data):
+    check_data(task.__name__, task, command, data_of(data))

@@ -239,6 +239,7 @@ def test_describe():
         (["--model.classes+={a: 1}"], ["model.classes+ must be text, got {'a': 1}"]),
         (["--trainer.callbacks+={a: 1}"], ["has no setting 'a', got 1; it has no settings"]),
         (["--trainer.devices={a: 1}"], ["setting below trainer is not possible", "(got devices: '{a: 1}')"]),
+        (["--model.tokens.initial_embeddings={a: 3}"], ["model.tokens.initial_embeddings.a must be text, got 3"]),
         (["--data=null"], ["ClassTokens needs data for 'fit'"]),
         (["--output_dir="], ["output_dir is empty; name a folder"]),
         (["--output_dir", " "], ["output_dir is empty"]),

@@ -57,6 +57,7 @@ from tokenlearn.setting_checks import Section, check_settings, parser_line
 from tokenlearn.setting_types import show
 from tokenlearn.stopping import Stopped, StopSignals
 from tokenlearn.token_task import DEFAULT_MONITOR, TokenTask
+from tokenlearn.training.base import TokenTraining
 
 SECTIONS = {
     "model": Section(L.LightningModule, named=True),
@@ -278,7 +279,20 @@ class TokenlearnCLI(LightningCLI):
 
     def before_test(self) -> None:
         """Test the evaluation of the task instead of the task."""
+        self._say_what_is_not_trained()
         self.model = evaluation_of(self.model, self.evaluation)
+
+    def before_validate(self) -> None:
+        """Say what is not trained."""
+        self._say_what_is_not_trained()
+
+    def _say_what_is_not_trained(self) -> None:
+        """Tokens of neither a checkpoint nor embedding files are at their start."""
+        if isinstance(self.model, TokenTraining) and not self.model.loaded and self._get(self.config, "ckpt_path") is None:
+            rank_zero_only(notice)(
+                f"the tokens of this {self.subcommand} are not trained, but at their start; give those of a fit with "
+                "--ckpt_path or model.tokens.initial_embeddings"
+            )
 
     def before_predict(self) -> None:
         """Hand the settings to the callbacks that write images."""

@@ -120,9 +120,11 @@ class _Checks:
             return
         if isinstance(value, Typed):
             plain = [member for member in members(hint) if not is_nested(member)]
-            if any(accepts(member, value.text) for member in plain):
+            loaded = value.load()
+            shaped = isinstance(loaded, Mapping | list) and self._member_for(hint, loaded) is not None
+            if not shaped and any(accepts(member, value.text) for member in plain):
                 return
-            value = value.load()
+            value = loaded
         self._check_nested(path, hint, value, default)
 
     def _check_added(self, path: str, hint: Any, value: Any) -> None:  # noqa: ANN401 - a user's value

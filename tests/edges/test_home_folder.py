@@ -118,7 +118,7 @@ def test_the_same_model_in_two_spellings(home):
 def test_what_is_written(home):
     assert export(ckpt_path="~/last.ckpt", output_dir="~/exported") == [home / "exported" / "a-tl.safetensors"]
     assert convert(["~/tokens"], output_dir="~/converted") == [home / "converted" / "smile-tl.safetensors"]
-    cache = LatentCache(LatentCaching("~/latents"), {"a": 1}, 2)
+    cache = LatentCache(LatentCaching("~/latents"), {"a": 1})
     assert cache.folder.parent == home / "latents"
 
 
