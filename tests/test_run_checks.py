@@ -1,6 +1,7 @@
 """Commands, checkpoints and precisions that a run cannot use are refused before a model is loaded."""
 
 import os
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -11,7 +12,7 @@ from tokenlearn.data.interfaces import TaskWrapper
 from tokenlearn.errors import UserError
 from tokenlearn.evaluation import SegaEvaluation, evaluates
 from tokenlearn.generation import Edit, Generate
-from tokenlearn.run_checks import check_precision, check_seed, checkpoint_path, commands_of
+from tokenlearn.run_checks import check_data, check_precision, check_seed, checkpoint_path, commands_of
 from tokenlearn.tokens.checkpoint import checkpoint_about, read_checkpoint
 from tokenlearn.training import Caso, ClassTokens
 
@@ -142,3 +143,36 @@ def test_seeds():
     for seed in (-1, 2**32):
         with pytest.raises(UserError, match="seed_everything must be from 0 to 4294967295"):
             check_seed(seed)
+
+
+def data_of(name):
+    return {"data": None if name is None else SimpleNamespace(class_path=f"tokenlearn.data.{name}")}
+
+
+@pytest.mark.parametrize(
+    ("task", "command", "data", "words"),
+    [
+        (ClassTokens, "fit", None, "ClassTokens needs data for 'fit', and there is no data section; add one"),
+        (ClassTokens, "validate", None, "ClassTokens needs data for 'validate'"),
+        (Generate, "predict", None, "Generate needs data for 'predict'"),
+        (ClassTokens, "fit", "PromptList", "data PromptList has nothing for 'fit' of ClassTokens; name another class"),
+        (Generate, "predict", "PromptDataModule", "data PromptDataModule has nothing for 'predict' of Generate"),
+        (Edit, "predict", "PromptList", "Edit takes its images from its own settings; leave out the data section"),
+    ],
+)
+def test_data_that_a_run_lacks_or_does_not_use(task, command, data, words):
+    with pytest.raises(UserError, match=words):
+        check_data(task.__name__, task, command, data_of(data))
+
+
+@pytest.mark.parametrize(
+    ("task", "command", "data"),
+    [
+        (ClassTokens, "fit", "PromptDataModule"),
+        (Generate, "predict", "PromptList"),
+        (Edit, "predict", None),
+        (SegaEvaluation, "test", None),
+    ],
+)
+def test_data_that_a_run_has(task, command, data):
+    check_data(task.__name__, task, command, data_of(data))

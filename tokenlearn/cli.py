@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 import time
+from argparse import ArgumentError
 from collections.abc import Mapping
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import lightning as L
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
@@ -49,9 +53,11 @@ from tokenlearn.files import check_writable, new_folder, refuse_remote, remove_l
 from tokenlearn.notices import is_first_process, notice
 from tokenlearn.quiet import quiet
 from tokenlearn.run_checks import check_command
-from tokenlearn.setting_checks import Section, check_settings
+from tokenlearn.setting_checks import Section, check_settings, parser_line
+from tokenlearn.setting_types import show
 from tokenlearn.stopping import Stopped, StopSignals
 from tokenlearn.token_task import DEFAULT_MONITOR, TokenTask
+from tokenlearn.training.base import TokenTraining
 
 SECTIONS = {
     "model": Section(L.LightningModule, named=True),
@@ -79,6 +85,10 @@ OTHER_SETTINGS: dict[str, Any] = {
     "return_predictions": bool | None,
 }
 """Settings outside of sections, with their types; each command has some of them."""
+
+
+_NO_FIGURE = "Early stopping conditioned on metric"
+"""How the error of EarlyStopping begins where no such figure is logged."""
 
 
 class TokenlearnCLI(LightningCLI):
@@ -151,8 +161,12 @@ class TokenlearnCLI(LightningCLI):
                     f"{command} has no model; give a config, as in 'tokenlearn {command} --config quickstart', or "
                     "name a task, as in '--model ClassTokens'"
                 )
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise UserError(parser_line(str(error))) from error
         config = self.config[command]
+        _expand_home(config.trainer)
         if command == "fit" and config.ckpt_path == "last":
             config.ckpt_path = _last_of(config.output_dir)
         check_command(command, config, evaluates)
@@ -161,6 +175,8 @@ class TokenlearnCLI(LightningCLI):
         """Check that the run folder can be written to, then make the task, the data and the trainer."""
         config = self.config[self.subcommand]
         if config.output_dir is not None:
+            if not config.output_dir.strip():
+                raise UserError("output_dir is empty; name a folder, such as outputs/mine, or leave it out")
             refuse_remote(config.output_dir)
             self.run_folder = Path(config.output_dir).expanduser()
         else:
@@ -201,12 +217,15 @@ class TokenlearnCLI(LightningCLI):
         except (TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"a setting below trainer is not possible; correct it: {reason_of(error)}") from error
+            raise UserError(
+                f"a setting below trainer is not possible: {reason_of(error)}{_named_in(str(error), settings)}; correct it"
+            ) from error
         for callback in trainer.checkpoint_callbacks:
             if not isinstance(callback, ModelCheckpoint):
                 continue
+            _check_filename(callback)
             callback.save_last = False  # configs from before LastCheckpoint have true
-            if callback.dirpath is None:
+            if not callback.dirpath:
                 callback.dirpath = f"{folder}/checkpoints"
         self._follow_monitor(trainer)
         return trainer
@@ -260,7 +279,20 @@ class TokenlearnCLI(LightningCLI):
 
     def before_test(self) -> None:
         """Test the evaluation of the task instead of the task."""
+        self._say_what_is_not_trained()
         self.model = evaluation_of(self.model, self.evaluation)
+
+    def before_validate(self) -> None:
+        """Say what is not trained."""
+        self._say_what_is_not_trained()
+
+    def _say_what_is_not_trained(self) -> None:
+        """Tokens of neither a checkpoint nor embedding files are at their start."""
+        if isinstance(self.model, TokenTraining) and not self.model.loaded and self._get(self.config, "ckpt_path") is None:
+            rank_zero_only(notice)(
+                f"the tokens of this {self.subcommand} are not trained, but at their start; give those of a fit with "
+                "--ckpt_path or model.tokens.initial_embeddings"
+            )
 
     def before_predict(self) -> None:
         """Hand the settings to the callbacks that write images."""
@@ -303,6 +335,11 @@ class TokenlearnCLI(LightningCLI):
             if self.signals.received is None:
                 raise
             raise Stopped(self.signals.received, self._what_is_left()) from None
+        except RuntimeError as error:
+            if not str(error).startswith(_NO_FIGURE):
+                raise
+            figures = ", ".join(sorted(self.trainer.callback_metrics))
+            raise UserError(f"{str(error).partition('.')[0]}; set its monitor to one of {figures}") from error
         _say_where(self.run_folder)
 
     def _what_is_left(self) -> str:
@@ -331,6 +368,44 @@ def _as_list(value: Any) -> list[Any]:  # noqa: ANN401 - any setting
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
+
+
+def _check_filename(callback: ModelCheckpoint) -> None:
+    """Refuse names of checkpoints that lead out of their folder, or are no formats.
+
+    Raises:
+        UserError: naming the name.
+    """
+    filename = Path(callback.filename or "")
+    try:
+        list(Formatter().parse(str(filename)))
+    except ValueError as error:
+        raise UserError(
+            f"checkpoint.filename '{filename}' has braces that are not those of a figure ({error}); write them as in "
+            "'best-step{step:06d}'"
+        ) from None
+    if filename.is_absolute() or ".." in filename.parts:
+        raise UserError(
+            f"checkpoint.filename '{filename}' leads out of the folder of checkpoints; name the folder in "
+            "checkpoint.dirpath"
+        )
+
+
+def _expand_home(settings: Any) -> None:  # noqa: ANN401 - jsonargparse's namespaces
+    """Expand ``~`` in the paths of the trainer's loggers, profilers and callbacks, not all of which do."""
+    items = settings if isinstance(settings, list) else vars(settings)
+    for key, value in enumerate(items) if isinstance(settings, list) else items.items():
+        if isinstance(value, str) and (value == "~" or value.startswith("~/")):
+            items[key] = str(Path(value).expanduser())
+        elif isinstance(value, list | Namespace):
+            _expand_home(value)
+
+
+def _named_in(reason: str, settings: Namespace) -> str:
+    """The settings of the trainer that an error of it names, with their values."""
+    given = {name: value for name, value in vars(settings).items() if value is not None}
+    named = [name for name in given if re.search(rf"\b{name}\b", reason)]
+    return f" (got {', '.join(f'{name}: {show(given[name])}' for name in named)})" if named else ""
 
 
 def _last_of(output_dir: str | None) -> str | None:

@@ -52,6 +52,7 @@ class Editing:
         inversion: ``ddim`` is deterministic and returns to the image only in the limit of many steps;
             ``edit_friendly`` (https://arxiv.org/abs/2304.06140) returns exactly where nothing is edited, so images
             keep their details, and so do the reversible solvers ``EDICT``, ``Leapfrog`` and ``OBELM``, without noise.
+            The last noise of ``edit_friendly`` is kept, which its authors' code sets to 0.
         source_prompt: what the image shows, such as ``a portrait``; empty for the unconditional model.
 
     Raises:

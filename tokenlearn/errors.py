@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
+MOST_RATIO = 8
+"""How many times as long as the other one side of an image may be."""
+
+
 class UserError(ValueError):
     """Input that the user can correct.
 

@@ -185,7 +185,20 @@ def _mistake(error: BaseException | None) -> BaseException | None:
         for link in chain:
             if isinstance(link, kinds):
                 return link
-    return next(filter(None, map(_missing_package, chain)), None) or next(filter(None, map(_no_memory, chain)), None)
+    readers = (_missing_package, _no_memory, _lost_process)
+    return next((found for read in readers for found in map(read, chain) if found is not None), None)
+
+
+def _lost_process(error: BaseException) -> UserError | None:
+    """That another process of the run has ended, where this one waited for it: the other one says why."""
+    # Of torch.distributed's own classes, and of gloo, whose errors are plain ones.
+    lost = type(error).__name__.startswith("Dist") or re.search(r"\bgloo\b|closed by peer|reset by peer", str(error))
+    if not isinstance(error, RuntimeError) or not lost:
+        return None
+    return UserError(
+        f"another process of this run has ended while this one waited for it ({reason_of(error)}); correct what that "
+        "process says, or give it more memory if it says nothing"
+    )
 
 
 def _no_memory(error: BaseException) -> UserError | None:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokenlearn.diffusion import Gradient, ReversibleSolver, sample
-from tokenlearn.errors import UserError, check_at_least
+from tokenlearn.errors import MOST_RATIO, UserError, check_at_least
 from tokenlearn.guidance import (
     ClassifierFreeGuidance,
     GuidanceRule,
@@ -49,7 +49,7 @@ class Sampling:
             keep their proportions, and get the smaller of both as their shorter side.
 
     Raises:
-        UserError: if there are no steps or pixels, or the guidance would never act in the steps.
+        UserError: if there are no steps or pixels, one side is far longer than the other, or the guidance would never act in the steps.
     """
 
     steps: int = 50
@@ -60,6 +60,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_at_least("sampling", 1, steps=self.steps, size=None if self.size is None else min(self.size))
+        if self.size is not None and max(self.size) > MOST_RATIO * min(self.size):
+            raise UserError(
+                f"sampling.size {self.size[0]}x{self.size[1]} is out of proportion; one side must be at most "
+                f"{MOST_RATIO} times as long as the other"
+            )
         self.rule.check_steps(self.steps)
 
     @property
@@ -212,7 +217,7 @@ class Pipeline:
         """
         from tokenlearn.image_functions import edit_images
 
-        if isinstance(image, str | Path) and Path(image).is_dir():
+        if isinstance(image, str | Path) and Path(image).expanduser().is_dir():
             raise UserError(f"'{image}' is a folder; give an image, or a list of files")
         edited = edit_images(self, image, edit, **settings)
         return edited[0] if isinstance(image, Image.Image | str | Path) else edited

@@ -11,7 +11,7 @@ import lightning as L
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging
 
 from tokenlearn.data.interfaces import TaskWrapper
-from tokenlearn.errors import UserError
+from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.token_task import TokenTask
 from tokenlearn.tokens.checkpoint import checkpoint_about, read_checkpoint
 
@@ -22,6 +22,9 @@ _RESULTS = {
     "test": "has no test",
     "predict": "makes no images",
 }
+_LOADERS = {"fit": "train_dataloader", "validate": "val_dataloader", "predict": "predict_dataloader"}
+"""Commands whose batches are those of the data section, unless the task has its own."""
+
 _LARGEST_SEED = 2**32 - 1
 _LIGHTNING_WORDS = ("best", "last", "hpc", "registry")
 """Values of ``ckpt_path`` that Lightning looks up in the run before, which a command does not have."""
@@ -64,12 +67,48 @@ def check_command(
         raise UserError(
             f"{name} {_RESULTS[command]}: this config is for {others}, not for '{command}'{_next_step(task, command)}"
         )
+    check_data(name, task, command, config)
     check_seed(config.seed_everything)
+    check_trainer(config.trainer)
     if config.get("ckpt_path") is not None:
         config.ckpt_path = checkpoint_path(config.ckpt_path, task, resumes=command == "fit")
     check_precision(task, str(config.trainer.precision))
     if command == "fit" and issubclass(task, TokenTask):
         check_callbacks(config.trainer.callbacks)
+
+
+def check_data(
+    name: str,
+    task: type,
+    command: str,
+    config: Any,  # noqa: ANN401 - jsonargparse's namespace
+) -> None:
+    """Refuse a run without data for the command, unless its task makes its own batches, and data beside these.
+
+    Raises:
+        UserError: naming the task, and the command or the class of the data.
+    """
+    loader = _LOADERS.get(command)
+    if loader is None:
+        return
+    data = config.get("data")
+    has_own = getattr(task, loader) is not getattr(L.LightningModule, loader)
+    if has_own and data is not None and command == "predict":
+        raise UserError(f"{name} takes its images from its own settings; leave out the data section")
+    if has_own:
+        return
+    if data is None:
+        raise UserError(
+            f"{name} needs data for '{command}', and there is no data section; add one, as the configs of the "
+            "package have it, or name a class with --data"
+        )
+    module, _, cls = data.class_path.rpartition(".")
+    found = getattr(importlib.import_module(module), cls)
+    if isinstance(found, type) and getattr(found, loader) is getattr(L.LightningDataModule, loader):
+        raise UserError(
+            f"data {cls} has nothing for '{command}' of {name}; name another class in data, as the configs of the "
+            "package do"
+        )
 
 
 def commands_of(task: type, evaluates: Callable[[type], bool]) -> list[str]:
@@ -128,6 +167,26 @@ def check_seed(seed: bool | int) -> None:
     """
     if seed is not True and not 0 <= seed <= _LARGEST_SEED:
         raise UserError(f"seed_everything must be from 0 to {_LARGEST_SEED}, or false, got {seed}")
+
+
+def check_trainer(settings: Any) -> None:  # noqa: ANN401 - jsonargparse's namespace
+    """Refuse settings of the trainer that it takes and then fails with, or that would turn gradients round.
+
+    Args:
+        settings: the section ``trainer``.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    counts = ("accumulate_grad_batches", "check_val_every_n_epoch")
+    check_at_least("trainer", 1, **{name: settings.get(name) for name in counts})
+    check_at_least("trainer", 0, gradient_clip_val=settings.get("gradient_clip_val"))
+    interval = settings.get("val_check_interval")
+    if interval == 0:
+        raise UserError("trainer.val_check_interval must be above 0, got 0; set trainer.limit_val_batches to 0 for none")
+    strategy = settings.get("strategy")
+    if isinstance(strategy, str) and "spawn" in strategy:
+        raise UserError(f"trainer.strategy {strategy} cannot hand this run to its processes; set it to ddp")
 
 
 def check_callbacks(callbacks: Any) -> None:  # noqa: ANN401 - jsonargparse's namespaces

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -33,6 +34,7 @@ from tokenlearn.setting_types import (
 )
 
 _CLASS_KEYS = frozenset({"class_path", "init_args", "dict_kwargs"})
+_SHORT = 200
 _SECTION_KEYS = _CLASS_KEYS | {"__path__"}
 
 
@@ -63,6 +65,23 @@ def check_settings(
         UserError: naming the setting with its section, the value, what was expected, and the nearest right name.
     """
     _Checks(given, sections, others).run()
+
+
+def parser_line(message: str) -> str:
+    """The parser's message about a setting in one short line, where it lists all types of all sections above it.
+
+    Args:
+        message: what the parser says.
+    """
+    message = " ".join(message.split())
+    keys = list(re.finditer(r'Parser key "([^"]+)": ', message))
+    if len(message) <= _SHORT or not keys:
+        return message
+    names = [key[1] for key in keys]
+    count = next((number for number in range(1, len(names)) if names[number] in names[:number]), len(names))
+    reason = message[keys[count - 1].end() :].rpartition("Errors: - ")[2].partition(" - ")[0]
+    shortened = reason if len(reason) <= _SHORT else f"{reason[:_SHORT]} ..."
+    return f"{'.'.join(names[:count])} has a value of another kind than expected ({shortened}); correct it"
 
 
 class _Checks:
@@ -101,9 +120,11 @@ class _Checks:
             return
         if isinstance(value, Typed):
             plain = [member for member in members(hint) if not is_nested(member)]
-            if any(accepts(member, value.text) for member in plain):
+            loaded = value.load()
+            shaped = isinstance(loaded, Mapping | list) and self._member_for(hint, loaded) is not None
+            if not shaped and any(accepts(member, value.text) for member in plain):
                 return
-            value = value.load()
+            value = loaded
         self._check_nested(path, hint, value, default)
 
     def _check_added(self, path: str, hint: Any, value: Any) -> None:  # noqa: ANN401 - a user's value
@@ -112,7 +133,12 @@ class _Checks:
         if element is None:
             raise UserError(f"{path} adds to a list, and this setting is {describe(hint)}; leave out the '+'")
         for entry in value if isinstance(value, list) else [value]:
-            self._check(path, hint if isinstance(_loaded(entry), list) else element, entry, inspect.Parameter.empty)
+            loaded = _loaded(entry)
+            if isinstance(loaded, Mapping) and not is_nested(element) and not is_open(element):
+                # The parser would make settings of it, even where text is expected.
+                quotes = f"; put it in quotes, as in --{path}='\"{entry.text}\"'" if isinstance(entry, Typed) else ""
+                raise UserError(f"{path} must be {describe(element)}, got {show(loaded)}{quotes}")
+            self._check(path, hint if isinstance(loaded, list) else element, entry, inspect.Parameter.empty)
 
     def _check_plain(self, path: str, hint: Any, value: Any) -> None:  # noqa: ANN401 - a user's value
         if isinstance(value, Typed):
@@ -271,7 +297,7 @@ class _Checks:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
         if near:
             return f"did you mean {names[near[0]]}?"
-        return f"it has {', '.join(known)}"
+        return f"it has {', '.join(known)}" if known else "it has no settings; remove it, or name a class_path beside it"
 
     def _places(self, section: str) -> Iterator[str]:
         """Paths of all settings of a section's class."""

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -125,6 +127,19 @@ def test_the_same_guidance_leads_back(latents, name, steps):
         has_deviation = name in ("last step with a deviation", "trailing", "zero terminal SNR")
         assert (decibels(without, latents) >= 120) == has_deviation
         assert noisy.step_noise[:, -1].any() == has_deviation
+
+
+def test_the_noise_of_the_last_step_is_kept(latents):
+    """The authors' code sets it to 0, with which the image comes back without its last details."""
+    scheduler = DDIMScheduler(**SCHEDULE | SCHEDULES["last step with a deviation"])
+    scheduler.set_timesteps(20)
+    solver = SchedulerSolver(scheduler, 20)
+    noisy = edit_friendly_noise(UNPROMPTED, latents, solver=solver, generators=generators(1, 2, 3))
+    noise = noisy.step_noise.clone()
+    noise[:, -1] = 0
+    without = replace(noisy, step_noise=noise)
+    assert decibels(sampled(UNPROMPTED, solver, noisy), latents) >= 120
+    assert 10 < decibels(sampled(UNPROMPTED, solver, without), latents) < 60
 
 
 def test_the_first_step_from_pure_noise_in_closed_form(latents):

@@ -13,10 +13,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from tokenlearn.data.pixels import rgb_pixels, to_rgb, unit_range, warn_of_left_out
-from tokenlearn.errors import UserError, reason_of
+from tokenlearn.errors import MOST_RATIO, UserError, reason_of
 from tokenlearn.paths import resolve
 
-_MOST_RATIO = 8
 _NO_PIXELS = frozenset(
     {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 )  # formats that Pillow recognises and cannot decode
@@ -106,10 +105,10 @@ class FolderImages:
         """
         source = self.images[index]
         image = _upright_rgb(source) if isinstance(source, Image.Image) else _read(source)
-        if max(image.size) > _MOST_RATIO * min(image.size):  # its longer side would be thousands of pixels
+        if max(image.size) > MOST_RATIO * min(image.size):  # its longer side would be thousands of pixels
             raise UserError(
                 f"image '{self.names[index]}' has {image.width}x{image.height} pixels; crop it, so that one side is "
-                f"at most {_MOST_RATIO} times as long as the other"
+                f"at most {MOST_RATIO} times as long as the other"
             )
         scale = self.short_side / min(image.size)
         width, height = (max(1, round(side * scale / self.multiple)) * self.multiple for side in image.size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,8 @@ from tokenlearn.tokens.injection import input_embedding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_TOKEN = re.compile(r"<[^<>\s]+>")
 
 
 @torch.no_grad()
@@ -32,9 +35,14 @@ def vectors_from_words(
         (n, width) float32 copies, without gradient.
 
     Raises:
-        UserError: if ``words`` is empty or unknown to the vocabulary, or ``num_vectors`` is below 1 or between 1 and
+        UserError: if ``words`` is empty, a token or unknown to the vocabulary, or ``num_vectors`` is below 1 or between 1 and
             the number of units.
     """
+    if (token := _TOKEN.search(words)) is not None:
+        raise UserError(
+            f"cannot start a token from '{words}', because '{token[0]}' is no word; name words, or give the file of "
+            "the token in tokens.initial_embeddings"
+        )
     ids = tokenizer(words, add_special_tokens=False).input_ids
     if not ids or tokenizer.unk_token_id in ids:
         raise UserError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
@@ -15,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from tokenlearn.data.batches import ImageBatch
 from tokenlearn.diffusion import Gradient, OneStep, Reversible, ReversibleSolver, Stored
-from tokenlearn.errors import UserError
+from tokenlearn.errors import UserError, reason_of
 from tokenlearn.guidance import (
     ClassifierFreeGuidance,
     GuidanceRule,
@@ -250,15 +251,51 @@ class TokenTraining(TokenTask):
             for part in parts:
                 part.mul_((gradient_clip_val / (norm + 1e-6)).clamp(max=1))
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - handed on
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
         """A step of the optimizer; then hold the vectors in the vocabulary's range of norms, if the settings say so.
 
         Within the step, so that checkpoints of callbacks, which come after it, have these vectors.
+
+        Raises:
+            UserError: if the optimizer cannot make a step with its settings.
         """
-        super().optimizer_step(*args, **kwargs)
+        computed = optimizer_closure is None
+
+        def closure() -> Any:  # noqa: ANN401 - the trainer's
+            nonlocal computed
+            computed = False
+            result = None if optimizer_closure is None else optimizer_closure()
+            computed = True
+            return result
+
+        try:
+            super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        except (ArithmeticError, AssertionError, RuntimeError) as error:
+            if not computed:  # the error is the task's own
+                raise
+            raise UserError(
+                f"model.optimizer cannot make a step ({reason_of(error)}); correct its settings, or lower its lr"
+            ) from error
         if self.token_settings.hold_norms and self.bank is not None:
             low, high = zip(*self._norm_ranges, strict=True)
             self.bank.renormalise_(low, high)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:  # noqa: ANN401 - Lightning's hook
+        """A step of the schedule.
+
+        Raises:
+            UserError: if it cannot make one with its settings.
+        """
+        try:
+            super().lr_scheduler_step(scheduler, metric)
+        except (ArithmeticError, IndexError, ValueError) as error:
+            raise UserError(f"model.lr_scheduler cannot make a step ({reason_of(error)}); correct its settings") from error
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's union of forms
         """Optimizer of the token vectors, and the scheduler of its learning rate."""
@@ -270,8 +307,13 @@ class TokenTraining(TokenTask):
 
     def _new_optimizer(self) -> tuple[Optimizer, LRScheduler | None]:
         assert self.bank is not None
-        optimizer = self.optimizer(self.bank.parameters())
-        return optimizer, None if self.lr_scheduler is None else self.lr_scheduler(optimizer)
+        name = "model.optimizer"
+        try:
+            optimizer = self.optimizer(self.bank.parameters())
+            name = "model.lr_scheduler"
+            return optimizer, None if self.lr_scheduler is None else self.lr_scheduler(optimizer)
+        except Exception as error:  # of whatever kind the classes of other libraries raise
+            raise UserError(f"{name} is not possible ({reason_of(error)}); correct its settings") from error
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the learning rate, and the norm of the gradient of all tokens before it is clipped."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -52,6 +53,10 @@ def load_pipeline(
     refuse_single_file(pretrained, pipeline_class.__name__)
     if not local and (pretrained.startswith((".", "/", "~")) or pretrained.count("/") != 1):
         # Some old hub ids have no slash, but all models of these layouts that still load have an owner.
+        if folder.is_file():
+            raise UserError(f"model '{pretrained}' is a file; give the folder of a diffusers pipeline that it is in")
+        if "://" in pretrained:
+            raise UserError(f"model '{pretrained}' is an address; give its hub id (owner/name), or a local folder")
         raise UserError(
             f"model folder '{pretrained}' does not exist; give an existing folder or a hub id (owner/name)"
         )
@@ -197,7 +202,14 @@ def _check_folder(
         tokenizer = model.replace("text_encoder", "tokenizer")
         if not any((folder / tokenizer / name).is_file() for name in ("vocab.json", "tokenizer.json", "spiece.model")):
             raise _missing(folder, f"{tokenizer}/vocab.json")
-    return {model: _check_weights(folder, model, variant) for model in models}
+    variants = {model: _check_weights(folder, model, variant) for model in models}
+    if variant is not None and not any(variants.values()):
+        warnings.warn(
+            f"no part of '{folder}' has files in the variant {variant}, so those without one are loaded; set "
+            "model.backbone.variant to null, or to one that it has",
+            stacklevel=3,
+        )
+    return variants
 
 
 def _check_weights(folder: Path, model: str, variant: str | None) -> str | None:
