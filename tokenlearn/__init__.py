@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from tokenlearn.guidance import SafeGuidance as SafeGuidance
     from tokenlearn.guidance import SemanticEdit as SemanticEdit
     from tokenlearn.guidance import TFGSettings as TFGSettings
+    from tokenlearn.hub import load_tokens as load_tokens
     from tokenlearn.image_functions import optimise_latents as optimise_latents
     from tokenlearn.learning import evaluate as evaluate
     from tokenlearn.learning import learn as learn
@@ -75,6 +76,7 @@ _NAMES = {
     "generation": "Doodl Edit Generate Sega",
     "guidance": "SEGA TFG ClassifierFreeGuidance ClassifierGuidance ComposableGuidance SafeGuidance SemanticEdit "
     "TFGSettings",
+    "hub": "load_tokens",
     "image_functions": "optimise_latents",
     "learning": "evaluate learn",
     "losses": "CasoObjective Crops",

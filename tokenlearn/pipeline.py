@@ -27,6 +27,7 @@ from tokenlearn.models import Conditioning, DiffusionBackbone
 from tokenlearn.paths import resolve
 from tokenlearn.quiet import quiet_models
 from tokenlearn.tokens import Embeddings, LearnedTokens, TokenBank, load_bank, vocabulary_hash
+from tokenlearn.tokens.compatibility import check_vocabularies
 
 if TYPE_CHECKING:
     from typing import Self
@@ -106,6 +107,7 @@ class Pipeline:
         *,
         tokens: TokenBank | LearnedTokens | Embeddings | None = None,
         sampling: Sampling | None = None,
+        check_vocabulary: bool = True,
         **options: Any,  # noqa: ANN401 - settings of the family's adapter
     ) -> Self:
         """Load a model of any family.
@@ -114,27 +116,32 @@ class Pipeline:
             pretrained: folder of a diffusers pipeline, or hub id.
             tokens: tokens that prompts may use, see :meth:`with_tokens`.
             sampling: settings of the sampler.
+            check_vocabulary: see :meth:`with_tokens`.
             options: settings of the adapter, such as ``dtype="bfloat16"``.
 
         Raises:
             UserError: if the model cannot be loaded, or is of a family without an adapter.
         """
         pipeline = cls(load_backbone(pretrained, **options), sampling=sampling)
-        return pipeline if tokens is None else pipeline.with_tokens(tokens)
+        return pipeline if tokens is None else pipeline.with_tokens(tokens, check_vocabulary=check_vocabulary)
 
-    def with_tokens(self, tokens: TokenBank | LearnedTokens | Embeddings) -> Self:
+    def with_tokens(self, tokens: TokenBank | LearnedTokens | Embeddings, *, check_vocabulary: bool = True) -> Self:
         """The same pipeline with other tokens.
 
         Args:
             tokens: learned tokens; or embedding files: a file or a folder, a list of both, or token to file.
+            check_vocabulary: whether to say where they were learned beside other words than this model's.
 
         Raises:
             UserError: if a file cannot be read, or the tokens do not fit the model.
         """
         if isinstance(tokens, LearnedTokens):
+            if check_vocabulary:
+                check_vocabularies(tokens.metadata.items(), self.backbone.word_tables)
             tokens = tokens.bank
         elif not isinstance(tokens, TokenBank):
-            tokens = load_bank(tokens, self.backbone.embedding_widths, self.vocabulary_hash)[0]
+            tables = self.backbone.word_tables if check_vocabulary else None
+            tokens = load_bank(tokens, self.backbone.embedding_widths, tables)[0]
         return type(self)(self.backbone, tokens=tokens.to(self.backbone.device), sampling=self.sampling)
 
     def with_sampling(self, **changes: Any) -> Self:  # noqa: ANN401 - fields of Sampling

@@ -18,7 +18,9 @@ from tokenlearn.models import DiffusionBackbone
 from tokenlearn.pipeline import Pipeline, Sampling
 from tokenlearn.tokens import Embeddings, TokenBank, load_bank, vocabulary_hash
 from tokenlearn.tokens.checkpoint import CHECKPOINT_KEY, checkpoint_about
+from tokenlearn.tokens.compatibility import VOCABULARY, check_vocabularies, fingerprint
 from tokenlearn.tokens.embeddings import tokens_by_setting
+from tokenlearn.tokens.files.base import ENCODERS_ENTRY
 
 DEFAULT_MONITOR = "val/guided_accuracy"
 """Logged figure by which the best tokens are chosen where the task names no other."""
@@ -39,6 +41,7 @@ class TokenTask(L.LightningModule, ImageConsumer):
         pipeline: backbone, bank and settings of the sampler: what generates images.
         vocabulary_hash: fingerprint of the backbone's vocabulary.
         takes_checkpoint_tokens: whether the tokens of a checkpoint replace the task's.
+        checks_vocabulary: whether to say where tokens were learned beside other words than the backbone's.
     """
 
     takes_checkpoint_tokens = False
@@ -49,6 +52,7 @@ class TokenTask(L.LightningModule, ImageConsumer):
         self.strict_loading = False  # checkpoints hold the bank only; on_load_checkpoint checks that they do
         self.backbone = backbone
         self.bank = None
+        self.checks_vocabulary = True
         self._loaded_together: list[tuple[str, ...]] = []
         self.vocabulary_hash = vocabulary_hash(backbone.text_encoders[0])
         backbone.make_solver(sampling.solver, sampling.steps)  # refuses now what would fail at the first image
@@ -77,14 +81,20 @@ class TokenTask(L.LightningModule, ImageConsumer):
         names = [name for name, _ in frozen if not name.startswith("bank.")]
         self._ddp_params_and_buffers_to_ignore = names
 
-    def load_embeddings(self, embeddings: Embeddings) -> None:
+    def load_embeddings(self, embeddings: Embeddings, check_vocabulary: bool = True) -> None:
         """Make the tokens of embedding files this task's bank; none leaves it without tokens.
 
+        Args:
+            embeddings: the files.
+            check_vocabulary: whether to say where these, or a checkpoint, were learned beside other words.
+
         Raises:
-            UserError: if a file cannot be read, has vectors of another width, or is for another model.
+            UserError: if a file cannot be read, or has vectors of another width.
         """
+        self.checks_vocabulary = check_vocabulary
         if embeddings:
-            bank, files = load_bank(embeddings, self.backbone.embedding_widths, self.vocabulary_hash)
+            tables = self.backbone.word_tables if check_vocabulary else None
+            bank, files = load_bank(embeddings, self.backbone.embedding_widths, tables)
             self.use_bank(bank)
             self._loaded_together = tokens_by_setting(embeddings, files)
 
@@ -117,8 +127,21 @@ class TokenTask(L.LightningModule, ImageConsumer):
     def token_metadata(self) -> dict[str, dict[str, str]]:
         """Placeholder to the entries of its embedding file besides its vectors."""
         assert self.bank is not None
-        common = {"base_model": self.backbone.pretrained, "vocabulary_hash": self.vocabulary_hash}
-        return {placeholder: dict(common) for placeholder in self.bank.placeholders}
+        common = {
+            "base_model": self.backbone.pretrained,
+            "vocabulary_hash": self.vocabulary_hash,
+            ENCODERS_ENTRY: ",".join(self.backbone.encoders),
+        }
+        return {
+            placeholder: {**common, VOCABULARY: self._fingerprint(placeholder)}
+            for placeholder in self.bank.placeholders
+        }
+
+    def _fingerprint(self, placeholder: str) -> str:
+        """What a token's file says about the words beside which it was learned."""
+        assert self.bank is not None
+        vectors = self.bank.get(placeholder) if self.bank.spaces[placeholder] == "input" else []
+        return fingerprint(self.backbone.word_tables, placeholder, vectors)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add which backbone and tokens the state is for, and the state of random number generators."""
@@ -136,23 +159,35 @@ class TokenTask(L.LightningModule, ImageConsumer):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another backbone or without tokens; restore random number generators.
 
-        A task that :attr:`takes_checkpoint_tokens` gets a bank for them.
+        A task that :attr:`takes_checkpoint_tokens` gets a bank for them, and says where they were learned beside other
+        words; a training goes on on the same backbone alone.
 
         Raises:
             UserError: if it is for another backbone or holds no tokens.
         """
         about = checkpoint_about(checkpoint)
-        if about["vocabulary_hash"] != self.vocabulary_hash:
+        found, expected = list(about["embedding_widths"]), list(self.backbone.embedding_widths)
+        if found not in (expected, list(self.backbone.output_widths)):
+            raise UserError(
+                f"the checkpoint's tokens have the widths {found}, the text encoders of '{self.backbone.pretrained}' "
+                f"have {expected}; set model.backbone to the model of the checkpoint, '{about['base_model']}'"
+            )
+        if self.takes_checkpoint_tokens:
+            if self.checks_vocabulary:
+                base = {key: about[key] for key in ("base_model", "vocabulary_hash")}
+                learned = [(token, base | about["metadata"].get(token, {})) for token in about["num_vectors"]]
+                check_vocabularies(learned, self.backbone.word_tables)
+        elif about["vocabulary_hash"] != self.vocabulary_hash:
             raise UserError(
                 f"the checkpoint's tokens were learned on '{about['base_model']}', whose text encoder differs from "
                 f"that of '{self.backbone.pretrained}'; set model.backbone to the model of the checkpoint"
             )
         spaces = about.get("spaces") or dict.fromkeys(about["num_vectors"], "input")
         if self.bank is not None and not self.takes_checkpoint_tokens and spaces != self.bank.spaces:
-            found, expected = (", ".join(dict.fromkeys(item.values())) for item in (spaces, self.bank.spaces))
+            stored, here = (", ".join(dict.fromkeys(item.values())) for item in (spaces, self.bank.spaces))
             raise UserError(
-                f"the tokens of the checkpoint are of the space {found}, those of this run of {expected}; set "
-                f"model.tokens.space to {found}, or leave out --ckpt_path"
+                f"the tokens of the checkpoint are of the space {stored}, those of this run of {here}; set "
+                f"model.tokens.space to {stored}, or leave out --ckpt_path"
             )
         if "rng" in checkpoint:
             torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())

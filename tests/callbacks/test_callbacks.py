@@ -229,3 +229,39 @@ def test_the_learning_curve_begins_before_the_first_step(tmp_path, capsys):
 def test_the_learning_curve_may_begin_after_steps(tmp_path, capsys):
     fit(tmp_path, [0.25], LearningCurve(validate_first=False))
     assert capsys.readouterr().out.startswith("step 1: guided_accuracy 0.25")
+
+
+class NamedTask(CountingTask):
+    """A task whose token names its class, as class tokens do."""
+
+    def token_metadata(self):
+        return {"<wizard>": {**self.judged, "class": "wizard"}}
+
+
+@pytest.mark.parametrize("rows", ["wizard", "<wizard>"])
+def test_previews_are_of_the_exported_tokens(tmp_path, rows, monkeypatch, capsys):
+    monkeypatch.setattr(
+        NamedTask,
+        "validation_step",
+        lambda self, batch: {"images": torch.full((2, 3, 8, 8), self.global_step / 10), "rows": ["image", rows]},
+    )
+    export = EmbeddingExport()
+    run = trainer(tmp_path, export, epochs=3)
+    task = NamedTask([0.1, 0.7, 0.3])
+    run.fit(task, range(1), range(1))
+    run.test(task, range(1), verbose=False)  # exports again, and has no images
+    preview = tmp_path / "embeddings" / "wizard-tl.preview.png"
+    with Image.open(preview) as image:
+        assert image.getpixel((0, 0)) == (51, 51, 51)  # of step 2, the best one
+    Image.new("RGB", (4, 4)).save(preview)  # now another image is there
+    trainer(tmp_path, EmbeddingExport()).fit(NamedTask([0.9]), range(1), range(1))
+    with Image.open(preview) as image:
+        assert image.size == (4, 4)
+    assert "wizard-tl.preview.png' is no preview of <wizard> by tokenlearn, and was left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings", [{"previews": False}, {"format": "diffusers"}])
+def test_no_preview_where_none_is_shown_or_wanted(tmp_path, settings):
+    trainer(tmp_path, EmbeddingExport(**settings)).fit(NamedTask([0.9]), range(1), range(1))
+    assert list((tmp_path / "embeddings").glob("*.safetensors"))
+    assert not list((tmp_path / "embeddings").glob("*.png"))

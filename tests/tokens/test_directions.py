@@ -162,7 +162,7 @@ def test_both_kinds_of_tokens_in_one_bank(sd, tmp_path):
     save_embedding(tmp_path / "elf.safetensors", "<elf>", [torch.randn(2, 16, generator=generator)], {})
     glasses(sd).save(tmp_path)
     save_embedding(tmp_path / "hat.safetensors", "<hat-2>", [torch.randn(1, 16, generator=generator)], {})
-    bank, files = load_bank(str(tmp_path), sd.backbone.embedding_widths, sd.vocabulary_hash)
+    bank, files = load_bank(str(tmp_path), sd.backbone.embedding_widths, sd.backbone.word_tables)
     assert [file.token for file in files] == ["<elf>", "<glasses>", "<hat-2>"]
     pipe = sd.with_tokens(bank)
     inputs = sd.with_tokens([str(tmp_path / "elf.safetensors"), str(tmp_path / "hat.safetensors")])

@@ -15,11 +15,9 @@ def test_bank_of_files(tmp_path: Path):
         str(save_embedding(tmp_path / "a.safetensors", "<a>", [first], {"vocabulary_hash": "one"})),
         str(save_embedding(tmp_path / "b.safetensors", "<b>", [second], {})),
     ]
-    bank, files = load_bank(paths, [4], "one")
+    bank, files = load_bank(paths, [4])
     assert [file.token for file in files] == list(bank.placeholders) == ["<a>", "<b>"]
     torch.testing.assert_close(bank.vectors[0].detach(), torch.cat([first, second]))
-    with pytest.raises(UserError, match=r"a\.safetensors.*'another model'"):
-        load_bank(paths, [4], "two")
     with pytest.raises(UserError, match=r"width 4.* 8"):
         load_bank(paths, [8])
     with pytest.raises(UserError, match=r"b\.safetensors.*'<b>'"):

@@ -9,12 +9,18 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
+from tokenlearn.callbacks.images import to_image
 from tokenlearn.data.interfaces import TaskWrapper
 from tokenlearn.errors import UserError
 from tokenlearn.token_task import DEFAULT_MONITOR, TokenTask
 from tokenlearn.tokens import EmbeddingFormat, LearnedTokens, load_embedding
+from tokenlearn.tokens.files.previews import write_preview
 from tokenlearn.tokens.files.programs import how_to_use
+
+_SHOW_PREVIEWS = ("a1111", "comfyui")
+"""Formats of programs that show an image beside an embedding file."""
 
 
 class EmbeddingExport(L.Callback):
@@ -24,6 +30,8 @@ class EmbeddingExport(L.Callback):
         monitor: logged metric that decides.
         mode: whether it should grow or shrink.
         format: form of the files, see :func:`tokenlearn.tokens.save_embedding`.
+        previews: whether a token's first validation image is written beside its file, as ``NAME.preview.png``, where
+            the programs that the format is for show it.
 
     Attributes:
         best: best value so far, None before the first.
@@ -39,12 +47,32 @@ class EmbeddingExport(L.Callback):
         monitor: str = DEFAULT_MONITOR,
         mode: Literal["max", "min"] = "max",
         format: EmbeddingFormat = "a1111",
+        previews: bool = True,
     ) -> None:
-        self.monitor, self.mode, self.format = monitor, mode, format
+        self.monitor, self.mode, self.format, self.previews = monitor, mode, format, previews
         self.best: float | None = None
         self.paths: list[Path] = []
         self.usage: list[str] = []
         self._fitted = False
+        self._images: dict[str, Tensor] = {}
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget earlier images."""
+        self._images = {}
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,  # noqa: ANN401 - Lightning's hook
+        batch: Any,  # noqa: ANN401 - Lightning's hook
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the first image of each row, see :class:`tokenlearn.callbacks.ImageGrid`."""
+        if self.previews and trainer.is_global_zero and isinstance(outputs, dict):
+            for image, row in zip(outputs["images"], outputs["rows"], strict=True):
+                self._images.setdefault(row, image)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export the last tokens of a fit without validations; later tests and validations are of the best tokens."""
@@ -65,11 +93,11 @@ class EmbeddingExport(L.Callback):
                 f"embedding_export.monitor '{self.monitor}' is not logged; set it to a figure that is: {logged}"
             )
         value = float(trainer.callback_metrics[self.monitor])
-        if math.isnan(value):  # no later value would compare as better
-            return
-        if self.best is None or (value > self.best if self.mode == "max" else value < self.best):
+        better = self.best is None or (value > self.best if self.mode == "max" else value < self.best)
+        if better and not math.isnan(value):  # no later value would compare as better than NaN
             self.best = value
             self.export(trainer, pl_module, {"step": str(trainer.global_step)})
+        self._images = {}  # of tokens that are not the exported ones
 
     @rank_zero_only
     def export(self, trainer: L.Trainer, task: TokenTask, metadata: dict[str, str]) -> None:
@@ -77,6 +105,10 @@ class EmbeddingExport(L.Callback):
         assert task.bank is not None
         about = {token: entries | metadata for token, entries in task.token_metadata().items()}
         self.paths = LearnedTokens(task.bank, about).save(Path(trainer.default_root_dir) / "embeddings", self.format)
+        for path, token in zip(self.paths, task.bank.placeholders, strict=True):
+            image = self._images.get(token, self._images.get(about[token].get("class", "")))
+            if image is not None and self.format in _SHOW_PREVIEWS:
+                write_preview(path, token, to_image(image))
         self.usage = how_to_use(load_embedding(self.paths[0]))
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

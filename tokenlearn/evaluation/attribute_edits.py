@@ -186,7 +186,7 @@ class AttributeEdits(Evaluation[Caso]):
         if self.directions is not None:
             conditions["direction"] = self._of_directions(self.directions)
         if self.embeddings:
-            bank, files = load_bank(self.embeddings, task.backbone.embedding_widths, task.vocabulary_hash)
+            bank, files = load_bank(self.embeddings, task.backbone.embedding_widths, task.backbone.word_tables)
             prompts = {
                 file.metadata.get("class", file.token): file.metadata.get("prompt", file.token) for file in files
             }

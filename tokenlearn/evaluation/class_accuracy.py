@@ -217,7 +217,7 @@ class ClassTokenEvaluation(Evaluation[ClassTokens]):
     def _other_tokens(self, name: str, files: str | list[str]) -> OtherTokens:
         """Other tokens, refused if they lack a class."""
         task = self.task
-        bank, contents = load_bank(files, task.backbone.embedding_widths, task.vocabulary_hash)
+        bank, contents = load_bank(files, task.backbone.embedding_widths, task.backbone.word_tables)
         subjects = {
             file.metadata.get("class", file.token): file.metadata.get("prompt", file.token) for file in contents
         }

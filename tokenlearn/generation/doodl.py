@@ -38,6 +38,8 @@ class Doodl(TokenTask, EditTask):
         prompts: images to generate: each prompt with each seed. They are ignored beside ``images``.
         seeds: seeds of the initial latents, and of the perturbations.
         embeddings: embedding files, see :func:`tokenlearn.tokens.load_bank`. The tokens of a checkpoint replace them.
+        check_vocabulary: whether to say where tokens were learned beside other words than the backbone's; files of
+            another width are refused in any case.
         sampling: settings of the sampler. Without a solver, DDIM is used, and for photos EDICT. The scale of
             classifier-free guidance is for generated images; another guidance rule is for photos too.
         gradient: how the gradient goes through the sampler; null for Reversible with a reversible solver, else
@@ -69,6 +71,7 @@ class Doodl(TokenTask, EditTask):
         prompts: list[str] = [],  # noqa: B006 - read only; a list is what YAML shows
         seeds: list[int] = [0],  # noqa: B006 - read only
         embeddings: Embeddings = [],  # noqa: B006 - read only
+        check_vocabulary: bool = True,
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
         gradient: Gradient | None = None,
         optimisation: LatentOptimisation = LatentOptimisation(),  # noqa: B008 - frozen
@@ -78,7 +81,7 @@ class Doodl(TokenTask, EditTask):
         batch_size: int = 1,
     ) -> None:
         super().__init__(backbone, sampling_for(sampling, inverts=images is not None))
-        self.load_embeddings(embeddings)
+        self.load_embeddings(embeddings, check_vocabulary)
         self.images = images_to_edit(images, prompts, seeds, backbone=backbone, sampling=sampling)
         check_at_least("model", 1, batch_size=batch_size)
         check_at_least("model", 0, strip_images=strip_images)

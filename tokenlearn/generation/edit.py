@@ -35,6 +35,8 @@ class Edit(TokenTask, EditTask):
         edits: edits of each image: token to signed scale, of one token or several.
         interpolations: token to the scales of a strip of edits by this token alone.
         embeddings: embedding files, see :func:`tokenlearn.tokens.load_bank`. The tokens of a checkpoint replace them.
+        check_vocabulary: whether to say where tokens were learned beside other words than the backbone's; files of
+            another width are refused in any case.
         template: prompt with ``{}`` where a token goes, as in training.
         editing: settings of inversion and denoising.
         sampling: settings of the sampler for generated images.
@@ -64,6 +66,7 @@ class Edit(TokenTask, EditTask):
         edits: list[dict[str, float]] = [],  # noqa: B006 - read only
         interpolations: dict[str, list[float]] = {},  # noqa: B006 - read only
         embeddings: Embeddings = [],  # noqa: B006 - read only
+        check_vocabulary: bool = True,
         template: str = "{}",
         editing: Editing = Editing(),  # noqa: B008 - frozen
         sampling: Sampling = Sampling(solver="DDIM"),  # noqa: B008 - frozen
@@ -73,7 +76,7 @@ class Edit(TokenTask, EditTask):
     ) -> None:
         super().__init__(backbone, sampling)
         self.paste, self.calibrated = paste, calibrated
-        self.load_embeddings(embeddings)
+        self.load_embeddings(embeddings, check_vocabulary)
         self.images = images_to_edit(images, prompts, seeds, backbone=backbone, sampling=sampling)
         _check_edits(edits, interpolations)
         check_template(template, "model.template")

@@ -19,10 +19,12 @@ class Generate(TokenTask):
     Args:
         backbone: frozen diffusion model.
         embeddings: embedding files, see :func:`tokenlearn.tokens.load_bank`. The tokens of a checkpoint replace them.
+        check_vocabulary: whether to say where tokens were learned beside other words than the backbone's; files of
+            another width are refused in any case.
         sampling: settings of the sampler.
 
     Raises:
-        UserError: if a file cannot be read, has vectors of another width or for another model, or names a token twice.
+        UserError: if a file cannot be read, has vectors of another width, or names a token twice.
     """
 
     takes_checkpoint_tokens = True
@@ -32,10 +34,11 @@ class Generate(TokenTask):
         backbone: DiffusionBackbone,
         *,
         embeddings: Embeddings = [],  # noqa: B006 - read only; a list is what YAML shows
+        check_vocabulary: bool = True,
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(backbone, sampling)
-        self.load_embeddings(embeddings)
+        self.load_embeddings(embeddings, check_vocabulary)
 
     def on_predict_start(self) -> None:
         """Check the tokens of all prompts before the first image.

@@ -41,6 +41,8 @@ class Sega(TokenTask, EditTask):
         seeds: seeds of generated images.
         together: whether to make an edit of all concepts too, where there are several.
         embeddings: embedding files, see :func:`tokenlearn.tokens.load_bank`. The tokens of a checkpoint replace them.
+        check_vocabulary: whether to say where tokens were learned beside other words than the backbone's; files of
+            another width are refused in any case.
         sampling: settings of the sampler for generated images; its guidance is the scale of classifier-free guidance.
         threshold_over: whether thresholds are of a sample's whole tensor, as in the paper, or of each channel, as in
             diffusers.
@@ -74,6 +76,7 @@ class Sega(TokenTask, EditTask):
         seeds: list[int] = [0],  # noqa: B006 - read only
         together: bool = True,
         embeddings: Embeddings = [],  # noqa: B006 - read only
+        check_vocabulary: bool = True,
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
         threshold_over: ThresholdOver = "tensor",
         momentum_after: MomentumAfter = "own_warmup",
@@ -85,7 +88,7 @@ class Sega(TokenTask, EditTask):
     ) -> None:
         super().__init__(backbone, sampling)
         self.paste = paste
-        self.load_embeddings(embeddings)
+        self.load_embeddings(embeddings, check_vocabulary)
         self.images = images_to_edit(images, prompts, seeds, backbone=backbone, sampling=sampling)
         check_at_least("model", 1, batch_size=batch_size)
         if not isinstance(sampling.guidance, int | float):

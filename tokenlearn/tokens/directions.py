@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tokenlearn.errors import UserError, check_template
 from tokenlearn.tokens.bank import TokenBank
+from tokenlearn.tokens.compatibility import VOCABULARY, fingerprint
 from tokenlearn.tokens.embeddings import LearnedTokens
 from tokenlearn.tokens.spaces import Space
 
@@ -164,7 +165,7 @@ def direction(
     found = find_direction(pipeline, positive, negative, positions)
     bank = TokenBank({token: 1}, pipeline.backbone.output_widths, {token: _SPACES[positions]})
     bank.set(token, parts_of(found.unit * found.vector, pipeline))
-    return LearnedTokens(bank, {token: direction_metadata(found, pipeline)})
+    return LearnedTokens(bank, {token: direction_metadata(found, pipeline, token)})
 
 
 def parts_of(vector: Tensor, pipeline: Pipeline) -> list[Tensor]:
@@ -172,13 +173,20 @@ def parts_of(vector: Tensor, pipeline: Pipeline) -> list[Tensor]:
     return list(torch.split(vector[None], list(pipeline.backbone.output_widths), dim=1))
 
 
-def direction_metadata(found: Direction, pipeline: Pipeline) -> dict[str, str]:
-    """Entries of the file of a direction besides its vectors."""
+def direction_metadata(found: Direction, pipeline: Pipeline, token: str) -> dict[str, str]:
+    """Entries of the file of a direction besides its vectors.
+
+    Args:
+        found: the direction.
+        pipeline: the model that it is of.
+        token: its token, of whose name the file keeps sketches.
+    """
     return {
         "kind": "direction",
         "method": "difference of means",
         "base_model": pipeline.backbone.pretrained,
         "vocabulary_hash": pipeline.vocabulary_hash,
+        VOCABULARY: fingerprint(pipeline.backbone.word_tables, token),
         "pairs": str(found.pairs),
         "projections": json.dumps([round(number, 6) for number in found.projections]),
         "strengths": json.dumps([round(number, 4) for number in found.strengths]),

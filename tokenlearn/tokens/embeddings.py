@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from tokenlearn.errors import UserError, shown
+from tokenlearn.errors import UserError
 from tokenlearn.notices import warn_once
 from tokenlearn.paths import resolve
 from tokenlearn.tokens.bank import TokenBank
 from tokenlearn.tokens.calibration import CALIBRATION, Calibration
+from tokenlearn.tokens.compatibility import WordTable, check_vocabularies
 from tokenlearn.tokens.files import (
     EmbeddingFile,
     EmbeddingFormat,
@@ -58,22 +59,21 @@ def load_embeddings(embeddings: Embeddings) -> list[EmbeddingFile]:
 
 
 def load_bank(
-    embeddings: Embeddings, embedding_widths: Sequence[int], vocabulary: str | None = None
+    embeddings: Embeddings, embedding_widths: Sequence[int], tables: Sequence[WordTable] | None = None
 ) -> tuple[TokenBank, list[EmbeddingFile]]:
     """A bank of the tokens of embedding files.
 
     Args:
         embeddings: at least one file, see :func:`load_embeddings`.
         embedding_widths: width of the input embedding of each text encoder of the backbone.
-        vocabulary: the backbone's :func:`tokenlearn.tokens.vocabulary_hash`, to refuse files that were made for
-            another one.
+        tables: words of the backbone's text encoders, to say where files were learned beside others, see
+            :func:`tokenlearn.tokens.compatibility.check_vocabularies`.
 
     Returns:
         The bank, and the contents of the files.
 
     Raises:
-        UserError: if files cannot be read (see :func:`load_embeddings`), have vectors of another width, or are for
-            another model of the same width.
+        UserError: if files cannot be read (see :func:`load_embeddings`), or have vectors of another width.
     """
     files = load_embeddings(embeddings)
     for file in files:
@@ -93,11 +93,8 @@ def load_bank(
         bank.set(file.token, file.vectors)
         if CALIBRATION in file.metadata:
             bank.calibrations[file.token] = Calibration.from_json(file.metadata[CALIBRATION], file.path)
-        if vocabulary is not None and file.metadata.get("vocabulary_hash", vocabulary) != vocabulary:
-            raise UserError(
-                f"'{file.path}' was learned on {shown(file.metadata.get('base_model', 'another model'))}, whose text "
-                "encoder differs from this backbone's; set model.backbone to that model, or learn the token anew"
-            )
+    if tables is not None:
+        check_vocabularies([(file.path, file.metadata) for file in files], tables)
     return bank, files
 
 
@@ -192,3 +189,48 @@ class LearnedTokens:
             for token in self.placeholders
         ]
         return write_tokens(files, Path(folder).expanduser(), format, scale)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload tokens",
+        license: str | None = None,
+        format: EmbeddingFormat = "a1111",
+        endpoint: str | None = None,
+    ) -> str:
+        """Upload an embedding file for each token to the Hugging Face Hub, with a model card.
+
+        The card has what to type in each program and the judged figures. It replaces a card that an earlier push made;
+        one that somebody wrote is left. :func:`tokenlearn.load_tokens` loads the tokens.
+
+        Args:
+            repo_id: repository, ``owner/name``; it is made if it does not exist.
+            private: whether a new repository is private; None for the owner's default.
+            token: access token of the Hub; None for the one that is logged in.
+            commit_message: message of the commit.
+            license: identifier of a licence for the card, such as ``apache-2.0``; None for that of an earlier card, or
+                none.
+            format: the program that will load the files.
+            endpoint: address of another hub; None for the usual one.
+
+        Returns:
+            Address of the repository.
+
+        Raises:
+            UserError: if the files cannot be written, or the Hub cannot be reached or refuses.
+        """
+        from tokenlearn.hub import push
+
+        return push(
+            self,
+            repo_id,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            license=license,
+            format=format,
+            endpoint=endpoint,
+        )

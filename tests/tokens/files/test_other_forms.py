@@ -102,13 +102,24 @@ def test_vectors_of_the_output_of_onetrainer(tmp_path: Path):
     assert load_embedding(copy).space == "output_place"
 
 
-def test_parameter_dicts_of_old_torch(tmp_path: Path):
+@pytest.mark.parametrize("legacy", [False, True])
+def test_parameter_dicts_of_old_torch(tmp_path: Path, legacy: bool):
+    """Of 1.11 and before, in both forms of files; the older form has the class's source text too."""
     params = nn.ParameterDict({"*": nn.Parameter(torch.from_numpy(L))})
     vars(params).pop("_keys")
     vars(params)["_parameters"] = {"*": nn.Parameter(torch.from_numpy(L))}
     content = {"string_to_token": {"*": 265}, "string_to_param": params, "name": "other"}
-    torch.save(content, tmp_path / "old.pt")
+    torch.save(content, tmp_path / "old.pt", _use_new_zipfile_serialization=not legacy)
     assert_is(load_embedding(tmp_path / "old.pt"), "<old>", L)
+    if legacy:
+        assert b"class ParameterDict" in (tmp_path / "old.pt").read_bytes()
+
+
+def test_modules_of_the_older_form_are_refused(tmp_path: Path):
+    """What the source text is taken from is judged as ever: another class than ParameterDict is not loaded."""
+    torch.save({"emb_params": nn.Linear(3, 2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"could run code and was not loaded; ask for a \.safetensors file"):
+        load_embedding(tmp_path / "old.pt")
 
 
 def training_as_json():

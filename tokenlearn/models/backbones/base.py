@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 from weakref import WeakKeyDictionary
 
@@ -21,6 +22,8 @@ from tokenlearn.errors import UserError, check_unicode, reason_of
 from tokenlearn.models.backbones.conditioning import Conditioning
 from tokenlearn.models.frozen import FrozenModule, Precision
 from tokenlearn.tokens.bank import TokenBank
+from tokenlearn.tokens.compatibility import WordTable
+from tokenlearn.tokens.files.encoders import encoder_names
 from tokenlearn.tokens.injection import (
     PlaceholderVocabulary,
     accept_learned_embeddings,
@@ -103,6 +106,20 @@ class DiffusionBackbone(FrozenModule, ABC):
         """Precision of the text encoders' weights, which is that of the network."""
         weights = next(self.text_encoders.parameters())
         return cast(Precision, str(weights.dtype).removeprefix("torch."))
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Names of the text encoders in embedding files, see :data:`tokenlearn.tokens.files.encoders.ENCODERS`.
+
+        An adapter of a family whose encoders their number and widths do not tell overrides this.
+        """
+        return encoder_names(self.embedding_widths)
+
+    @cached_property
+    def word_tables(self) -> tuple[WordTable, ...]:
+        """The words of each text encoder, which are never trained."""
+        parts = zip(self.encoders, self.tokenizers, self.text_encoders, strict=True)
+        return tuple(WordTable(name, tokenizer, encoder) for name, tokenizer, encoder in parts)
 
     def vocabulary(self, tokens: TokenBank) -> PlaceholderVocabulary:
         """This model's tokenizers with the placeholders of a bank.

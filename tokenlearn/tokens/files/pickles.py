@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import pickletools
 import zipfile
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,7 @@ from tokenlearn.errors import UserError, shown
 from tokenlearn.tokens.files.safetensors_files import Array
 
 SUFFIXES = (".pt", ".bin", ".pth", ".ckpt")
+_MOST_OPERATIONS = 10_000  # of a pickle that holds a token
 
 
 def read_pickle(source: Path, most_bytes: int) -> object:
@@ -36,8 +40,9 @@ def read_pickle(source: Path, most_bytes: int) -> object:
         raise UserError(f"'{source}' is a pickle with more than tensors in it; ask for a .safetensors file")
     try:
         # Early embeddings have their tensor in a ParameterDict, a class that only holds tensors.
-        with torch.serialization.safe_globals([nn.ParameterDict]):
-            return torch.load(source, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([nn.ParameterDict]), source.open("rb") as file:
+            stream: BinaryIO = file if zipfile.is_zipfile(source) else io.BytesIO(_without_sources(file.read()))
+            return torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way
         if "GLOBAL" in str(error):
             raise UserError(
@@ -45,6 +50,32 @@ def read_pickle(source: Path, most_bytes: int) -> object:
                 "ask for a .safetensors file"
             ) from None
         raise UserError(f"'{source}' is damaged or no PyTorch file ({type(error).__name__}); copy it again") from None
+
+
+def _without_sources(content: bytes) -> bytes:
+    """A file of PyTorch's first form with the classes of modules in it as plain names.
+
+    This form has the source text of each class of a module, by a call that ``weights_only`` refuses, though it only
+    compares the text with that of the class. What remains is for ``torch.load`` to judge, as in any other file.
+    """
+    stream = io.BytesIO(content)
+    pieces: list[bytes] = []
+    done = 0
+    for _ in range(4):  # magic number, version and system before the content itself
+        parsed = islice(pickletools.genops(stream), _MOST_OPERATIONS)
+        operations = [(code.name, value, int(place or 0)) for code, value, place in parsed]
+        if operations[-1][0] != "STOP":
+            return content  # more than any embedding
+        begin = 0
+        for index, (name, _value, _place) in enumerate(operations):
+            if name == "MARK":
+                begin = index
+            elif name == "BINPERSID" and operations[begin + 1][1] == "module":
+                first = begin + 2 + (operations[begin + 2][0] in ("BINPUT", "LONG_BINPUT"))
+                last = first + 1 + (operations[first + 1][0] in ("BINPUT", "LONG_BINPUT"))
+                pieces += [content[done : operations[begin][2]], content[operations[first][2] : operations[last][2]]]
+                done = operations[index + 1][2]
+    return b"".join([*pieces, content[done:]])
 
 
 def as_mapping(content: object) -> Mapping[Any, Any] | None:
