@@ -183,8 +183,8 @@ def _classes(dataset: Any, column: str, source: str) -> tuple[list[str], list[in
         others = [name for name in dataset.features if name != "image"]
         hint = f"name it by --label_column, one of {', '.join(others)}" if others else "it has no other columns"
         raise UserError(
-            f"'{source}' has no labels in a column '{column}'; put the images of each class into a folder of its "
-            f"name, or give a CSV file with the columns path,label; {hint}"
+            f"'{source}' has no labels in a column '{column}'; put the images of each of two or more classes into a "
+            f"folder of its name, or give a CSV file with the columns path,label; {hint}"
         )
     values = dataset[column][:]
     names = getattr(dataset.features[column], "names", None)
