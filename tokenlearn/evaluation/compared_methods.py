@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from tokenlearn.data.latent_cache import json_hash
 from tokenlearn.diffusion import LastK
 from tokenlearn.diffusion.latent_optimisation import LatentOptimisation
 from tokenlearn.errors import UserError, check_at_least, check_template
@@ -19,7 +20,7 @@ from tokenlearn.losses.objective import Crops
 from tokenlearn.models import TimmClassifier
 from tokenlearn.objectives import ClassifierLoss
 from tokenlearn.pipeline import Pipeline
-from tokenlearn.tokens import Embeddings, load_bank
+from tokenlearn.tokens import Embeddings, TokenBank, load_bank
 from tokenlearn.tokens.directions import direction
 from tokenlearn.tokens.settings import token_name
 from tokenlearn.training.word_search import WordSearch, find_words
@@ -31,7 +32,7 @@ its name with the description as a concept of semantic guidance; its name with o
 several images of its name."""
 
 METHODS: tuple[Method, ...] = get_args(Method)
-DIRECTION = "<direction>"
+DIRECTION, WORD = "<direction>", "<word>"
 
 Maker = Callable[[Sequence[str], Sequence[int]], Tensor]
 """Images (B, 3, H, W), nominally in [0, 1], of B templates with ``{}`` and B seeds."""
@@ -97,7 +98,7 @@ class ComparedMethods:
         embeddings: Embeddings = [],  # noqa: B006 - read only
     ) -> None:
         self.pipeline, self.classes, self.settings, self.prompts = pipeline, classes, settings, prompts
-        self.guide = guide
+        self.guide, self._guide_hash = guide, json_hash(guide)
         self.words = dict(settings.words)
         for template in prompts:
             check_template(template, "prompts", "class")
@@ -141,13 +142,23 @@ class ComparedMethods:
             "plain": [],
             "word": [self.words.get(name)],
             "described": [description],
-            "token": [self.subjects.get(name), self._with_tokens.tokens],
+            "token": [self.subjects.get(name), self._vectors_in(self.subjects.get(name, ""))],
             "direction": [description, settings.neutral, self.prompts],
             "sega": [description, settings.concept],
-            "doodl": [self.guide, settings.optimisation, settings.crops],
-            "best_of": [self.guide, settings.candidates, settings.crops],
+            "doodl": [self._guide_hash, settings.optimisation, settings.crops],
+            "best_of": [self._guide_hash, settings.candidates, settings.crops],
         }
         return {"method": method, "class": name, "settings": keys[method]}
+
+    def _vectors_in(self, subject: str) -> dict[str, list[Any]]:
+        """Numbers of the tokens that a phrase has."""
+        bank = self._with_tokens.tokens
+        names = () if bank is None else bank.placeholders
+        return {
+            name: [vectors.tolist() for vectors in bank.get(name)]
+            for name in names
+            if bank is not None and name in subject
+        }
 
     def find_words(self) -> dict[str, str]:
         """Search for the words of the classes that have none."""
@@ -155,8 +166,10 @@ class ComparedMethods:
         if not missing:
             return {}
         assert self.guide is not None
+        # The preselection moves the vector of a token, whatever its name.
+        scratch = TokenBank({WORD: 1}, self.pipeline.backbone.embedding_widths)
         found = find_words(
-            self.pipeline,
+            self.pipeline.with_tokens(scratch),
             ClassifierLoss(self.guide),
             missing,
             self.prompts[0],

@@ -24,7 +24,7 @@ from tokenlearn.errors import UserError, check_at_least, check_seeds
 from tokenlearn.evaluation.compared_methods import METHODS, ComparedMethods, Method, MethodSettings
 from tokenlearn.evaluation.network_cost import NetworkCost
 from tokenlearn.evaluation.records import Record
-from tokenlearn.evaluation.table import Cell, Column, Figure, Row, Table
+from tokenlearn.evaluation.table import Cell, Column, Row, Table
 from tokenlearn.files import atomic_write, check_writable, refuse_remote
 from tokenlearn.generation.results import file_stem
 from tokenlearn.latent_optimiser import sampling_for
@@ -253,7 +253,8 @@ class _Comparison:
         """Find the words that no setting gives, once for the same settings, and say what the search costs."""
         methods = self.methods
         file = self.folder / "parts" / "words.json"
-        key = json_hash([self._model, methods.guide, list(methods.classes), methods.settings, methods.prompts[0]])
+        given = [methods.settings.words, methods.settings.search]
+        key = json_hash([self._model, json_hash(methods.guide), list(methods.classes), given, methods.prompts[0]])
         try:
             kept = json.loads(file.read_text())
         except (OSError, ValueError):
@@ -325,6 +326,7 @@ def comparison_table(
         everything = [value for of_class in correct.values() for value in of_class]
         cells = {ACCURACY: _share(everything)} | {name: _share(of_class) for name, of_class in correct.items()}
         differences = [torch.tensor(correct[name]) - torch.tensor(values[first, name, ACCURACY]) for name in classes]
+        differences = [part.float() for part in differences]
         mean = float(torch.stack([part.mean() for part in differences]).mean())
         cells[f"over_{first}"] = Cell(mean, *bootstrap_interval(differences), len(everything))
         ratios = [diversity[method, name] / diversity[first, name] for name in classes]
@@ -338,7 +340,7 @@ def comparison_table(
         heading="method",
         columns=columns,
         rows=rows,
-        summary={f"{ACCURACY}_{row.name}": Figure(row.cells[ACCURACY].value or 0.0, "share") for row in rows},
+        summary={},  # the printed table has all figures
         notes=[
             f"over_{first}: difference on the same classes and seeds; diversity: distance of two images over that of "
             f"{first}; of one image: network evaluations, the same with a backward pass counted as two, and seconds"
