@@ -18,13 +18,14 @@ from tokenlearn.tokens import embedding_file_name, save_embedding
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
-BACKBONES, METHODS, PORTRAITS = (
-    sorted((CONFIGS / folder).glob("*.yaml")) for folder in ("backbones", "methods", "portraits")
+BACKBONES, METHODS, OWN, PORTRAITS = (
+    sorted((CONFIGS / folder).glob("*.yaml")) for folder in ("backbones", "methods", "own", "portraits")
 )
 CHANGES = sorted((CONFIGS / "changes").glob("*.yaml"))
 COMPLETE = [CONFIGS / "quickstart.yaml", *PORTRAITS]
 REDUCTIONS = yaml.safe_load((ROOT / "tests" / "config_reductions.yaml").read_text())
 TINY = "tiny/"
+OWN_CLASSES = ["clown", "nurse", "other"]
 
 
 def name_of(config):
@@ -82,6 +83,13 @@ def tiny_files(tmp_path_factory):
         (folder / "images" / name).mkdir(parents=True)
         for index in range(3):
             Image.new("RGB", (40, 30), (100 * shade, 60 * index, 80)).save(folder / "images" / name / f"{index}.png")
+    for name in ("guide", "judge"):
+        tiny_classifier(folder / "own" / name, OWN_CLASSES)
+    for shade, name in enumerate(OWN_CLASSES):
+        (folder / "own" / "photos" / name).mkdir(parents=True)
+        for index in range(3):
+            image = Image.new("RGB", (40, 30), (100 * shade, 60 * index, 80))
+            image.save(folder / "own" / "photos" / name / f"{index}.png")
     for token in ("<bullfrog>", "<sorrel>", "<zebra>"):
         path = folder / "embeddings" / embedding_file_name(token)
         save_embedding(path, token, [torch.ones(1, 16)], {})
@@ -120,7 +128,7 @@ def run_reduced(run, config, *, others=(), settings=None, tiny_folder=ROOT):
 
 
 def test_every_config_that_can_run_has_a_reduction():
-    assert set(REDUCTIONS) == {name_of(config) for config in (*COMPLETE, *METHODS, *CHANGES)}
+    assert set(REDUCTIONS) == {name_of(config) for config in (*COMPLETE, *METHODS, *OWN, *CHANGES)}
 
 
 @pytest.mark.parametrize("config", COMPLETE, ids=name_of)
@@ -130,7 +138,7 @@ def test_complete_configs_run(config, run):
 
 @pytest.mark.parametrize(
     ("config", "backbone"),
-    [*((config, "sd15") for config in METHODS), (CONFIGS / "methods" / "class_token.yaml", "sdxl")],
+    [*((config, "sd15") for config in (*METHODS, *OWN)), (CONFIGS / "methods" / "class_token.yaml", "sdxl")],
     ids=name_of,
 )
 def test_methods_run_on_backbones(config, backbone, run, tiny_files):
@@ -165,7 +173,7 @@ def test_backbone_configs_set_the_backbone_alone(config):
     assert list(settings["model"]["init_args"]) == ["backbone"]
 
 
-@pytest.mark.parametrize("config", METHODS, ids=name_of)
+@pytest.mark.parametrize("config", [*METHODS, *OWN], ids=name_of)
 def test_method_configs_leave_the_backbone_out(config):
     assert "backbone" not in yaml.safe_load(config.read_text())["model"]["init_args"]
 

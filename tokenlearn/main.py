@@ -19,14 +19,28 @@ from tokenlearn.stopping import Stopped, StopSignals
 USER_ERROR = 2
 """Exit code for input that the user can correct."""
 
-_OF_FILES = ("convert", "inspect")
-"""Commands whose files come first, without an option."""
+_COMES_FIRST = {"convert": "files", "inspect": "files", "classifier": "images"}
+"""Commands to the setting whose value comes first, without an option: one value, or of ``files`` any number."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
-COMMANDS = ("fit", "validate", "test", "predict", "directions", "calibrate", "export", "convert", "inspect")
+COMMANDS = (
+    "fit",
+    "validate",
+    "test",
+    "predict",
+    "classifier",
+    "compare",
+    "directions",
+    "calibrate",
+    "export",
+    "convert",
+    "inspect",
+)
 
 _FUNCTIONS = {
+    "classifier": ("own_classifiers", "classifier"),
+    "compare": ("evaluation.comparison", "compare"),
     "directions": ("direction_files", "directions"),
     "calibrate": ("calibration", "calibrate_file"),
     "export": ("export", "export"),
@@ -50,6 +64,10 @@ commands:
   predict    generate, edit or optimise images
                tokenlearn predict --config portraits/sega
                tokenlearn predict --from outputs/sega/TIME/images/all/000-a-portrait-of-a-person-seed1.png
+  classifier a guide and a judge from your own labelled images, in folders by class or a CSV file
+               tokenlearn classifier photos --output_dir classifiers
+  compare    ways to draw classes in one table, judged, with their cost: prompts, tokens, guidance, searches
+               tokenlearn compare --config comparisons/portraits
   directions tokens without training, from pairs of prompts
                tokenlearn directions --config directions/portraits
   calibrate  strengths of a token at which equal steps change images equally
@@ -122,7 +140,7 @@ def _run(arguments: Sequence[str], signals: StopSignals) -> None:
         from jsonargparse import auto_cli
 
         module, name = _FUNCTIONS[command]
-        arguments, _ = combine_configs(_files_by_name(options) if command in _OF_FILES else options)
+        arguments, _ = combine_configs(_first_by_name(command, options))
         function = getattr(import_module(f"tokenlearn.{module}"), name)
         auto_cli(function, args=arguments, as_positional=False, prog=f"tokenlearn {command}", exit_on_error=False)
     else:
@@ -140,10 +158,16 @@ def _run(arguments: Sequence[str], signals: StopSignals) -> None:
         TokenlearnCLI(name, [command, *arguments], signals)
 
 
-def _files_by_name(options: Sequence[str]) -> list[str]:
-    """The options of a command whose files come first, with the files as an option too."""
+def _first_by_name(command: str, options: Sequence[str]) -> list[str]:
+    """The options of a command, with what comes first without an option as an option too."""
     first = next((index for index, option in enumerate(options) if option.startswith("-")), len(options))
-    return ["--files", json.dumps(options[:first]), *options[first:]] if first else list(options)
+    if command not in _COMES_FIRST or not first:
+        return list(options)
+    name, values = _COMES_FIRST[command], options[:first]
+    if name != "files" and len(values) > 1:
+        raise UserError(f"'{command}' takes one folder or file, got {', '.join(values)}; name one")
+    value = json.dumps(values) if name == "files" else values[0]
+    return [f"--{name}", value, *options[first:]]
 
 
 def _image_to_make_again(command: str, options: Sequence[str]) -> tuple[str | None, list[str]]:

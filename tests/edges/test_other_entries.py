@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
+from safetensors.torch import save_file
 
 from tests.command_line import error_of
 from tests.edges.model_folders import copied, with_json
@@ -70,14 +71,18 @@ def test_a_variance_that_no_network_predicts(tiny_models, tmp_path, saved, kind)
 @pytest.mark.parametrize("name", ["shirt.pth", "model_best.pth.tar", "model.ckpt", "model.safetensors", "folder"])
 def test_classifiers_of_other_programs(tmp_path, name):
     path = tmp_path / name
+    weights = {"fc.weight": torch.zeros(2, 3)}
     if name == "folder":
         path.mkdir()
-        torch.save({}, path / "model.pth")
+        torch.save(weights, path / "model.pth")
+    elif name.endswith(".safetensors"):
+        save_file(weights, path)
     else:
-        torch.save({"state_dict": {}}, path)
+        torch.save({"state_dict": weights}, path)
     with pytest.raises(UserError) as caught:
         TimmClassifier(str(path))
     assert "does not exist" not in str(caught.value)
+    assert "set architecture" in str(caught.value)
     assert "config.json" in str(caught.value)
 
 

@@ -38,10 +38,11 @@ class ImageDataModule(L.LightningDataModule, LabelledImages, DrawnImages):
     batch would see, and a resumed run continues with the next batch.
 
     Args:
-        source: a folder of images in any depth, with ``metadata.jsonl`` or a folder per class if wanted; a folder of
-            parquet files, a parquet file or a pattern such as ``data/*.parquet``; a data set that ``save_to_disk``
-            wrote; a hub id, ``owner/name`` or ``owner/name@revision``; or ``portraits:SIZE`` or
-            ``portraits:SIZE:SEED`` for the bundled world, with ``:personas`` for its personas alone.
+        source: a folder of images in any depth, with ``metadata.jsonl`` or a folder per class if wanted; a CSV file
+            with columns such as ``path`` and ``label``; a folder of parquet files, a parquet file or a pattern such as
+            ``data/*.parquet``; a data set that ``save_to_disk`` wrote; a hub id, ``owner/name`` or
+            ``owner/name@revision``; or ``portraits:SIZE`` or ``portraits:SIZE:SEED`` for the bundled world, with
+            ``:personas`` for its personas alone.
         split: split of the data; of a folder of images, the subfolder of this name if there is one, else all.
         streaming: read while training instead of preparing the data first.
         keep: column to the values of which a row must have one; other rows are left out.

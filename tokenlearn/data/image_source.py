@@ -1,4 +1,4 @@
-"""Data sets of images: a folder, parquet files, a saved data set, the hub, or the bundled world."""
+"""Data sets of images: a folder, a CSV file, parquet files, a saved data set, the hub, or the bundled world."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenlearn.data.image_table import read_image_table
 from tokenlearn.data.pixels import warn_of_left_out
 from tokenlearn.errors import UserError, reason_of, shown
 from tokenlearn.notices import warn_once
@@ -67,9 +68,10 @@ def open_images(
     """Find a data set.
 
     Args:
-        source: a folder of images in any depth, with ``metadata.jsonl`` or a folder per class if wanted; a folder of
-            parquet files, a parquet file or a pattern such as ``data/*.parquet``; a data set that ``save_to_disk``
-            wrote; a hub id, ``owner/name`` or ``owner/name@revision`` with a branch, tag or commit; or for the bundled
+        source: a folder of images in any depth, with ``metadata.jsonl`` or a folder per class if wanted; a CSV file
+            with a column ``path``, see :func:`tokenlearn.data.image_table.read_image_table`; a folder of parquet
+            files, a parquet file or a pattern such as ``data/*.parquet``; a data set that ``save_to_disk`` wrote; a
+            hub id, ``owner/name`` or ``owner/name@revision`` with a branch, tag or commit; or for the bundled
             world ``portraits:SIZE`` or ``portraits:SIZE:SEED``, where another seed names other portraits than 0, or
             ``portraits:SIZE:SEED:personas``, where every portrait shows a persona.
         image_column: name of the column of images; files in a folder are in ``image``.
@@ -143,6 +145,8 @@ def _built(path: Path, source: str, split: str, streaming: bool) -> tuple[Callab
         builder, images = _folder_builder(path, name)
     elif path.exists() and not path.is_file():
         raise UserError(f"'{source}' is no regular file; set data.source to a folder, a parquet file or a hub id")
+    elif path.suffix.lower() in (".csv", ".tsv"):
+        return _table(path, split, streaming)
     elif path.suffix == ".parquet":
         builder = datasets.load_dataset_builder("parquet", data_files={name: str(path)})
     elif source.startswith((".", "/", "~")) or source.count("/") != 1:
@@ -165,6 +169,15 @@ def _built(path: Path, source: str, split: str, streaming: bool) -> tuple[Callab
         return rows
 
     return prepared, fingerprint
+
+
+def _table(path: Path, split: str, streaming: bool) -> tuple[Callable[[], Any], str]:
+    if split != "train":
+        raise UserError(f"the table '{path}' has no split '{split}'; leave data.split at train")
+    data, fingerprint = read_image_table(path)
+    if streaming:
+        return partial(data.to_iterable_dataset, num_shards=max(1, min(len(data), _SAVED_SHARDS))), fingerprint
+    return (lambda: data), fingerprint
 
 
 def _folder_builder(path: Path, name: str) -> tuple[Any, int | None]:

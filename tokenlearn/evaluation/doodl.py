@@ -9,7 +9,6 @@ from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from tokenlearn.data.sources import Item, Skipped, items_below
 from tokenlearn.data.streams import EvaluationBatches
@@ -19,6 +18,7 @@ from tokenlearn.evaluation.baselines import best_of, best_of_guided, local_searc
 from tokenlearn.evaluation.doodl_cases import CaseImage, DoodlCase, TargetedObjective
 from tokenlearn.evaluation.doodl_table import doodl_table
 from tokenlearn.evaluation.image_rows import ImageRows
+from tokenlearn.evaluation.network_cost import NetworkCost
 from tokenlearn.evaluation.realism import Realism
 from tokenlearn.evaluation.records import Record
 from tokenlearn.evaluation.table import Table
@@ -28,7 +28,7 @@ from tokenlearn.guidance import TFG, ClassifierGuidance, GuidanceRule
 from tokenlearn.latent_optimiser import LatentOptimiser, Start, sampling_for
 from tokenlearn.losses.objective import Objective, as_objective
 from tokenlearn.metrics import KernelDistances, timed
-from tokenlearn.models import Conditioning, DiffusionBackbone, TimmClassifier
+from tokenlearn.models import DiffusionBackbone, TimmClassifier
 from tokenlearn.objectives import require_judge_differs
 from tokenlearn.pipeline import Pipeline
 from tokenlearn.tokens import Embeddings
@@ -93,8 +93,7 @@ class DoodlEvaluation(Evaluation[Generate]):
         self.realism_judge = None if realism is None else TimmClassifier(realism.judge)
         self.realism_distances: KernelDistances | None = None
         self.rows_of_images = {row: ImageRows() for row in self.row_judges}
-        self._evaluations = self._differentiated = 0
-        self._hook: RemovableHandle | None = None
+        self._cost = NetworkCost(backbone)
 
     def _row_judges(self) -> dict[str, Objective]:
         """Row to a judge of its cases, all of which give the same score."""
@@ -138,13 +137,11 @@ class DoodlEvaluation(Evaluation[Generate]):
             reference = self.realism.features(self.realism_judge, self.task.image_size)
             groups = len(self.row_judges) * len(self.methods)
             self.realism_distances = KernelDistances(groups, reference).to(self.device)
-        # Before an evaluation, since recomputation for a gradient leaves the network before its end.
-        self._hook = self.task.backbone.register_forward_pre_hook(self._count_evaluations)
+        self._cost.start()
 
     def on_test_end(self) -> None:
         """Stop counting."""
-        if self._hook is not None:
-            self._hook.remove()
+        self._cost.stop()
 
     def test_dataloader(self) -> EvaluationBatches[CaseImage | None, list[CaseImage | None]]:
         """This rank's part of the images of all cases; None for a photo that cannot be read."""
@@ -193,7 +190,7 @@ class DoodlEvaluation(Evaluation[Generate]):
         """Make images of a case by one method, and record their measures."""
         case, names = self.cases[number], [part.image.name for part in batch]
         targets = None if batch[0].target is None else [str(part.target) for part in batch]
-        self._evaluations = self._differentiated = 0
+        self._cost.reset()
         # The Trainer's inference mode makes tensors that can never have a gradient.
         with torch.inference_mode(False), torch.no_grad():
             images, seconds = timed(partial(self._make, number, method, batch, targets), self.device)
@@ -203,9 +200,8 @@ class DoodlEvaluation(Evaluation[Generate]):
                 case.judge.score_name: scores,
                 "loss": self._objective(number)(images, 0, targets),
                 "seconds": torch.full_like(scores, seconds / len(batch)),
-                "evaluations": torch.full_like(scores, self._evaluations / len(batch)),
-                # A backward pass costs as much as two evaluations.
-                "cost": torch.full_like(scores, (self._evaluations + 2 * self._differentiated) / len(batch)),
+                "evaluations": torch.full_like(scores, self._cost.evaluations / len(batch)),
+                "cost": torch.full_like(scores, self._cost.total / len(batch)),
                 "sampling_steps": torch.full_like(scores, case.sampling.steps),
                 "guidance_scale": torch.full_like(scores, case.guidance_scale),
             }
@@ -272,12 +268,6 @@ class DoodlEvaluation(Evaluation[Generate]):
         case = self.cases[number]
         objective = TargetedObjective(self._objective(number), targets)
         return LatentOptimiser(self._pipeline(number), objective, case.optimisation, gradient=case.gradient)
-
-    def _count_evaluations(self, module: nn.Module, inputs: tuple[Tensor, Tensor, Conditioning]) -> None:
-        latents, _, conditioning = inputs
-        self._evaluations += len(conditioning)
-        if torch.is_grad_enabled() and (latents.requires_grad or conditioning.requires_grad):
-            self._differentiated += len(conditioning)
 
     def make_table(self, records: list[Record]) -> Table:
         """See :class:`Evaluation`: a row per objective, columns of each method."""

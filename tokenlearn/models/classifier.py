@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenlearn.errors import UserError, reason_of
+from tokenlearn.models.classifier_weights import WEIGHT_SUFFIXES, build_classifier, read_weights
 from tokenlearn.models.frozen import FrozenModule, Precision, freeze, require_finite
 from tokenlearn.paths import resolve
 
@@ -28,10 +29,21 @@ class TimmClassifier(FrozenModule):
     first word of each class in WordNet, and other models use indices. ``"multi_label": true`` beside ``architecture``
     in ``config.json`` marks a model with independent sigmoids; timm ignores unknown keys only at that place.
 
+    Files of weights are read without running what is in them: state dicts, checkpoints of timm's training script
+    (averaged weights first) and of Lightning, and pickled timm models.
+
     Args:
-        pretrained: timm model name (``resnet18.a1_in1k``), hub model (``hf-hub:owner/name``), or folder with
-            ``config.json`` and ``model.safetensors``.
+        pretrained: timm model name (``resnet18.a1_in1k``), hub model (``hf-hub:owner/name``), folder with
+            ``config.json`` and ``model.safetensors``, or a file of weights (``shirts.pth``).
         dtype: precision of the weights, whatever their stored type.
+        architecture: timm model that a file of weights is of; null where the file says it.
+        label_names: name of each output, or index to name of some; null for the model's own.
+        mean: mean of each of the three channels in [0, 1] that inputs are normalised by; null for the model's own, as
+            for the following settings.
+        std: standard deviation of each channel.
+        input_size: height and width of inputs, or one number for both.
+        crop_pct: share of the image's shorter side that is cropped.
+        multi_label: whether outputs are independent sigmoids.
 
     Attributes:
         pretrained: as given.
@@ -40,36 +52,43 @@ class TimmClassifier(FrozenModule):
         multi_label: whether outputs are independent sigmoids instead of one softmax.
 
     Raises:
-        UserError: if the folder or one of its files is missing or unreadable, the name is unknown, or the hub cannot
-            provide the model.
+        UserError: if the folder or one of its files is missing or unreadable, the name is unknown, the hub cannot
+            provide the model, a file of weights is of another architecture, or a setting is out of range.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, pretrained: str, dtype: Precision = "float32") -> None:
+    def __init__(
+        self,
+        pretrained: str,
+        dtype: Precision = "float32",
+        *,
+        architecture: str | None = None,
+        label_names: list[str] | dict[int, str] | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        input_size: list[int] | int | None = None,
+        crop_pct: float | None = None,
+        multi_label: bool | None = None,
+    ) -> None:
         super().__init__()
-        import timm
         from timm.data.config import resolve_model_data_config
         from timm.data.transforms_factory import create_transform
 
-        source = _source(pretrained)
-        try:
-            self.model = cast(Any, timm.create_model(source, pretrained=True))
-            config = _config(source)
-        except Exception as error:  # a damaged folder can fail in any way
-            raise UserError(_load_failure(pretrained, source, error)) from error
+        preprocessing = _given_preprocessing(mean, std, input_size, crop_pct)
+        self.model, config = _loaded(pretrained, architecture)
         _check_loaded(pretrained, self.model)
         self.pretrained = pretrained
         self.num_classes = int(self.model.num_classes)
-        self.multi_label = bool(config.get("multi_label", False))
-        self.label_names, self._aliases = _labels(self.model, pretrained)
+        self.multi_label = bool(config.get("multi_label", False)) if multi_label is None else multi_label
+        self.label_names, self._aliases = _labels(self.model, pretrained, label_names)
         if len(self.label_names) != self.num_classes:
             raise UserError(
                 f"classifier '{pretrained}' has {self.num_classes} outputs but {len(self.label_names)} label names; "
-                "correct 'label_names' in its config.json"
+                f"correct 'label_names'{' in its config.json' if label_names is None else ''}"
             )
-        data: dict[str, Any] = resolve_model_data_config(self.model)  # type: ignore[no-untyped-call]
+        data: dict[str, Any] = resolve_model_data_config(self.model) | preprocessing  # type: ignore[no-untyped-call]
         if data["crop_mode"] == "border":
             raise UserError(
                 f"classifier '{pretrained}' pads its inputs (crop mode 'border'), which is not supported; give a "
@@ -78,7 +97,7 @@ class TimmClassifier(FrozenModule):
         if not all(math.isfinite(mean) for mean in data["mean"]) or not all(0 < std < math.inf for std in data["std"]):
             raise UserError(
                 f"classifier '{pretrained}' normalises by mean {data['mean']} and std {data['std']}; correct them in "
-                "its config.json to finite numbers, the std above 0"
+                "its config.json or in the settings to finite numbers, the std above 0"
             )
         if data["interpolation"] not in ("bilinear", "bicubic", "nearest"):
             data["interpolation"] = "bicubic"  # torch has no Lanczos filter; bicubic is the closest antialiased one
@@ -165,12 +184,12 @@ class TimmClassifier(FrozenModule):
         head = self._head()
         return (head.weight.new_zeros(self.num_classes) if head.bias is None else head.bias).float()
 
-    def label_index(self, name: str) -> int:
+    def label_index(self, name: str | int) -> int:
         """Index of the output of a class.
 
         Args:
             name: a label name, or any synonym in the model's label descriptions. Case does not matter, and an
-                underscore equals a space.
+                underscore equals a space. Or an index, as a number or, where no label has that name, in digits.
 
         Returns:
             Index in [0, num_classes).
@@ -178,8 +197,16 @@ class TimmClassifier(FrozenModule):
         Raises:
             UserError: if the model has no class of this name, or several.
         """
-        if name in self.label_names:
+        if isinstance(name, str) and name in self.label_names:
             return self.label_names.index(name)
+        if isinstance(name, int) or name.strip().isdecimal():
+            index = int(name)
+            if 0 <= index < self.num_classes:
+                return index
+            raise UserError(
+                f"classifier '{self.pretrained}' has no class {index}; its {self.num_classes} classes are numbered "
+                "from 0"
+            )
         matches = self._aliases.get(_normalised(name), [])
         if len(matches) == 1:
             return matches[0]
@@ -251,7 +278,95 @@ def save_classifier(
     return Path(folder)
 
 
+_OF_FOLDERS = ("model.safetensors", "pytorch_model.bin")
+"""Files of weights that come with a ``config.json``, which is missing where they are alone."""
+
 _SAVE = "timm.models.push_to_hf_hub or tokenlearn.models.classifier.save_classifier"
+
+
+def check_architecture(name: str, setting: str) -> None:
+    """Refuse a name that timm does not have.
+
+    Args:
+        name: timm model, with or without the tag of its weights.
+        setting: name of the setting, for the message.
+
+    Raises:
+        UserError: naming the nearest models.
+    """
+    import timm
+
+    if timm.is_model(name.partition(".")[0]):
+        return
+    near = difflib.get_close_matches(name, timm.list_models(), n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "give another, such as resnet10t"
+    raise UserError(f"{setting} '{name}' is no model of timm; {hint}")
+
+
+def _loaded(pretrained: str, architecture: str | None) -> tuple[Any, dict[str, Any]]:
+    """The timm model that ``pretrained`` names, and the content of its ``config.json``; empty without one."""
+    import timm
+
+    if (file := _weights_file(pretrained)) is not None:
+        weights = read_weights(file)
+        architecture = architecture or weights.architecture
+        if architecture is None:
+            raise UserError(
+                f"classifier '{pretrained}' is a file of weights, which does not say of what model; set architecture "
+                f"to the timm model that it is of, or give a folder with its config.json, as {_SAVE} writes it"
+            )
+        check_architecture(architecture, "architecture")
+        return build_classifier(weights, architecture, file), {}
+    source = _source(pretrained)
+    if architecture is not None:
+        raise UserError(
+            f"architecture '{architecture}' is for a file of weights, and classifier '{pretrained}' says its own; "
+            "remove it"
+        )
+    try:
+        return cast(Any, timm.create_model(source, pretrained=True)), _config(source)
+    except Exception as error:  # a damaged folder can fail in any way
+        raise UserError(_load_failure(pretrained, source, error)) from error
+
+
+def _weights_file(pretrained: str) -> Path | None:
+    """The file of weights that a name means: itself, or the only one of a folder without ``config.json``."""
+    if pretrained.startswith("hf-hub:"):
+        return None
+    path = Path(resolve(pretrained.removeprefix("local-dir:"))).expanduser()
+    if path.is_file():
+        return path
+    if not path.is_dir() or (path / "config.json").is_file():
+        return None
+    files = [file for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES and not file.name.startswith(".")]
+    return files[0] if len(files) == 1 and files[0].name not in _OF_FOLDERS else None
+
+
+def _given_preprocessing(
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    input_size: Sequence[int] | int | None,
+    crop_pct: float | None,
+) -> dict[str, Any]:
+    """The settings of preprocessing that are given, as timm has them."""
+    given: dict[str, Any] = {}
+    for name, values in (("mean", mean), ("std", std)):
+        if values is None:
+            continue
+        if len(values) != 3:
+            raise UserError(f"{name} has {len(values)} numbers, {list(values)}; give one for each of the 3 channels")
+        given[name] = tuple(values)
+    if input_size is not None:
+        sides = [input_size] * 2 if isinstance(input_size, int) else list(input_size)
+        sides = sides[1:] if len(sides) == 3 and sides[0] == 3 else sides  # timm has the channels first
+        if len(sides) != 2 or min(sides) < 1:
+            raise UserError(f"input_size must be height and width in pixels, such as [64, 64], got {input_size}")
+        given["input_size"] = (3, *sides)
+    if crop_pct is not None:
+        if not 0 < crop_pct <= 1:
+            raise UserError(f"crop_pct must be above 0 and at most 1, got {crop_pct}")
+        given["crop_pct"] = crop_pct
+    return given
 
 
 def _source(pretrained: str) -> str:
@@ -274,11 +389,6 @@ def _source(pretrained: str) -> str:
                 f"classifier folder '{folder}' is incomplete: no 'model.safetensors'; download or export it again"
             )
         return f"local-dir:{folder}"
-    if folder.is_file():
-        raise UserError(
-            f"classifier '{pretrained}' is a file of weights, which does not say of what model; give a folder with "
-            f"its config.json, as {_SAVE} writes it"
-        )
     if prefix == "local-dir" or "/" in pretrained or "\\" in pretrained:
         raise UserError(
             f"classifier folder '{folder}' does not exist; give an existing folder, a timm model name or "
@@ -353,7 +463,11 @@ def _normalised(name: str) -> str:
     return " ".join(name.replace("_", " ").casefold().split())
 
 
-def _labels(model: Any, pretrained: str) -> tuple[tuple[str, ...], dict[str, list[int]]]:  # noqa: ANN401
+def _labels(
+    model: Any,  # noqa: ANN401 - timm's models have no common type
+    pretrained: str,
+    given: Sequence[str] | Mapping[int, str] | None = None,
+) -> tuple[tuple[str, ...], dict[str, list[int]]]:
     """Names of a model's outputs, and the outputs that each normalised name or synonym can mean."""
     from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
@@ -364,6 +478,8 @@ def _labels(model: Any, pretrained: str) -> tuple[tuple[str, ...], dict[str, lis
         names, descriptions = imagenet.label_names(), imagenet.label_descriptions(as_dict=True)
     if names is None:
         names = [str(index) for index in range(model.num_classes)]
+    if given is not None:
+        names, descriptions = _named(given, names, pretrained), {}
     if isinstance(names, Mapping):  # index to name, or name to index
         items = [(value, key) if isinstance(value, int) else (key, value) for key, value in names.items()]
         if not all(str(index).isdecimal() for index, _ in items):
@@ -379,3 +495,18 @@ def _labels(model: Any, pretrained: str) -> tuple[tuple[str, ...], dict[str, lis
     counts = Counter(words)  # ImageNet has two cranes
     labels = [word if counts[word] == 1 else f"{word} ({name})" for word, name in zip(words, names, strict=True)]
     return tuple(labels), dict(aliases)
+
+
+def _named(given: Sequence[str] | Mapping[int, str], names: Any, pretrained: str) -> list[str]:  # noqa: ANN401
+    """Label names with those of the settings in their places."""
+    if not isinstance(given, Mapping):
+        return list(given)
+    replaced = list(names) if isinstance(names, Sequence) else [str(index) for index in range(len(names))]
+    for index, name in given.items():
+        if not 0 <= index < len(replaced):
+            raise UserError(
+                f"label_names has class {index}, and the {len(replaced)} classes of classifier '{pretrained}' are "
+                "numbered from 0"
+            )
+        replaced[index] = name
+    return replaced

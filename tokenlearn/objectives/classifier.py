@@ -21,9 +21,11 @@ class ClassifierLoss(Objective):
     Class tokens (https://arxiv.org/abs/2303.17155) and DOODL (https://arxiv.org/abs/2303.13703) minimise it.
 
     Args:
-        classifier: timm name or folder, or a loaded classifier.
-        labels: class that images should show, or several labels of a multi-label classifier, which images should show
-            together; null for the targets, one class name per image. With labels, targets are ignored.
+        classifier: timm name or folder, or a :class:`TimmClassifier` with its settings, such as that of a file of
+            weights.
+        labels: class that images should show, by name or index, or several labels of a multi-label classifier, which
+            images should show together; null for the targets, one class name per image. With labels, targets are
+            ignored.
         weight: factor of the loss.
         crops: random crops to average the loss over; null for the whole image.
         dtype: precision of the classifier, if it is given by name; the backbone's saves memory.
@@ -43,7 +45,7 @@ class ClassifierLoss(Objective):
     def __init__(
         self,
         classifier: str | TimmClassifier,
-        labels: str | list[str] | None = None,
+        labels: str | int | list[str | int] | None = None,
         *,
         weight: float = 1.0,
         crops: Crops | None = None,
@@ -52,7 +54,7 @@ class ClassifierLoss(Objective):
         super().__init__(weight, crops)
         self.classifier = TimmClassifier(classifier, dtype) if isinstance(classifier, str) else classifier
         self.pretrained = self.classifier.pretrained
-        self.labels = None if labels is None else (labels,) if isinstance(labels, str) else tuple(labels)
+        self.labels = None if labels is None else (labels,) if isinstance(labels, str | int) else tuple(labels)
         self.uses_targets = self.labels is None
         if self.labels is None:
             return
@@ -60,9 +62,9 @@ class ClassifierLoss(Objective):
             raise UserError("labels of ClassifierLoss is empty; name the class that images should show")
         self._label_indices = [self.classifier.label_index(label) for label in self.labels]
         if len(self.labels) > 1 and not self.classifier.multi_label:
+            listed = ", ".join(map(str, self.labels))
             raise UserError(
-                f"classifier '{self.pretrained}' assigns one class to an image, got labels {', '.join(self.labels)}; "
-                "name one label"
+                f"classifier '{self.pretrained}' assigns one class to an image, got labels {listed}; name one label"
             )
 
     def loss(self, images: Tensor, targets: Sequence[str] | None = None) -> Tensor:

@@ -52,12 +52,12 @@ class Caso(TokenTraining):
 
     Args:
         backbone: frozen diffusion model.
-        classifier: timm name or folder of the classifier that guides.
+        classifier: timm name or folder of the classifier that guides, or a :class:`TimmClassifier` with its settings.
         attributes: each attribute with the labels of the classifier that are its classes; or with null, for the
             presence or absence of the label of that name (tokens ``<smile>`` and ``<no-smile>``).
         judge: timm name or folder of another classifier, whose accuracy is reported; null reports the guide's only.
-        dtype: precision of both classifiers; null for the backbone's, or for float32 beside float16, in which small
-            gradients are lost.
+        dtype: precision of classifiers that are given by name; null for the backbone's, or for float32 beside float16,
+            in which small gradients are lost.
         tokens: settings of the tokens.
         template: prompt around a token; the published prompt is the token alone.
         initialisation: where tokens start.
@@ -89,10 +89,10 @@ class Caso(TokenTraining):
     def __init__(
         self,
         backbone: DiffusionBackbone,
-        classifier: str,
+        classifier: str | TimmClassifier,
         attributes: dict[str, list[str] | None],
         *,
-        judge: str | None = None,
+        judge: str | TimmClassifier | None = None,
         dtype: Precision | None = None,
         tokens: TokenSettings = TokenSettings(),  # noqa: B008 - frozen
         template: str = "{}",
@@ -110,14 +110,15 @@ class Caso(TokenTraining):
             raise UserError("model.attributes is empty; name at least one attribute of the classifier")
         check_template(template, "model.template")
         check_at_least("model", 0, seed=seed)
-        if judge is not None and is_same_model(judge, classifier):
-            raise UserError(f"model.judge '{judge}' is also model.classifier '{classifier}'; name another judge")
+        guide, reporting = _name(classifier), None if judge is None else _name(judge)
+        if reporting is not None and is_same_model(reporting, guide):
+            raise UserError(f"model.judge '{reporting}' is also model.classifier '{guide}'; name another judge")
         precision = dtype or ("float32" if backbone.precision == "float16" else backbone.precision)
-        self.classifier = TimmClassifier(classifier, precision)
-        self.judge = None if judge is None else TimmClassifier(judge, precision)
+        self.classifier = TimmClassifier(classifier, precision) if isinstance(classifier, str) else classifier
+        self.judge = TimmClassifier(judge, precision) if isinstance(judge, str) else judge
         if self.judge is not None and have_same_weights(self.judge, self.classifier):
             raise UserError(
-                f"model.judge '{judge}' has the weights of model.classifier '{classifier}'; name another judge"
+                f"model.judge '{reporting}' has the weights of model.classifier '{guide}'; name another judge"
             )
         self.attributes = resolve_attributes(attributes, self.classifier, tokens.placeholder)
         self.judge_attributes = (
@@ -332,3 +333,7 @@ class Caso(TokenTraining):
         for name, vectors in starts.items():
             if name not in self.loaded:
                 self.bank.set(name, vectors)
+
+
+def _name(classifier: str | TimmClassifier) -> str:
+    return classifier if isinstance(classifier, str) else classifier.pretrained
