@@ -24,7 +24,7 @@ _OF_FILES = ("convert", "inspect")
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
-COMMANDS = ("fit", "validate", "test", "predict", "directions", "calibrate", "export", "convert", "inspect")
+COMMANDS = ("fit", "validate", "test", "predict", "directions", "calibrate", "export", "convert", "inspect", "page")
 
 _FUNCTIONS = {
     "directions": ("direction_files", "directions"),
@@ -32,6 +32,7 @@ _FUNCTIONS = {
     "export": ("export", "export"),
     "convert": ("conversion", "convert"),
     "inspect": ("inspection", "inspect"),
+    "page": ("page.command", "page"),
 }
 """Commands that need no trainer: module and name of the function that does each."""
 
@@ -60,6 +61,8 @@ commands:
                tokenlearn convert EasyNegative.pt my-cat.safetensors --to diffusers
   inspect    what an embedding file holds, which programs read it, and what to type in each
                tokenlearn inspect checkpoints/class_tokens/pirate-tl.safetensors
+  page       sliders for tokens and concepts in a browser, on this computer
+               tokenlearn page
 
 settings:
   --config names a YAML file or a config of this package, such as configs/quickstart.yaml. Several are combined:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from tokenlearn.editing import Editing, strengths_of
 from tokenlearn.guidance import SEGA, GuidanceRule, SemanticEdit, check_tokens
@@ -13,7 +13,7 @@ from tokenlearn.page.request import PageRequest
 from tokenlearn.pipeline import Pipeline
 from tokenlearn.tokens import Embeddings
 
-INVERSION = "edit_friendly"
+INVERSION: Literal["edit_friendly"] = "edit_friendly"
 PASTE = "always"
 """Photos keep their pixels where nothing is edited, and strength 0 is the photo itself."""
 

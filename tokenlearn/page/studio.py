@@ -109,7 +109,7 @@ class Studio:
         recipe = Recipe(self.pipeline, request)
         if request.photo is not None and not recipe.photo_edits:
             raise UserError("the photo is not edited; move a slider")
-        return config_text(recipe.config(self.embeddings), request.photo and request.photo.name)
+        return config_text(recipe.config(self.embeddings), None if request.photo is None else request.photo.name)
 
     def token_file(
         self, token: str, folder: Path, *, format: EmbeddingFormat = "a1111", strength: float = 1.0
