@@ -180,6 +180,22 @@ def test_the_yaml_makes_the_same_images(studio, photo, tmp_path, monkeypatch, of
         assert np.array_equal(pixels(Image.open(file)), pixels(image))
 
 
+def test_the_yaml_names_the_files_that_are_used(tiny_models, token_files, monkeypatch):
+    pipeline = tl.Pipeline.from_pretrained(str(tiny_models / "pipeline"))
+    monkeypatch.chdir(token_files.parent)
+    hat, smile = (f"{token_files.name}/{name}-tl.safetensors" for name in ("hat", "smile"))
+    for embeddings, expected in (
+        (token_files.name, [hat]),
+        ([hat, smile], [hat]),
+        ({"<cap>": hat, "<grin>": smile}, {"<cap>": hat}),
+    ):
+        named = Studio(pipeline, embeddings=embeddings)
+        token = "<cap>" if isinstance(embeddings, dict) else "<hat>"
+        for request in (asked(prompt=f"a {token} king"), asked(tokens={token: 2.0}), asked(concepts={token: 5.0})):
+            config = yaml.safe_load(named.yaml_of(request))
+            assert config["model"]["init_args"]["embeddings"] == expected
+
+
 def test_yaml_of_an_unedited_photo(studio, photo):
     with pytest.raises(UserError, match="not edited"):
         studio.yaml_of(asked(photo=photo))

@@ -43,7 +43,8 @@ def build(studio: Studio, first: PageRequest, *, title: str) -> gr.Blocks:
         first: what the page shows at first; photo, tokens and concepts are left out.
         title: heading.
     """
-    with gr.Blocks(title="tokenlearn", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as blocks:
+    blocks = gr.Blocks(title="tokenlearn", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400))
+    with blocks:
         gr.Markdown(f"## {escape(title)}")
         page = _Page(studio, first)
         blocks.load(page.show, page.inputs, page.outputs, show_progress="hidden", api_visibility="private", **_MODEL)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml  # type: ignore[import-untyped]
@@ -10,8 +12,10 @@ import yaml  # type: ignore[import-untyped]
 from tokenlearn.editing import Editing, strengths_of
 from tokenlearn.guidance import SEGA, GuidanceRule, SemanticEdit, check_tokens
 from tokenlearn.page.request import PageRequest
+from tokenlearn.paths import resolve
 from tokenlearn.pipeline import Pipeline
 from tokenlearn.tokens import Embeddings
+from tokenlearn.tokens.files import EmbeddingFile
 
 INVERSION: Literal["edit_friendly"] = "edit_friendly"
 PASTE = "always"
@@ -78,11 +82,17 @@ class Recipe:
         tokens = [SemanticEdit(concept=token, scale=scale, **_TOKEN) for token, scale in self.strengths.items()]
         return [*tokens, *self.concepts]
 
+    def used(self, tokens: Iterable[str]) -> list[str]:
+        """Those of the tokens that the images depend on."""
+        prompts = [] if self.request.photo is not None else [self.request.prompt, self.request.negative_prompt]
+        text = "\n".join([*prompts, *self.strengths, *(edit.concept for edit in self.concepts)]).casefold()
+        return [token for token in tokens if token.casefold() in text]
+
     def config(self, embeddings: Embeddings | None) -> dict[str, Any]:
         """Config of ``tokenlearn predict`` that makes the same images.
 
         Args:
-            embeddings: embedding files of the pipeline's tokens.
+            embeddings: embedding files of the tokens that are used.
         """
         backbone = self.pipeline.backbone
         init_args: dict[str, Any] = {
@@ -140,6 +150,27 @@ def config_text(config: dict[str, Any], photo: str | None) -> str:
     together = config["model"]["class_path"] == "Sega" and len(config["model"]["init_args"]["edits"]) > 1
     lines += ["# The image of the page is in images/all, beside those of each concept alone."] if together else []
     return "\n".join([*lines, yaml.safe_dump(config, sort_keys=False, allow_unicode=True)])
+
+
+def setting_of(embeddings: Embeddings, files: Sequence[EmbeddingFile]) -> Embeddings:
+    """A setting of embedding files that has only some of them, by the names that the user gave.
+
+    Args:
+        embeddings: the setting with all files.
+        files: contents of the files to keep.
+    """
+    if isinstance(embeddings, Mapping):
+        return {file.token: embeddings[file.token] for file in files}
+    names = {
+        Path(resolve(name)).expanduser(): name
+        for name in ([embeddings] if isinstance(embeddings, str) else embeddings)
+    }
+    kept: dict[str, None] = {}
+    for file in files:
+        assert file.path is not None
+        folder = names.get(file.path.parent)
+        kept[names.get(file.path) or (str(file.path) if folder is None else f"{folder}/{file.path.name}")] = None
+    return list(kept)
 
 
 def _editing(editing: Editing) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tokenlearn.errors import UserError
 from tokenlearn.models import TimmClassifier
 from tokenlearn.page.drawing import Drawing, Frame, Remembered
 from tokenlearn.page.previews import INTERVAL, Handover, handed_over
-from tokenlearn.page.recipe import Recipe, config_text
+from tokenlearn.page.recipe import Recipe, config_text, setting_of
 from tokenlearn.page.request import PageRequest
 from tokenlearn.pipeline import Pipeline
 from tokenlearn.tokens import Embeddings, load_embeddings
@@ -109,7 +109,9 @@ class Studio:
         recipe = Recipe(self.pipeline, request)
         if request.photo is not None and not recipe.photo_edits:
             raise UserError("the photo is not edited; move a slider")
-        return config_text(recipe.config(self.embeddings), None if request.photo is None else request.photo.name)
+        used = [self.tokens[token] for token in recipe.used(self.tokens)]
+        embeddings = setting_of(self.embeddings, used) if self.embeddings and used else None
+        return config_text(recipe.config(embeddings), None if request.photo is None else request.photo.name)
 
     def token_file(
         self, token: str, folder: Path, *, format: EmbeddingFormat = "a1111", strength: float = 1.0
