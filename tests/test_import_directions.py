@@ -17,6 +17,8 @@ TASKS = ("training", "generation")
 FACES = ("__init__", "main", "__main__", "cli", "learning")
 """The command line and the Python API: they alone know everything."""
 ABOVE_TASKS = ("evaluation", "callbacks")
+PAGE = "page"
+"""What the command line alone opens, and the one package that imports Gradio."""
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
 
 
@@ -45,6 +47,10 @@ def forbidden(path: tuple[str, ...], module: str) -> bool:
     if part in FACES and len(path) == 2:
         return False
     if within_own(module, "main", "cli", "learning"):
+        return True
+    if part != PAGE and (within_own(module, PAGE) or within(module, "gradio")):
+        return True
+    if part == PAGE and within(module, *LIGHTNING):
         return True
     if part in MATHS:
         stdlib = module.split(".")[0] in sys.stdlib_module_names
@@ -103,6 +109,12 @@ def test_imports(file: Path):
         ("tokenlearn/evaluation/a.py", "from tokenlearn import main", False),
         ("tokenlearn/training/a.py", "from ..main import main", False),
         ("tokenlearn/training/a.py", "from tokenlearn.learning import learn", False),
+        ("tokenlearn/page/a.py", "from tokenlearn.editing import ImageEditor", True),
+        ("tokenlearn/page/a.py", "import gradio", True),
+        ("tokenlearn/page/a.py", "import lightning", False),
+        ("tokenlearn/page/a.py", "from tokenlearn.generation import Edit", False),
+        ("tokenlearn/pipeline.py", "from tokenlearn.page.studio import Studio", False),
+        ("tokenlearn/generation/a.py", "import gradio", False),
         ("tokenlearn/__main__.py", "from tokenlearn.main import main", True),
         ("tokenlearn/__init__.py", "from tokenlearn.evaluation import Table", True),
         ("tokenlearn/data/__init__.py", "from tokenlearn.evaluation import Table", False),

@@ -36,6 +36,7 @@ COMMANDS = (
     "export",
     "convert",
     "inspect",
+    "page",
 )
 
 _FUNCTIONS = {
@@ -46,6 +47,7 @@ _FUNCTIONS = {
     "export": ("export", "export"),
     "convert": ("conversion", "convert"),
     "inspect": ("inspection", "inspect"),
+    "page": ("page.command", "page"),
 }
 """Commands that need no trainer: module and name of the function that does each."""
 
@@ -78,6 +80,8 @@ commands:
                tokenlearn convert EasyNegative.pt my-cat.safetensors --to diffusers
   inspect    what an embedding file holds, which programs read it, and what to type in each
                tokenlearn inspect checkpoints/class_tokens/pirate-tl.safetensors
+  page       sliders for tokens and concepts in a browser, on this computer
+               tokenlearn page
 
 settings:
   --config names a YAML file or a config of this package, such as configs/quickstart.yaml. Several are combined:
