@@ -143,6 +143,8 @@ def checkpoint_path(path: str, task: type, *, resumes: bool) -> str:
             f"ckpt_path '{path}' is known within a run alone; give the file, such as "
             f"outputs/NAME/TIME/checkpoints/{name}.ckpt"
         )
+    if not path.strip():
+        raise UserError("ckpt_path is empty; give a .ckpt file that 'tokenlearn fit' wrote, or leave it out")
     if "://" in path:
         return path
     local = Path(path).expanduser()

@@ -212,6 +212,8 @@ class _Checks:
             if cls is None:
                 raise UserError(f"{path} has settings but no class; name it too, as in --{path} CLASS; {expected}")
         elif isinstance(name, str) and name:
+            if "." not in name and (advice := _advice(hint, name)):  # the nearest word beside the classes
+                raise UserError(f"{expected}, got {show(name)}{advice}")
             cls = self._resolve(path, bases, name, expected)
         else:
             raise UserError(f"{expected}, got the class_path {show(name)}{_quotes(name)}")

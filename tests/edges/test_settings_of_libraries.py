@@ -10,13 +10,14 @@ from tests.training.runs import fit
 from tokenlearn.cli import _check_filename, _named_in
 from tokenlearn.data import PromptDataModule
 from tokenlearn.diffusion import LastK
+from tokenlearn.editing import Editing
 from tokenlearn.errors import UserError
 from tokenlearn.main import main
 from tokenlearn.models import StableDiffusion
 from tokenlearn.objectives import ClassifierLoss
 from tokenlearn.pipeline import Sampling
 from tokenlearn.run_checks import check_trainer
-from tokenlearn.setting_checks import parser_line
+from tokenlearn.setting_checks import Section, check_settings, parser_line
 from tokenlearn.tokens import vectors_from_words
 from tokenlearn.tokens.settings import TokenSettings
 from tokenlearn.training import ClassTokens
@@ -175,6 +176,12 @@ def test_sizes_out_of_proportion(size):
     with pytest.raises(UserError, match=r"sampling\.size .* at most 8 times as long as the other"):
         Sampling(size=size)
     assert Sampling(size=(64, 512)).size == (64, 512)
+
+
+@pytest.mark.parametrize(("value", "near"), [("ddmi", "ddim"), ("edit-friendly", "edit_friendly"), ("EDCT", "EDICT")])
+def test_the_nearest_of_words_and_classes(value, near):
+    with pytest.raises(UserError, match=rf"editing\.inversion must be .*, got '{value}'; did you mean '?{near}'?\?"):
+        check_settings({"editing": {"inversion": value}}, {"editing": Section(Editing, named=False)})
 
 
 def test_files_of_a_variant_that_no_part_has(tiny_models):
