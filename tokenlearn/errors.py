@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-
 MOST_RATIO = 8
 """How many times as long as the other one side of an image may be."""
 

@@ -185,7 +185,9 @@ def check_trainer(settings: Any) -> None:  # noqa: ANN401 - jsonargparse's names
     check_at_least("trainer", 0, gradient_clip_val=settings.get("gradient_clip_val"))
     interval = settings.get("val_check_interval")
     if interval == 0:
-        raise UserError("trainer.val_check_interval must be above 0, got 0; set trainer.limit_val_batches to 0 for none")
+        raise UserError(
+            "trainer.val_check_interval must be above 0, got 0; set trainer.limit_val_batches to 0 for none"
+        )
     strategy = settings.get("strategy")
     if isinstance(strategy, str) and "spawn" in strategy:
         raise UserError(f"trainer.strategy {strategy} cannot hand this run to its processes; set it to ddp")

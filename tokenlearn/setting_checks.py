@@ -299,7 +299,9 @@ class _Checks:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
         if near:
             return f"did you mean {names[near[0]]}?"
-        return f"it has {', '.join(known)}" if known else "it has no settings; remove it, or name a class_path beside it"
+        return (
+            f"it has {', '.join(known)}" if known else "it has no settings; remove it, or name a class_path beside it"
+        )
 
     def _places(self, section: str) -> Iterator[str]:
         """Paths of all settings of a section's class."""

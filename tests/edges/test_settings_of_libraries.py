@@ -95,7 +95,7 @@ SCHEDULES = torch.optim.lr_scheduler
         (lambda params: SGD(params, lr=-1.0), None, r"model\.optimizer is not possible \(Invalid learning rate: -1.0"),
         (lambda params: ADAM(params, fused=True, foreach=True), None, "model.optimizer is not possible"),
         (lambda params: ADAM(params, betas=(1.0, 1.0)), None, "Invalid beta parameter"),
-        (SGD, lambda optimizer: SCHEDULES.OneCycleLR(optimizer, 1.0), r"model\.lr_scheduler is not possible \(You must"),
+        (SGD, lambda optimizer: SCHEDULES.OneCycleLR(optimizer, 1.0), r"model\.lr_scheduler is not possible"),
         (SGD, lambda optimizer: SCHEDULES.CosineAnnealingWarmRestarts(optimizer, 0), "lr_scheduler is not possible"),
     ],
 )  # fmt: skip
@@ -122,6 +122,7 @@ def test_optimizers_and_schedules_that_cannot_make_a_step(tiny_models, optimizer
 
 def test_errors_of_a_task_are_not_those_of_its_optimizer(tiny_models):
     task = task_with(tiny_models, SGD)
+
     def fails(batch, batch_idx=0):
         raise RuntimeError("of the task")
 
@@ -161,8 +162,8 @@ UNION = "Does not validate against any of the Union subtypes Subtypes: [<class '
 
 
 def test_messages_of_the_parser_are_short():
-    inner = f'Parser key "rate": {UNION}Expected a dot import path string: x - Expected a <class \'NoneType\'>'
-    outer = f'Parser key "model": {UNION}Problem with given class_path \'Y\': {inner} - Expected a <class \'NoneType\'>'
+    inner = f"Parser key \"rate\": {UNION}Expected a dot import path string: x - Expected a <class 'NoneType'>"
+    outer = f"Parser key \"model\": {UNION}Problem with given class_path 'Y': {inner} - Expected a <class 'NoneType'>"
     found = parser_line(outer)
     assert found == (
         "model.rate has a value of another kind than expected (Expected a dot import path string: x); correct it"

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -295,7 +295,9 @@ class TokenTraining(TokenTask):
         try:
             super().lr_scheduler_step(scheduler, metric)
         except (ArithmeticError, IndexError, ValueError) as error:
-            raise UserError(f"model.lr_scheduler cannot make a step ({reason_of(error)}); correct its settings") from error
+            raise UserError(
+                f"model.lr_scheduler cannot make a step ({reason_of(error)}); correct its settings"
+            ) from error
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's union of forms
         """Optimizer of the token vectors, and the scheduler of its learning rate."""
