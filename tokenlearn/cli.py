@@ -396,8 +396,8 @@ def _check_filename(callback: ModelCheckpoint) -> None:
 
 def _expand_home(settings: Any) -> None:  # noqa: ANN401 - jsonargparse's namespaces
     """Expand ``~`` in the paths of the trainer's loggers, profilers and callbacks, not all of which do."""
-    items = settings if isinstance(settings, list) else vars(settings)
-    for key, value in enumerate(items) if isinstance(settings, list) else items.items():
+    items: Any = settings if isinstance(settings, list) else vars(settings)
+    for key, value in enumerate(items) if isinstance(items, list) else items.items():
         if isinstance(value, str) and (value == "~" or value.startswith("~/")):
             items[key] = str(Path(value).expanduser())
         elif isinstance(value, list | Namespace):

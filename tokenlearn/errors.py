@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+_REASON = 200
 MOST_RATIO = 8
 """How many times as long as the other one side of an image may be."""
 
@@ -101,8 +102,17 @@ def check_braces(text: str, setting: str, content: str) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """A library's error message in one line of at most 200 characters, or the name of its class if it is empty."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """A library's error message in one line of about 200 characters, or the name of its class if it is empty.
+
+    A longer message is cut after a sentence, or else between words.
+    """
+    whole = " ".join(str(error).split())
+    if len(whole) <= _REASON:
+        return whole or type(error).__name__
+    sentence = whole.rfind(". ", _REASON // 4, _REASON)
+    if sentence > 0:
+        return whole[:sentence]
+    return f"{whole[:_REASON].rpartition(' ')[0] or whole[:_REASON]} ..."
 
 
 def shown(text: object, length: int = 60) -> str:

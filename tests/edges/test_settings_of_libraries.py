@@ -11,7 +11,7 @@ from tokenlearn.cli import _check_filename, _named_in
 from tokenlearn.data import PromptDataModule
 from tokenlearn.diffusion import LastK
 from tokenlearn.editing import Editing
-from tokenlearn.errors import UserError
+from tokenlearn.errors import UserError, reason_of
 from tokenlearn.main import main
 from tokenlearn.models import StableDiffusion
 from tokenlearn.objectives import ClassifierLoss
@@ -194,3 +194,35 @@ def test_figures_of_tokens_that_are_not_trained(tiny_config, capsys):
     config = tiny_config({"model.init_args.sampling": {"steps": 1}, "data.init_args.test_images": 1})
     main(["validate", "--config", config])
     assert "the tokens of this validate are not trained, but at their start" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("", "ValueError"),
+        ("a\n  b", "a b"),
+        (f"{'Words of it. ' * 15}The rest is cut", ". ".join(["Words of it"] * 15)),
+        ("word " * 100, f"{'word ' * 39}word ..."),
+        ("x" * 300, f"{'x' * 200} ..."),
+    ],
+)
+def test_reasons_end_with_a_sentence_or_a_word(message, expected):
+    assert reason_of(ValueError(message)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model_index.json", "is a file; give the folder of a diffusers pipeline that it is in"),
+        ("model.safetensors", "is a checkpoint in a single file"),
+        ("https://huggingface.co/owner/name", "is an address; give its hub id"),
+        ("hf://owner/name", "is an address"),
+        ("no/such/folder", "model folder 'no/such/folder' does not exist"),
+    ],
+)
+def test_models_that_are_files_or_addresses(tmp_path, monkeypatch, name, expected):
+    monkeypatch.chdir(tmp_path)
+    for file in ("model_index.json", "model.safetensors"):
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(UserError, match=expected):
+        StableDiffusion(name)
