@@ -230,8 +230,8 @@ class TokenTraining(TokenTask):
         if not self.trainer.strategy.reduce_boolean_decision(bool(loss.isfinite())):
             raise UserError(
                 f"the loss is not finite at step {self.global_step}; the last exported embedding files stay as they "
-                "are: lower the learning rate, clip gradients with --trainer.gradient_clip_val 1, or use bf16-mixed or "
-                "32-true as trainer.precision"
+                "are: lower the learning rate, clip gradients with --trainer.gradient_clip_val 1, or set "
+                "trainer.precision to bf16-mixed or 32-true"
             )
         return loss
 
