@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
 
 from tests.command_line import error_of
 from tokenlearn.data.interfaces import TaskWrapper
@@ -60,7 +61,20 @@ def test_a_checkpoint_is_accepted(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     torch.save(checkpoint, tmp_path / "last.ckpt")
     assert checkpoint_path("~/last.ckpt", ClassTokens, resumes=True) == str(tmp_path / "last.ckpt")
-    assert checkpoint_path("s3://bucket/last.ckpt", ClassTokens, resumes=True) == "s3://bucket/last.ckpt"
+
+
+def test_a_checkpoint_at_an_address(checkpoint):
+    address = "memory://bucket/last.ckpt"
+    with pytest.raises(UserError, match=rf"cannot read the checkpoint at '{address}' .*; give a .ckpt file"):
+        checkpoint_path(address, ClassTokens, resumes=True)
+    for content, words in ((checkpoint, None), ([1], "is no checkpoint"), (b"text", "cannot be read")):
+        with get_filesystem(address).open(address, "wb") as file:
+            file.write(content) if isinstance(content, bytes) else torch.save(content, file)
+        if words is None:
+            assert checkpoint_path(address, ClassTokens, resumes=True) == address
+        else:
+            with pytest.raises(UserError, match=f"'{address}' {words}"):
+                checkpoint_path(address, ClassTokens, resumes=True)
 
 
 @pytest.mark.parametrize(

@@ -217,9 +217,8 @@ class TokenlearnCLI(LightningCLI):
         except (TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(
-                f"a setting below trainer is not possible: {reason_of(error)}{_named_in(str(error), settings)}; correct it"
-            ) from error
+            found = f"{reason_of(error)}{_named_in(str(error), settings)}"
+            raise UserError(f"a setting below trainer is not possible: {found}; correct it") from error
         for callback in trainer.checkpoint_callbacks:
             if not isinstance(callback, ModelCheckpoint):
                 continue
@@ -288,7 +287,11 @@ class TokenlearnCLI(LightningCLI):
 
     def _say_what_is_not_trained(self) -> None:
         """Tokens of neither a checkpoint nor embedding files are at their start."""
-        if isinstance(self.model, TokenTraining) and not self.model.loaded and self._get(self.config, "ckpt_path") is None:
+        if (
+            isinstance(self.model, TokenTraining)
+            and not self.model.loaded
+            and self._get(self.config, "ckpt_path") is None
+        ):
             rank_zero_only(notice)(
                 f"the tokens of this {self.subcommand} are not trained, but at their start; give those of a fit with "
                 "--ckpt_path or model.tokens.initial_embeddings"
@@ -393,8 +396,8 @@ def _check_filename(callback: ModelCheckpoint) -> None:
 
 def _expand_home(settings: Any) -> None:  # noqa: ANN401 - jsonargparse's namespaces
     """Expand ``~`` in the paths of the trainer's loggers, profilers and callbacks, not all of which do."""
-    items = settings if isinstance(settings, list) else vars(settings)
-    for key, value in enumerate(items) if isinstance(settings, list) else items.items():
+    items: Any = settings if isinstance(settings, list) else vars(settings)
+    for key, value in enumerate(items) if isinstance(items, list) else items.items():
         if isinstance(value, str) and (value == "~" or value.startswith("~/")):
             items[key] = str(Path(value).expanduser())
         elif isinstance(value, list | Namespace):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-
+_REASON = 200
+_LONGEST_NAME = 200  # bytes; most file systems take 255, and suffixes and temporary names are longer
 MOST_RATIO = 8
 """How many times as long as the other one side of an image may be."""
 
@@ -30,6 +31,23 @@ def check_at_least(section: str, least: int, **numbers: float | None) -> None:
     for name, number in numbers.items():
         if number is not None and not number >= least:
             raise UserError(f"{section}.{name} must be at least {least}, got {number}")
+
+
+def check_file_name(name: str, what: str) -> None:
+    """Refuse the name of a file or folder that is longer than file systems take, before anything is computed for it.
+
+    Args:
+        name: the name.
+        what: what it is the name of, in a message.
+
+    Raises:
+        UserError: naming what it is of.
+    """
+    length = len(name.encode())
+    if length > _LONGEST_NAME:
+        raise UserError(
+            f"{what} {shown(name)} gives a file name of {length} bytes, more than {_LONGEST_NAME}; give a shorter name"
+        )
 
 
 def check_seeds(setting: str, seeds: Iterable[int]) -> None:
@@ -102,8 +120,17 @@ def check_braces(text: str, setting: str, content: str) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """A library's error message in one line of at most 200 characters, or the name of its class if it is empty."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """A library's error message in one line of about 200 characters, or the name of its class if it is empty.
+
+    A longer message is cut after a sentence, or else between words.
+    """
+    whole = " ".join(str(error).split())
+    if len(whole) <= _REASON:
+        return whole or type(error).__name__
+    sentence = whole.rfind(". ", _REASON // 4, _REASON)
+    if sentence > 0:
+        return whole[:sentence]
+    return f"{whole[:_REASON].rpartition(' ')[0] or whole[:_REASON]} ..."
 
 
 def shown(text: object, length: int = 60) -> str:

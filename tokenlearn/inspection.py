@@ -141,7 +141,12 @@ def _origin(file: EmbeddingFile) -> Iterator[str]:
 
 def _tables(name: str, asked: bool) -> list[VocabularyTable] | str:
     """Vocabularies of a model; or where it is, if it was not asked for and is not here."""
-    folder = Path(resolve(name)).expanduser()
+    try:
+        folder = Path(resolve(name)).expanduser()
+    except UserError as error:  # a file may say anything
+        if asked:
+            raise
+        return str(error)
     if not asked and not folder.is_dir():
         return f"{shown(name)}, which is not on this machine; give its folder by --model"
     if not folder.is_dir():

@@ -31,8 +31,11 @@ def resolve(path: str | os.PathLike[str]) -> str:
         ``path``, so the caller can try it as a hub id or report it.
 
     Raises:
-        UserError: if the operating system cannot look for such a path, because it is too long for instance.
+        UserError: if the path is empty, or the operating system cannot look for it, because it is too long for
+            instance.
     """
+    if not os.fspath(path).strip():  # which would be the current folder
+        raise UserError("the name of a file or folder is empty; name one, or leave the setting out")
     try:
         local = Path(path).expanduser()
         exists = local.exists()

@@ -50,7 +50,8 @@ class Sampling:
             keep their proportions, and get the smaller of both as their shorter side.
 
     Raises:
-        UserError: if there are no steps or pixels, one side is far longer than the other, or the guidance would never act in the steps.
+        UserError: if there are no steps or pixels, one side is far longer than the other, or the guidance would never
+            act in the steps.
     """
 
     steps: int = 50

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging
 
 from tokenlearn.data.interfaces import TaskWrapper
-from tokenlearn.errors import UserError, check_at_least
+from tokenlearn.errors import UserError, check_at_least, reason_of
 from tokenlearn.token_task import TokenTask
-from tokenlearn.tokens.checkpoint import checkpoint_about, read_checkpoint
+from tokenlearn.tokens.checkpoint import WAY_OUT, checkpoint_about, checkpoint_content, read_checkpoint
 
 _STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 _RESULTS = {
@@ -127,7 +129,7 @@ def _next_step(task: type, command: str) -> str:
 
 
 def checkpoint_path(path: str, task: type, *, resumes: bool) -> str:
-    """The path of a checkpoint that a task can load, with ``~`` expanded; addresses of remote files are not looked at.
+    """The path or address of a checkpoint that a task can load, with ``~`` expanded.
 
     Args:
         path: value of ``ckpt_path``.
@@ -143,10 +145,11 @@ def checkpoint_path(path: str, task: type, *, resumes: bool) -> str:
             f"ckpt_path '{path}' is known within a run alone; give the file, such as "
             f"outputs/NAME/TIME/checkpoints/{name}.ckpt"
         )
-    if "://" in path:
-        return path
-    local = Path(path).expanduser()
-    checkpoint = read_checkpoint(local)
+    if not path.strip():
+        raise UserError("ckpt_path is empty; give a .ckpt file that 'tokenlearn fit' wrote, or leave it out")
+    remote = "://" in path
+    local = path if remote else str(Path(path).expanduser())
+    checkpoint = _remote_checkpoint(path) if remote else read_checkpoint(local)
     if "pytorch-lightning_version" not in checkpoint:
         raise UserError(f"'{local}' is a checkpoint of another program; give a .ckpt file that 'tokenlearn fit' wrote")
     if issubclass(task, TokenTask | TaskWrapper):
@@ -156,7 +159,19 @@ def checkpoint_path(path: str, task: type, *, resumes: bool) -> str:
             f"checkpoint '{local}' has weights alone, so the fit cannot continue from it; start anew from its tokens "
             "with 'tokenlearn export' and model.tokens.initial_embeddings"
         )
-    return str(local)
+    return local
+
+
+def _remote_checkpoint(address: str) -> dict[str, Any]:
+    """Content of a checkpoint at an address such as ``s3://bucket/last.ckpt``."""
+    try:
+        with get_filesystem(address).open(address, "rb") as file:
+            content = io.BytesIO(file.read())
+    except ImportError:  # of the package for this kind of address, which the command line names
+        raise
+    except Exception as error:  # of as many kinds as there are kinds of addresses
+        raise UserError(f"cannot read the checkpoint at '{address}' ({reason_of(error)}); {WAY_OUT}") from error
+    return checkpoint_content(content, address)
 
 
 def check_seed(seed: bool | int) -> None:
@@ -183,7 +198,9 @@ def check_trainer(settings: Any) -> None:  # noqa: ANN401 - jsonargparse's names
     check_at_least("trainer", 0, gradient_clip_val=settings.get("gradient_clip_val"))
     interval = settings.get("val_check_interval")
     if interval == 0:
-        raise UserError("trainer.val_check_interval must be above 0, got 0; set trainer.limit_val_batches to 0 for none")
+        raise UserError(
+            "trainer.val_check_interval must be above 0, got 0; set trainer.limit_val_batches to 0 for none"
+        )
     strategy = settings.get("strategy")
     if isinstance(strategy, str) and "spawn" in strategy:
         raise UserError(f"trainer.strategy {strategy} cannot hand this run to its processes; set it to ddp")

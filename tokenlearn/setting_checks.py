@@ -212,6 +212,8 @@ class _Checks:
             if cls is None:
                 raise UserError(f"{path} has settings but no class; name it too, as in --{path} CLASS; {expected}")
         elif isinstance(name, str) and name:
+            if "." not in name and (advice := _advice(hint, name)):  # the nearest word beside the classes
+                raise UserError(f"{expected}, got {show(name)}{advice}")
             cls = self._resolve(path, bases, name, expected)
         else:
             raise UserError(f"{expected}, got the class_path {show(name)}{_quotes(name)}")
@@ -297,7 +299,9 @@ class _Checks:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
         if near:
             return f"did you mean {names[near[0]]}?"
-        return f"it has {', '.join(known)}" if known else "it has no settings; remove it, or name a class_path beside it"
+        return (
+            f"it has {', '.join(known)}" if known else "it has no settings; remove it, or name a class_path beside it"
+        )
 
     def _places(self, section: str) -> Iterator[str]:
         """Paths of all settings of a section's class."""

@@ -1,4 +1,4 @@
-"""``~`` is the home folder in every setting and argument that names a file or a folder."""
+"""``~`` is the home folder in every setting that names a file or a folder, and nothing is not the current one."""
 
 import json
 import shutil
@@ -109,6 +109,31 @@ def test_images_to_learn_from(home):
 def test_a_folder_where_an_image_is_expected(home):
     with pytest.raises(UserError, match="'~/photos' is a folder"):
         Pipeline(StableDiffusion("~/pipeline")).edit("~/photos", {})
+
+
+EMPTY = {
+    "a backbone": StableDiffusion,
+    "a pipeline": Pipeline.from_pretrained,
+    "a classifier": TimmClassifier,
+    "a CLIP": ClipModel,
+    "an aesthetic head": AestheticHead,
+    "images": lambda path: FolderImages(path, 16, 4),
+    "images to learn from": data_of,
+    "embedding files": lambda path: load_bank([path], [16]),
+    "a config": resolve_config,
+    "a checkpoint": lambda path: checkpoint_path(path, ClassTokens, resumes=False),
+    "an image that says how it was made": read_origin,
+}
+
+
+@pytest.mark.parametrize("path", ["", " "])
+@pytest.mark.parametrize("name", list(EMPTY))
+def test_no_path_is_not_the_current_folder(home, tmp_path, name, path):
+    Image.new("RGB", (24, 20)).save(tmp_path / "a.png")
+    with pytest.raises(UserError) as caught:
+        EMPTY[name](path)
+    assert ";" in str(caught.value)
+    assert len(str(caught.value)) < 200
 
 
 def test_the_same_model_in_two_spellings(home):

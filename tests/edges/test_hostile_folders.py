@@ -4,6 +4,7 @@ import io
 import json
 import re
 import struct
+import time
 import warnings
 import zlib
 
@@ -43,13 +44,17 @@ BROKEN_WEIGHTS = {"empty": b"", "text": b"oid sha256:0", "header": struct.pack("
 
 def line_of(load, folder):
     """Why loading does not end in one short line, None if it does."""
+    started = time.process_time()
     try:
         load(str(folder))
     except UserError as error:
-        return None if "\n" not in str(error) and len(str(error)) < 700 else f"a line of {len(str(error))}"
+        if "\n" in str(error) or len(str(error)) >= 700:
+            return f"a line of {len(str(error))}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:200]
-    return "loaded"
+    else:
+        return "loaded"
+    return "too slow" if time.process_time() - started > 10 else None
 
 
 def sweep(load, whole, files):
@@ -70,7 +75,7 @@ def sweep(load, whole, files):
     return failures, tried
 
 
-def test_every_malformed_pipeline_is_one_line(tiny_models, tmp_path, capsys):
+def test_every_malformed_pipeline_is_one_line(tiny_models, tmp_path, count_sweep):
     whole = copied(tiny_models / "pipeline", tmp_path / "pipeline")
     files = ["model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json"]
     failures, tried = sweep(StableDiffusion, whole, [*files, "scheduler/scheduler_config.json", *WEIGHTS.values()])
@@ -81,8 +86,7 @@ def test_every_malformed_pipeline_is_one_line(tiny_models, tmp_path, capsys):
         if (found := line_of(Pipeline.from_pretrained, whole)) is not None:
             failures[f"model_index.json of any family, {kind}"] = found
     (whole / "model_index.json").write_text(index)
-    with capsys.disabled():
-        print(f"\n{tried} malformed pipelines, {len(failures)} not refused in one line")
+    count_sweep("folders of pipelines", tried, failures)
     assert not failures
     assert tried >= 60
 
@@ -119,7 +123,7 @@ WRONG_VALUES = {
 """Values in the files of a pipeline that are of another type, or no model has."""
 
 
-def test_every_wrong_value_in_a_pipeline_is_one_line(tiny_models, tmp_path, capsys):
+def test_every_wrong_value_in_a_pipeline_is_one_line(tiny_models, tmp_path, count_sweep):
     whole = copied(tiny_models / "pipeline", tmp_path / "pipeline")
     failures, tried = {}, 0
     for file, settings in WRONG_VALUES.items():
@@ -131,13 +135,12 @@ def test_every_wrong_value_in_a_pipeline_is_one_line(tiny_models, tmp_path, caps
                 if (found := line_of(StableDiffusion, whole)) is not None:
                     failures[f"{file}: {name} of {value!r}"] = found
         (whole / file).write_text(good)
-    with capsys.disabled():
-        print(f"\n{tried} pipelines with a wrong value, {len(failures)} not refused in one line")
+    count_sweep("pipelines with a wrong value", tried, failures)
     assert not failures
     assert tried >= 50
 
 
-def test_every_malformed_classifier_and_clip_is_one_line(tmp_path, capsys):
+def test_every_malformed_classifier_and_clip_is_one_line(tmp_path, count_sweep):
     tried, failures = 0, {}
     classifier = tiny_classifier(tmp_path / "classifier", ["hat", "beard"])
     clip = tiny_clip(tmp_path / "clip")
@@ -150,10 +153,9 @@ def test_every_malformed_classifier_and_clip_is_one_line(tmp_path, capsys):
         found, count = sweep(load, folder, [file for file in files if (folder / file).is_file()])
         failures |= found
         tried += count
-    with capsys.disabled():
-        print(f"\n{tried} malformed classifiers and CLIPs, {len(failures)} not refused in one line")
-    # An image processor has defaults for everything.
-    assert set(failures) <= {"preprocessor_config.json, an empty object"}
+    failures.pop("preprocessor_config.json, an empty object", None)  # it has defaults for everything
+    count_sweep("folders of classifiers and CLIPs", tried, failures)
+    assert not failures
     assert tried >= 25
 
 
@@ -218,7 +220,7 @@ def bad_images(folder):
     return [*contents, "thin.png", "tall.png", "float.tiff"]
 
 
-def test_every_bad_image_is_one_line(tmp_path, capsys):
+def test_every_bad_image_is_one_line(tmp_path, count_sweep):
     names = bad_images(tmp_path)
     images = FolderImages(str(tmp_path), 16, 4)
     assert len(images.names) == len(names)
@@ -237,8 +239,7 @@ def test_every_bad_image_is_one_line(tmp_path, capsys):
         else:
             if name not in ("thin", "tall"):  # which are cropped to a square
                 failures[name] = "read for training"
-    with capsys.disabled():
-        print(f"\n{len(names)} bad images, {len(failures)} not refused in one line")
+    count_sweep("images", len(names), failures)
     assert not failures
     assert len(names) >= 100
 

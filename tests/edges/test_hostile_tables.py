@@ -69,7 +69,8 @@ def outcome_of(source, streaming=False):
             assert len(line) < 400, line
             assert ";" in line, f"no way out in: {line}"
             found = "refused"
-    assert time.process_time() - started < 20
+    if time.process_time() - started > 20:
+        return "too slow"
     said = {word for warning in caught for word in ("taken for", "no 0 for") if word in str(warning.message)}
     return (found, said) if said else found
 
@@ -99,7 +100,7 @@ WHOLE = [
 ]
 
 
-def test_every_malformed_parquet_file(tmp_path, capsys):
+def test_every_malformed_parquet_file(tmp_path, count_sweep):
     contents = {f"damaged, {name}": content for name, content in damaged_files()}
     contents |= {f"columns, {name}": parquet(content) for name, content in other_columns()}
     contents |= {f"images, {name}": parquet(table(column)) for name, column in other_images()}
@@ -110,8 +111,7 @@ def test_every_malformed_parquet_file(tmp_path, capsys):
         path = tmp_path / f"{index}.parquet"
         path.write_bytes(content)
         failures |= wrong_outcomes(name, path, expected.get(name, ["refused"] * 2))
-    with capsys.disabled():
-        print(f"\n{len(contents)} malformed parquet files in two ways, {len(failures)} with another outcome")
+    count_sweep("parquet files, whole and streamed", 2 * len(contents), failures)
     assert not failures
     assert len(contents) >= 60
 
@@ -155,7 +155,7 @@ METADATA = {
 }
 
 
-def test_every_malformed_metadata(tmp_path, capsys):
+def test_every_malformed_metadata(tmp_path, count_sweep):
     failures = {}
     for index, (name, (file, content, right)) in enumerate(METADATA.items()):
         folder = tmp_path / str(index)
@@ -164,8 +164,7 @@ def test_every_malformed_metadata(tmp_path, capsys):
             (folder / image).write_bytes(encoded)
         (folder / file).write_text(content)
         failures |= wrong_outcomes(name, folder, [right] * 2)
-    with capsys.disabled():
-        print(f"\n{len(METADATA)} malformed metadata in two ways, {len(failures)} with another outcome")
+    count_sweep("metadata of folders, whole and streamed", 2 * len(METADATA), failures)
     assert not failures
 
 

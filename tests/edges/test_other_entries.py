@@ -13,12 +13,16 @@ from tests.edges.model_folders import copied, with_json
 from tests.edges.test_silent_nonsense_models import LATENTS
 from tests.tiny import tiny_classifier
 from tokenlearn.errors import UserError
-from tokenlearn.generation import Sega
+from tokenlearn.files import atomic_write
+from tokenlearn.generation import Edit, Sega
 from tokenlearn.guidance import SemanticEdit
+from tokenlearn.inspection import inspect
 from tokenlearn.main import _mistake
 from tokenlearn.models import StableDiffusion
 from tokenlearn.models.classifier import TimmClassifier
 from tokenlearn.pipeline import Pipeline, Sampling
+from tokenlearn.tokens import save_embedding
+from tokenlearn.tokens.files.writing import file_names
 
 
 @pytest.mark.parametrize(("name", "package"), [("DPMSolverSDE", "torchsde"), ("LMSDiscrete", "scipy")])
@@ -115,3 +119,38 @@ def test_settings_of_the_trainer_that_cannot_be(tiny_config, capsys, option):
     value = "true" if option == "barebones" else "false"
     line = error_of(["fit", "--config", tiny_config(), f"--trainer.{option}", value], capsys)
     assert option in line
+
+
+def test_names_that_are_too_long_for_a_file_are_refused_at_once(tiny_models, tmp_path):
+    long = "hat " * 80
+    backbone = StableDiffusion(str(tiny_models / "pipeline"))
+    calls = {
+        "the edit of model.edits": lambda: Sega(
+            backbone, edits=[SemanticEdit(concept=long, warmup_steps=0)], prompts=["a man"]
+        ),
+        "the edit": lambda: Edit(
+            backbone, prompts=["a man"], edits=[{f"<{letter * 90}>": 1.5 for letter in ("a", "b", "c")}]
+        ),
+        "the token of": lambda: file_names([f"<{'a' * 300}>"]),
+    }
+    for words, call in calls.items():
+        with pytest.raises(UserError, match=rf"{words}.* gives a file name of \d+ bytes.*; give a shorter name"):
+            call()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(UserError, match="give a shorter name"), atomic_write(folder / ("a" * 300)):
+        pass
+
+
+def test_inspecting_a_file_whose_model_has_an_impossible_name(tmp_path, capsys):
+    about = {"base_model": "m" * 100_000, "vocabulary_hash": "x"}
+    inspect([str(save_embedding(tmp_path / "b.safetensors", "<b>", [torch.ones(1, 16)], about))])
+    page = capsys.readouterr().out
+    assert "<b>" in page
+    assert max(map(len, page.splitlines())) < 400
+
+
+def test_edits_of_semantic_guidance_as_in_yaml(tiny_models):
+    backbone = StableDiffusion(str(tiny_models / "pipeline"))
+    task = Sega(backbone, edits=[{"concept": "hat", "warmup_steps": 0}], prompts=["a man"])
+    assert task.edits == [SemanticEdit(concept="hat", warmup_steps=0)]

@@ -2,8 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -101,29 +100,38 @@ def refusal(cls: type, name: str, value: Any) -> str | None:
     return None
 
 
-@pytest.mark.parametrize(("cls", "name"), CASES, ids=[f"{cls.__name__}-{name}" for cls, name in CASES])
-def test_wrong_types_nulls_and_misspellings(cls: type, name: str):
+def mistakes(cls: type, name: str) -> Iterator[tuple[str, Any, list[str]]]:
+    """Wrong settings for a setting: name, value, and what the line must say."""
     parameter = constructor_settings(cls)[name]
-    line = refusal(cls, name, NONSENSE)
-    assert line is not None, "a nested mapping is taken"
-    assert line.startswith(f"section.{name}")
+    yield name, NONSENSE, [f"section.{name}"]
     if type(None) not in members(parameter.annotation) and parameter.default is not None:
-        line = refusal(cls, name, None)
-        assert line is not None, "null is taken"
-        assert line.startswith(f"section.{name} must be")
-        assert "got null" in line
-    line = refusal(cls, f"{name}{name[-1]}", 1)
-    assert line is not None, "a misspelling is taken"
-    assert f"has no setting '{name}{name[-1]}'" in line
-    assert name in line.partition(";")[2]
+        yield name, None, [f"section.{name} must be", "got null"]
+    misspelt = f"{name}{name[-1]}"
+    yield misspelt, 1, [f"has no setting '{misspelt}'", "; ", name]
 
 
-def test_the_sweep_is_of_every_setting(capsys):
-    """Three values of each setting here, and two below of each that takes numbers or may be empty."""
-    with capsys.disabled():
-        print(
-            f"\n{len(CASES)} settings of {len(GROUPS)} classes, {3 * len(CASES)} wrong ones and {len(VALUES)} values"
-        )
+def fault_of(cls: type, name: str, value: Any, words: list[str]) -> str | None:
+    """What is wrong with the answer to a wrong setting, None for one line that says the words."""
+    try:
+        line = refusal(cls, name, value)
+    except Exception as error:  # what is tested for
+        return f"{type(error).__name__}: {error}"
+    if line is None:
+        return "loaded"
+    missing = [word for word in words if word not in line]
+    return f"a line without {missing}: {line}" if missing else None
+
+
+@pytest.mark.parametrize(("cls", "name"), CASES, ids=[f"{cls.__name__}-{name}" for cls, name in CASES])
+def test_wrong_types_nulls_and_misspellings(cls: type, name: str, count_sweep: Callable):
+    tried = list(mistakes(cls, name))
+    faults = {f"{key}: {value!r}": fault_of(cls, key, value, words) for key, value, words in tried}
+    failures = {case: fault for case, fault in faults.items() if fault is not None}
+    count_sweep("settings: wrong types, nulls, misspellings", len(tried), failures)
+    assert not failures
+
+
+def test_the_sweep_is_of_every_setting():
     assert len(CASES) > 150
     assert set(METHODS) <= set(GROUPS)
     assert {"Sampling", "TokenSettings", "LastK", "EDICT", "ClassifierLoss", "SEGA"} <= {
@@ -195,17 +203,23 @@ VALUE_NAMES = [f"{cls.__name__}-{name}-{value!r}" for cls, name, value in VALUES
 
 
 @pytest.mark.parametrize(("cls", "name", "value"), VALUES, ids=VALUE_NAMES)
-def test_negative_numbers_and_empty_values(cls: type, name: str, value: Any, parts: Mapping[str, Any], tmp_path: Path):
+def test_negative_numbers_and_empty_values(
+    cls: type, name: str, value: Any, parts: Mapping[str, Any], count_sweep: Callable
+):
     settings = constructor_settings(cls)
     arguments = {key: parts[key] for key, found in settings.items() if found.default is inspect.Parameter.empty}
     if cls is tl.GeneratedDataModule:
         arguments["batches_per_epoch"] = 1
+    fault = None
     try:
         cls(**arguments | {name: value})
     except UserError as error:
         line = str(error)
-        assert "\n" not in line
-        assert len(line) < LONGEST
+        fault = None if "\n" not in line and len(line) < LONGEST else f"a line of {len(line)}: {line}"
+    except Exception as error:  # what is tested for
+        fault = f"{type(error).__name__}: {error}"
     else:
-        number = isinstance(value, int | float)
-        assert not number or name in MAY_BE_NEGATIVE, f"{cls.__name__}.{name} takes {value}"
+        if isinstance(value, int | float) and name not in MAY_BE_NEGATIVE:
+            fault = "loaded"
+    count_sweep("settings: negative numbers, empty values", 1, {} if fault is None else {name: fault})
+    assert fault is None

@@ -232,3 +232,25 @@ def test_images_of_unknown_white_are_skipped_with_a_count(faces):
     Image.fromarray(np.full((24, 20), 300.0, dtype=np.float32)).save(faces / "float.tiff")
     with pytest.warns(UserWarning, match=r"skipped 1 of the images in .*float\.tiff.*convert it to 8 bits"):
         assert len(opened_as_is(faces)) == 12
+
+
+@pytest.mark.parametrize("table", ["labels.csv", "annotations.jsonl"])
+def test_tables_of_labels_that_are_not_read_are_named(faces, table):
+    (faces / table).write_text("file,smile\n00.png,1\n")
+    expected = rf"column 'smile', which the data do not have; .*; '{table}' is not read: .* metadata\.csv"
+    with pytest.raises(UserError, match=expected):
+        opened(faces, labels=LabelColumns(columns={"smile": "smile"}))
+
+
+def test_metadata_above_the_folder_of_the_split(tmp_path):
+    saved(tmp_path / "data" / "train" / "a.png")
+    (tmp_path / "data" / "metadata.csv").write_text("file_name,smile\ntrain/a.png,1\n")
+    with pytest.raises(UserError, match=r"'metadata\.csv' is not read: .* beside the images"):
+        opened(tmp_path / "data", labels=LabelColumns(columns={"smile": "smile"}))
+
+
+def test_metadata_that_is_read_is_not_said_to_be_unread(faces):
+    with_labels(faces, [1] * 12)
+    with pytest.raises(UserError, match="column 'smiling', which the data do not have") as caught:
+        opened(faces, labels=LabelColumns(columns={"smile": "smiling"}))
+    assert "is not read" not in str(caught.value)

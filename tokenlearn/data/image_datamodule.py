@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenlearn.data.batches import ImageBatch
 from tokenlearn.data.broken_images import broken_rows
 from tokenlearn.data.image_samples import ImageLoader, ImageReading, ImageSample, collate_images
-from tokenlearn.data.image_source import ImageSource, is_portraits, open_images, scenes_of
+from tokenlearn.data.image_source import ImageSource, is_portraits, open_images, scenes_of, where_labels_go
 from tokenlearn.data.interfaces import DrawnImages, ImageConsumer, LabelledImages, consumer_of, trainer_of
 from tokenlearn.data.labels import Label, LabelColumns, check_first_label_values, check_label_values, read_labels
 from tokenlearn.data.latent_cache import LatentCache, LatentCaching, build_latents, in_full_batches
@@ -135,7 +135,10 @@ class ImageDataModule(L.LightningDataModule, LabelledImages, DrawnImages):
         size = self._size()
         self._found = self._open()
         dataset = self._found.open()
-        self._labels = read_labels(dataset, self.labels)
+        try:
+            self._labels = read_labels(dataset, self.labels)
+        except UserError as error:
+            raise UserError(f"{error}{where_labels_go(self.source, dataset.features)}") from None
         # Prepared images have been checked before, and portraits are never broken.
         may_skip = self.images.broken == "skip" and self.streaming and not self._found.portraits
         self._load = ImageLoader(self.source, self.images, self._labels, size, may_skip, self.seed)

@@ -18,6 +18,8 @@ from tokenlearn.errors import UserError, reason_of, shown
 from tokenlearn.notices import warn_once
 from tokenlearn.paths import resolve
 
+_TABLES = (".csv", ".json", ".jsonl", ".tsv", ".xlsx")
+
 if TYPE_CHECKING:
     from tokenlearn.data.portraits import Scene
 
@@ -277,3 +279,22 @@ def _explained(source: str, split: str) -> Iterator[None]:
         raise UserError(
             f"cannot load split '{split}' of the data '{source}' ({reason}); check data.source and data.split"
         ) from error
+
+
+def where_labels_go(source: str, columns: Collection[str]) -> str:
+    """The rest of a message about labels that are not there: a table in the folder of the images that is not read.
+
+    Args:
+        source: as in :func:`open_images`.
+        columns: what the data have.
+    """
+    folder = Path(resolve(source)).expanduser()
+    tables = sorted(path.name for path in folder.glob("*") if path.suffix in _TABLES) if folder.is_dir() else []
+    if set(columns) - {"image", "label"}:  # those of the metadata, which is read
+        tables = [name for name in tables if not name.startswith("metadata.")]
+    if not tables:
+        return ""
+    return (
+        f"; '{tables[0]}' is not read: labels of a folder are in metadata.csv or metadata.jsonl beside the images, "
+        "with their names in a column file_name"
+    )

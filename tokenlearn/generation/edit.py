@@ -10,7 +10,7 @@ import torch
 
 from tokenlearn.data.images_to_edit import EditableImage
 from tokenlearn.editing import Editing, ImageEditor, source_of, strengths_of
-from tokenlearn.errors import UserError, check_at_least, check_template
+from tokenlearn.errors import UserError, check_at_least, check_file_name, check_template
 from tokenlearn.generation.base import ImageBatches, batches_to_edit, images_to_edit, unfinished
 from tokenlearn.generation.results import EditResult, EditTask, ResultPlan, file_stem
 from tokenlearn.models import DiffusionBackbone
@@ -167,6 +167,8 @@ def _check_edits(edits: Sequence[Mapping[str, float]], interpolations: Mapping[s
         if not math.isfinite(scale):
             raise UserError(f"the scale of '{token}' must be a finite number, got {scale}")
     names = [edit_name(edit) for edit in edits]
+    for name in names:
+        check_file_name(name, "the edit of model.edits")
     if (twice := next((name for name in names if names.count(name) > 1 or not name), None)) is not None:
         raise UserError(f"model.edits has '{twice}' twice or an edit without a token; remove it")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenlearn.data.images_to_edit import EditableImage
 from tokenlearn.diffusion import GridSolver
 from tokenlearn.editing import Editing, ImageEditor
-from tokenlearn.errors import UserError, check_at_least
+from tokenlearn.errors import UserError, check_at_least, check_file_name
 from tokenlearn.generation.base import ImageBatches, batches_to_edit, images_to_edit, unfinished
 from tokenlearn.generation.results import BEFORE, EditResult, EditTask, ResultPlan, file_stem
 from tokenlearn.guidance import SEGA, GuidedModel, RecordedGuidance, SemanticEdit
@@ -88,6 +88,8 @@ class Sega(TokenTask, EditTask):
     ) -> None:
         super().__init__(backbone, sampling)
         self.paste = paste
+        # In Python, as in YAML, the settings of an edit may be a mapping.
+        edits = [SemanticEdit(**edit) if isinstance(edit, Mapping) else edit for edit in edits]
         self.load_embeddings(embeddings, check_vocabulary)
         self.images = images_to_edit(images, prompts, seeds, backbone=backbone, sampling=sampling)
         check_at_least("model", 1, batch_size=batch_size)
@@ -120,6 +122,8 @@ class Sega(TokenTask, EditTask):
                 f"model.edits has one of the name '{unnamed}', of which no folder can be made; give it another name, "
                 "with letters or digits"
             )
+        for name in names:
+            check_file_name(name, "the edit of model.edits")
         if images is None and BEFORE in names:
             raise UserError(f"model.edits has one of the name '{BEFORE}', as the images without an edit; rename it")
         if twice := next((name for name in names if names.count(name) > 1), None):

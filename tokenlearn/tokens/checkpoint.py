@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ _ENTRIES: dict[str, type | tuple[type, ...]] = {
     "embedding_widths": (list, tuple),
     "metadata": dict,
 }
+WAY_OUT = "give a .ckpt file that 'tokenlearn fit' wrote"
+"""What to do about a file that is no checkpoint."""
+
 _EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")
 
 
@@ -38,7 +41,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         UserError: if there is no such file, or it is no checkpoint.
     """
     file = Path(path)
-    way_out = "give a .ckpt file that 'tokenlearn fit' wrote"
+    way_out = WAY_OUT
     if file.is_dir():
         inside = next((found for name in ("last.ckpt", "*.ckpt") for found in sorted(file.rglob(name))), None)
         raise UserError(f"checkpoint '{file}' is a folder; {f'it has {inside}' if inside else way_out}")
@@ -48,13 +51,26 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"checkpoint '{file}' is no regular file; {way_out}")
     if file.suffix in _EMBEDDING_SUFFIXES:
         raise UserError(f"checkpoint '{file}' is an embedding file by its name; give it as an embedding, or {way_out}")
+    return checkpoint_content(file, str(file))
+
+
+def checkpoint_content(file: Path | IO[bytes], name: str) -> dict[str, Any]:
+    """Content of a checkpoint, read without running code of it.
+
+    Args:
+        file: its file, or its bytes.
+        name: what it is in messages.
+
+    Raises:
+        UserError: if it is no checkpoint.
+    """
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever bytes of another kind of file lead to
         kind = type(error).__name__
-        raise UserError(f"checkpoint '{file}' cannot be read ({kind}); it may be truncated; {way_out}") from error
+        raise UserError(f"checkpoint '{name}' cannot be read ({kind}); it may be truncated; {WAY_OUT}") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise UserError(f"'{file}' is no checkpoint: it has no state_dict; {way_out}")
+        raise UserError(f"'{name}' is no checkpoint: it has no state_dict; {WAY_OUT}")
     return content
 
 

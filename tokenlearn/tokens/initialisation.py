@@ -35,8 +35,8 @@ def vectors_from_words(
         (n, width) float32 copies, without gradient.
 
     Raises:
-        UserError: if ``words`` is empty, a token or unknown to the vocabulary, or ``num_vectors`` is below 1 or between 1 and
-            the number of units.
+        UserError: if ``words`` is empty, a token or unknown to the vocabulary, or ``num_vectors`` is below 1 or
+            between 1 and the number of units.
     """
     if (token := _TOKEN.search(words)) is not None:
         raise UserError(

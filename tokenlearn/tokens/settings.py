@@ -27,8 +27,8 @@ class TokenSettings:
             from the first content token on.
 
     Raises:
-        UserError: if a token would have no vector or far more than a prompt takes, or start from no word, a text has braces other than ``{}``, or a setting is of the input
-            space alone.
+        UserError: if a token would have no vector or far more than a prompt takes, or start from no word, a text has
+            braces other than ``{}``, or a setting is of the input space alone.
     """
 
     placeholder: str = "<{}>"
@@ -43,7 +43,9 @@ class TokenSettings:
         if self.num_vectors > MOST_VECTORS:
             raise UserError(f"tokens.num_vectors must be at most {MOST_VECTORS}, got {self.num_vectors}")
         if self.initial_words is not None and not self.initial_words.strip():
-            raise UserError("tokens.initial_words is empty; name a word, such as a, or set it to null to search for one")
+            raise UserError(
+                "tokens.initial_words is empty; name a word, such as a, or set it to null to search for one"
+            )
         check_braces(self.placeholder, "tokens.placeholder", "class")
         check_braces(self.initial_words or "", "tokens.initial_words", "class")
         if self.space != "input" and (self.hold_norms or self.num_vectors != 1):

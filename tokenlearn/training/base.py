@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -230,7 +230,8 @@ class TokenTraining(TokenTask):
         if not self.trainer.strategy.reduce_boolean_decision(bool(loss.isfinite())):
             raise UserError(
                 f"the loss is not finite at step {self.global_step}; the last exported embedding files stay as they "
-                "are: lower the learning rate, or clip gradients with --trainer.gradient_clip_val 1"
+                "are: lower the learning rate, clip gradients with --trainer.gradient_clip_val 1, or set "
+                "trainer.precision to bf16-mixed or 32-true"
             )
         return loss
 
@@ -295,7 +296,9 @@ class TokenTraining(TokenTask):
         try:
             super().lr_scheduler_step(scheduler, metric)
         except (ArithmeticError, IndexError, ValueError) as error:
-            raise UserError(f"model.lr_scheduler cannot make a step ({reason_of(error)}); correct its settings") from error
+            raise UserError(
+                f"model.lr_scheduler cannot make a step ({reason_of(error)}); correct its settings"
+            ) from error
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's union of forms
         """Optimizer of the token vectors, and the scheduler of its learning rate."""

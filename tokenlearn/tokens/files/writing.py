@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tokenlearn.errors import UserError
+from tokenlearn.errors import UserError, check_file_name
 from tokenlearn.files import atomic_write
 from tokenlearn.paths import bundled_root
 from tokenlearn.tokens.files.base import (
@@ -82,11 +82,13 @@ def file_names(tokens: Iterable[str]) -> list[str]:
     """The file name of each token's embedding file.
 
     Raises:
-        UserError: if two tokens give the same file name, so that one would replace the other, or one gives none.
+        UserError: if two tokens give the same file name, so that one would replace the other, or one gives none, or
+            one that is too long.
     """
     named: dict[str, str] = {}
     for token in tokens:
         name = embedding_file_name(token)
+        check_file_name(name, "the token of")
         if name in named:
             raise UserError(f"the tokens '{named[name]}' and '{token}' both give the file '{name}'; rename one")
         named[name] = token
