@@ -123,7 +123,8 @@ def test_offline_uses_the_cache(hub, tokens, monkeypatch):
         tl.load_tokens("me/other", endpoint=hub.address)
 
 
-def test_nobody_answers(tokens):
+def test_nobody_answers(tokens, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
     with running_hub() as hub:
         address = hub.address
     for call in (lambda: tl.load_tokens(REPO, endpoint=address), lambda: tokens.push_to_hub(REPO, endpoint=address)):

@@ -90,7 +90,7 @@ def push(
         api.create_repo(repo_id, private=private, exist_ok=True)
         old = _card_there(api, repo_id)
         if old is None or _MARK in old.content:
-            kept = license or (None if old is None else old.data.license)
+            kept = license or (None if old is None else old.data.get("license"))
             files = [file for path in paths for file in read_tokens(path)]
             (folder / CARD).write_text(str(model_card(files, repo_id, kept)), encoding="utf-8")
         else:
