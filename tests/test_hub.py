@@ -98,6 +98,11 @@ def test_a_later_push_replaces_its_own_card_and_no_other(hub, tokens, capsys):
     assert "was not written by tokenlearn and is left" in capsys.readouterr().err
 
 
+def test_a_repository_without_its_owner_is_the_users_own(hub, tokens):
+    assert tokens.push_to_hub("mine", token=WRITE, endpoint=hub.address) == f"{hub.address}/me/mine"
+    assert "README.md" in hub.repositories["me/mine"]
+
+
 def test_repositories_of_others(hub, tmp_path):
     """One token in two forms, a whole model beside it, and a pickle of the early days."""
     vectors = torch.ones(1, 768)
