@@ -98,6 +98,11 @@ def test_a_later_push_replaces_its_own_card_and_no_other(hub, tokens, capsys):
     assert "was not written by tokenlearn and is left" in capsys.readouterr().err
 
 
+def test_a_repository_without_its_owner_is_the_users_own(hub, tokens):
+    assert tokens.push_to_hub("mine", token=WRITE, endpoint=hub.address) == f"{hub.address}/me/mine"
+    assert "README.md" in hub.repositories["me/mine"]
+
+
 def test_repositories_of_others(hub, tmp_path):
     """One token in two forms, a whole model beside it, and a pickle of the early days."""
     vectors = torch.ones(1, 768)
@@ -123,7 +128,8 @@ def test_offline_uses_the_cache(hub, tokens, monkeypatch):
         tl.load_tokens("me/other", endpoint=hub.address)
 
 
-def test_nobody_answers(tokens):
+def test_nobody_answers(tokens, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
     with running_hub() as hub:
         address = hub.address
     for call in (lambda: tl.load_tokens(REPO, endpoint=address), lambda: tokens.push_to_hub(REPO, endpoint=address)):

@@ -87,10 +87,10 @@ def push(
     with tempfile.TemporaryDirectory() as name, _one_line(repo_id, api.endpoint):
         folder = Path(name)
         paths = tokens.save(folder, format)
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with its owner
         old = _card_there(api, repo_id)
         if old is None or _MARK in old.content:
-            kept = license or (None if old is None else old.data.license)
+            kept = license or (None if old is None else old.data.get("license"))
             files = [file for path in paths for file in read_tokens(path)]
             (folder / CARD).write_text(str(model_card(files, repo_id, kept)), encoding="utf-8")
         else:
@@ -152,9 +152,8 @@ def _judged(files: Sequence[EmbeddingFile]) -> list[str]:
     keys = sorted({key for file in files for key in file.metadata if key.startswith("judged_")})
     if not keys:
         return []
-    about = ["class", "judge"]
     rows = [
-        [_code(file.token), *(_cell(file.metadata.get(key, "-")) for key in (about[0], *keys, about[1]))]
+        [_code(file.token), *(_cell(file.metadata.get(key, "-")) for key in ("class", *keys, "judge"))]
         for file in files
     ]
     note = "The judge is a classifier that the tokens were not trained on. Each figure is its score on fresh images."

@@ -14,10 +14,11 @@ from diffusers.modular_pipelines.stable_diffusion_3.encoders import encode_promp
 
 import tokenlearn as tl
 from tests.integrations.tiny_sd3 import tiny_sd3_pipeline
-from tests.tiny_xl import tiny_xl_pipeline
+from tests.tiny_xl import WIDTHS, tiny_xl_pipeline
 from tokenlearn.errors import UserError
 from tokenlearn.guidance import SEGA, GuidanceRule, SemanticEdit, SemanticGuidance
 from tokenlearn.integrations import diffusers as integration
+from tokenlearn.tokens.files import load_embedding, save_embedding
 
 STEPS, SCALE, SEEDS = 4, 5.0, [3, 4]
 PROMPTS = ["a portrait of a man", "a woman with long curls"]
@@ -48,12 +49,17 @@ def xl_folder(tmp_path_factory):
     return tiny_xl_pipeline(tmp_path_factory.mktemp("xl"))
 
 
-@pytest.fixture(scope="module")
-def xl(xl_folder):
-    parts = StableDiffusionXLPipeline.from_pretrained(xl_folder, add_watermarker=False).components
+def modular_xl(folder):
+    """A folder's pipeline as a modular one."""
+    parts = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False).components
     pipe = StableDiffusionXLAutoBlocks().init_pipeline()
     pipe.update_components(**{name: part for name, part in parts.items() if part is not None})
     return pipe
+
+
+@pytest.fixture(scope="module")
+def xl(xl_folder):
+    return modular_xl(xl_folder)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +123,27 @@ def test_flow_family_equals_a_written_out_loop(sd3):
     expected = _Loop(sd3, rule).run(["glasses", "king", "man"])
     found = latents_of(sd3, integration.SemanticGuidance(edits(8), SCALE))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_learned_tokens_are_concepts(xl_folder, tmp_path):
+    """Loaded as diffusers loads them, a token of two vectors for each encoder guides as it does in tokenlearn."""
+    generator = torch.Generator().manual_seed(5)
+    vectors = [torch.randn(2, width, generator=generator) for width in WIDTHS]
+    path = save_embedding(tmp_path / "robot.safetensors", "<robot>", vectors, {})
+    pipe = modular_xl(xl_folder)
+    for part, stored in zip(("", "_2"), load_embedding(path).vectors, strict=True):
+        encoder, tokenizer = getattr(pipe, f"text_encoder{part}"), getattr(pipe, f"tokenizer{part}")
+        pipe.load_textual_inversion({"<robot>": stored}, text_encoder=encoder, tokenizer=tokenizer)
+    # Without this, their pooled row is the state at the placeholder.
+    pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
+    robot = {"concept": "a <robot>", "scale": 8} | MOVED
+    ours = tl.Pipeline.from_pretrained(str(xl_folder), tokens=str(path), sampling=tl.Sampling(steps=STEPS))
+    with torch.no_grad():
+        expected = ours.sample_latents(
+            SEEDS, ours.guided_model(ours.encode(PROMPTS), SEGA([SemanticEdit(**robot)], SCALE))
+        )
+    found = latents_of(pipe, integration.SemanticGuidance([robot], SCALE))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_second_image_does_not_remember_the_first(xl):

@@ -76,7 +76,7 @@ class WordTable:
         weight = input_embedding(self._text_encoder).weight
         rows = weight[: len(self._tokenizer)]  # T5's table has spare rows
         wanted = nn.functional.normalize(vectors.to(weight.device, torch.float32))
-        parts = rows.split(_ROWS_AT_ONCE)
+        parts = torch.split(rows, _ROWS_AT_ONCE)
         cosines = torch.cat([nn.functional.normalize(part.float()) @ wanted.T for part in parts])
         ids = cosines.topk(min(count, len(rows)), dim=0).indices.T.flatten().tolist()
         return [str(unit) for unit in self._tokenizer.convert_ids_to_tokens(list(dict.fromkeys(ids)))]
@@ -221,7 +221,8 @@ def _stored_sketches(entry: Mapping[str, Any]) -> dict[str, Array]:
 
 def _cosine(one: Array, other: Array) -> float:
     first, second = one.astype(np.float64), other.astype(np.float64)
-    return float(first @ second / max(np.linalg.norm(first) * np.linalg.norm(second), 1e-12))
+    lengths = float(np.linalg.norm(first)) * float(np.linalg.norm(second))
+    return float(first @ second) / max(lengths, 1e-12)
 
 
 def _signs(width: int) -> Array:
