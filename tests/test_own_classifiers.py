@@ -194,7 +194,8 @@ def test_one_class_is_not_enough(photos, tmp_path, capsys):
     [
         ("photo,label\na.png,x\n", ["no column of images", "path,label"]),
         ("path,label\n", ["no rows"]),
-        ("path,label\na.png,x,y\n", ["line 2", "double quotes"]),
+        ("path,label\n" + "a" * 200_000 + ",x\n", ["cannot read the table", "field"]),
+        ("path,label\na.png,x,y\n", ["row 1", "double quotes"]),
     ],
 )
 def test_wrong_tables_are_one_line(tmp_path, capsys, text, words):

@@ -115,13 +115,13 @@ def classifier(
     """
     start = time.monotonic()
     check_at_least("classifier", 8, size=size)
-    if not 0 < test_share < 0.9:
-        raise UserError(f"test_share must be above 0 and below 0.9, got {test_share}")
+    if not 0 < test_share <= 0.5:
+        raise UserError(f"test_share must be above 0 and at most 0.5, got {test_share}")
     if guide.partition(".")[0] == judge.partition(".")[0]:
         raise UserError(
             f"guide and judge are both {guide}, and must be of different architectures; name another judge"
         )
-    common = {
+    common: dict[str, Any] = {
         "pretrained": pretrained,
         "steps": steps,
         "batch_size": batch_size,

@@ -28,7 +28,7 @@ def read_image_table(path: Path) -> tuple[Any, str]:
         fingerprint of the table and of names, sizes and times of the images.
 
     Raises:
-        UserError: if the file cannot be read, has no column of paths, or a line has more entries than columns.
+        UserError: if the file cannot be read, has no column of paths, or a row has more entries than columns.
     """
     import datasets  # type: ignore[import-untyped]
 
@@ -36,9 +36,10 @@ def read_image_table(path: Path) -> tuple[Any, str]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the table '{path}' ({reason_of(error)}); save it as CSV in UTF-8") from error
-    delimiter = max(_DELIMITERS, key=text.partition("\n")[0].count)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey="")
-    names = list(reader.fieldnames or ())
+    try:
+        names, rows = _rows(text)
+    except csv.Error as error:
+        raise UserError(f"cannot read the table '{path}' ({reason_of(error)}); save it as CSV in UTF-8") from error
     column = next((name for name in PATH_COLUMNS if name in names), None)
     if column is None:
         raise UserError(
@@ -46,10 +47,10 @@ def read_image_table(path: Path) -> tuple[Any, str]:
             "line 'path,label'"
         )
     columns: dict[str, list[str | None]] = {name: [] for name in names if name}
-    for row in reader:
+    for number, row in enumerate(rows, 1):
         if "" in row and any(row[""] or ()):
             raise UserError(
-                f"line {reader.line_num} of the table '{path}' has more entries than the first line has columns; put "
+                f"row {number} of the table '{path}' has more entries than the first line has columns; put "
                 "entries with a comma in double quotes"
             )
         for name, entries in columns.items():
@@ -62,6 +63,13 @@ def read_image_table(path: Path) -> tuple[Any, str]:
         digest.update(_stamp(Path(image)).encode())
     texts = datasets.Features({name: datasets.Value("string") for name in ("image", *columns)})
     return datasets.Dataset.from_dict({"image": images, **columns}, features=texts), digest.hexdigest()
+
+
+def _rows(text: str) -> tuple[list[str], list[dict[str, Any]]]:
+    """Names of the columns, and each row by them; what is superfluous in a row is a list below an empty name."""
+    delimiter = max(_DELIMITERS, key=text.partition("\n")[0].count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey="")
+    return list(reader.fieldnames or ()), list(reader)
 
 
 def _stamp(image: Path) -> str:

@@ -35,6 +35,7 @@ from tokenlearn.objectives import ClassifierLoss, require_judge_differs
 from tokenlearn.pipeline import Pipeline, Sampling, finished, to_images
 from tokenlearn.progress import Meter
 from tokenlearn.quiet import quiet
+from tokenlearn.stopping import Stopped
 from tokenlearn.tokens import Embeddings
 
 ACCURACY, EVALUATIONS, COST, SECONDS = "accuracy", "evaluations", "cost", "seconds"
@@ -151,8 +152,13 @@ def compare(
     )
     parts = _parts(methods, list(described), prompts, first_seed, images, batch_size)
     comparison = _Comparison(folder, compared, judging)
-    with quiet():
-        comparison.make(parts)
+    try:
+        with quiet():
+            comparison.make(parts)
+    except Stopped as stopped:
+        done, total = comparison.number_done(parts), images * len(methods) * len(described)
+        message = f"{done} of {total} images are done; the same command makes the others"
+        raise Stopped(stopped.received, message) from None
     table = comparison.table(parts, methods, list(described))
     whole = json_hash([comparison.key(part) for part in parts])
     table.write(folder, whole)
@@ -189,13 +195,16 @@ class _Comparison:
         """Hash of what the measurements of a part depend on."""
         return json_hash([self._model, self.methods.key(part.method, part.name), part.templates, part.seeds])
 
+    def number_done(self, parts: Sequence[Part]) -> int:
+        """Images that were made with these settings."""
+        return sum(len(part.seeds) for part in parts if self._records(part) is not None)
+
     def make(self, parts: Sequence[Part]) -> None:
         """Make and judge the parts that are not there yet."""
         if any(part.method == "word" for part in parts):
             self._find_words()
         missing = [part for part in parts if self._records(part) is None]
-        total = sum(len(part.seeds) for part in parts)
-        done = total - sum(len(part.seeds) for part in missing)
+        total, done = sum(len(part.seeds) for part in parts), self.number_done(parts)
         with Meter("Comparing", total, unit="image", done=done, shown=bool(missing)) as meter:
             backbone = self.methods.pipeline.backbone
             with NetworkCost(backbone, partial(meter.beat, "network evaluation")) as cost:
