@@ -7,7 +7,7 @@ from tokenlearn.page.studio import Studio
 from tokenlearn.tokens import save_embedding
 from tokenlearn.tokens.calibration import CALIBRATION, Calibration
 
-EVEN = Calibration((-4.0, 0.0, 2.0), (-1.0, 0.0, 0.6), 0.5)
+EVEN = Calibration((-4.0, 0.0, 2.1), (-1.0, 0.0, 0.63), 0.5)
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from tests.command_line import error_of
 from tokenlearn.main import main
 from tokenlearn.page import command, layout
 from tokenlearn.page.request import PageRequest
+from tokenlearn.page.studio import Studio
 from tokenlearn.stopping import Stopped, StopSignals
 from tokenlearn.tokens import load_embedding
 
@@ -128,23 +129,18 @@ def test_broken_and_giant_photos_are_messages(client, tmp_path):
             show(client, photo=tmp_path / f"{name}.png", strengths=(1, 0))
 
 
-def test_two_clients_do_not_disturb_each_other(address, client):
+def test_two_clients_do_not_disturb_each_other(address, client, studio):
     other = Client(address, verbose=False)
-    alone = [show(client, seeds="5", strengths=(2, 0))[1][0], show(client, seeds="6", strengths=(0, 0.5))[1][0]]
-    given = ["", 3, 4.0, 0.8, None, TOKENS]  # other steps, so that nothing is remembered
+    given = [*OTHERS, None, TOKENS]
     jobs = [
         client.submit(PROMPT, "5", *given, 2, 0, *CONCEPTS, api_name="/show"),
         other.submit(PROMPT, "6", *given, 0, 0.5, *CONCEPTS, api_name="/show"),
     ]
-    together = [np.asarray(Image.open(job.result()[1][0]["image"])) for job in jobs]
-    again = [
-        show(client, seeds=seed, strengths=values, others=("", 3, 4.0, 0.8))[1][0]
-        for seed, values in (("5", (2, 0)), ("6", (0, 0.5)))
-    ]
-    assert not np.array_equal(together[0], together[1])
-    for image, expected, other_steps in zip(together, again, alone, strict=True):
-        assert np.array_equal(image, expected)
-        assert not np.array_equal(image, other_steps)
+    alone = Studio(studio.pipeline)  # which remembers nothing of them
+    for job, seed, tokens in zip(jobs, (5, 6), ({"<hat>": 2}, {"<smile>": 0.5}), strict=True):
+        (*_, frame) = alone.generate(PageRequest(prompt=PROMPT, seeds=(seed,), steps=2, tokens=tokens))
+        (image,) = job.result()[1]
+        assert np.array_equal(np.asarray(Image.open(image["image"])), np.asarray(layout.displayed(frame.after[0])))
 
 
 def test_the_command_serves_any_model_on_this_computer_alone(tiny_models, monkeypatch, capsys):
@@ -243,6 +239,15 @@ def move(page, slider, value):
     box.blur()
 
 
+def drag(page, slider, share):
+    """Drag the handle from the middle to a share of the way, with the mouse."""
+    box = page.locator(f"#{slider} input[type=range]").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * share, box["y"] + box["height"] / 2, steps=4)
+    page.mouse.up()
+
+
 def drop(page, path):
     """Drop a file, as from the desktop."""
     handle = page.evaluate_handle(
@@ -267,10 +272,12 @@ def test_browser_moves_a_slider_drops_a_photo_and_downloads_a_token(page, photo,
     first = shown(page, "after")
     assert np.array_equal(first, shown(page, "before"))
 
-    move(page, "slider-hat", 3)
+    drag(page, "slider-hat", 0.75)
     wait_for(lambda: not np.array_equal(shown(page, "after"), first))
     wait_until_done(page)
-    (*_, expected) = studio.generate(PageRequest(prompt=PROMPT, steps=2, tokens={"<hat>": 3}))
+    strength = float(page.locator("#slider-hat input[type=number]").input_value())
+    assert 2 < strength < 4
+    (*_, expected) = studio.generate(PageRequest(prompt=PROMPT, steps=2, tokens={"<hat>": strength}))
     assert np.array_equal(shown(page, "after"), np.asarray(layout.displayed(expected.after[0])))
     assert np.array_equal(shown(page, "before"), first)
     move(page, "slider-hat", 0)
@@ -302,6 +309,8 @@ def test_browser_shows_a_message_for_a_broken_photo(page, tmp_path):
 
 def test_browser_hides_and_shows_sliders(page):
     assert page.locator("#slider-smile").get_by_text("<smile> (even)").is_visible()
+    handle = page.locator("#slider-smile input[type=range]")
+    assert [handle.get_attribute(name) for name in ("min", "max", "step")] == ["-1", "0.6", "0.05"], "0 is among them"
     page.get_by_role("button", name="Which tokens have sliders").click()
     page.locator("#chosen .token-remove").first.click()
     expect(page.locator("#slider-hat")).to_be_hidden(timeout=WAIT)

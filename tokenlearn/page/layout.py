@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import gradio as gr
+import torch
 from PIL import Image
 
 from tokenlearn.errors import UserError
@@ -24,6 +26,7 @@ _CONCEPT_REACH = 15.0
 _MOST_SLIDERS = 64
 _SHOWN_SLIDERS = 10
 _SHOWN_LABELS = 10
+_GALLERY = 340  # pixels
 _SMALLEST, _LARGEST = 512, 1024  # pixels of a shown image's longer side; saved images have their own size
 CSS = """
 #status p { color: var(--body-text-color-subdued); margin: 0; }
@@ -95,14 +98,19 @@ class _Page:
     def _add_saving(self) -> None:
         with gr.Accordion("Save", open=True):
             with gr.Row():
-                self.save_image = gr.DownloadButton("Image", size="md", interactive=False, elem_id="save-image")
-                self.save_yaml = gr.DownloadButton("YAML", size="md", interactive=False, elem_id="save-yaml")
+                self.save_image = gr.DownloadButton(
+                    "Image", size="md", min_width=90, interactive=False, elem_id="save-image"
+                )
+                self.save_yaml = gr.DownloadButton(
+                    "YAML", size="md", min_width=90, interactive=False, elem_id="save-yaml"
+                )
             tokens, visible = list(self.studio.tokens), bool(self.studio.tokens)
             with gr.Row(visible=visible):
-                self.token = gr.Dropdown(tokens, value=tokens[0] if tokens else None, label="Token", min_width=120)
-                self.program = gr.Dropdown(list(get_args(EmbeddingFormat)), value="a1111", label="for", min_width=120)
-                self.token_strength = gr.Number(1.0, label="Strength", minimum=-100, maximum=100, min_width=80)
-            self.save_token = gr.DownloadButton("Token", size="md", visible=visible, elem_id="save-token")
+                self.token = gr.Dropdown(tokens, value=tokens[0] if tokens else None, label="Token", min_width=130)
+                self.program = gr.Dropdown(list(get_args(EmbeddingFormat)), value="a1111", label="for", min_width=130)
+            with gr.Row(visible=visible):
+                self.token_strength = gr.Number(1.0, label="Strength", minimum=-100, maximum=100, min_width=90)
+                self.save_token = gr.DownloadButton("Token", size="md", min_width=90, elem_id="save-token")
 
     def _add_sliders(self) -> None:
         shown = default_sliders(self.studio.tokens)
@@ -126,18 +134,27 @@ class _Page:
                     )
                     self.scales.append(
                         gr.Slider(
-                            -_CONCEPT_REACH, _CONCEPT_REACH, 0, step=0.5, label="Scale", show_label=row == 0, scale=2
+                            -_CONCEPT_REACH,
+                            _CONCEPT_REACH,
+                            0,
+                            step=0.5,
+                            label="Scale",
+                            show_label=row == 0,
+                            scale=2,
+                            buttons=[],
                         )
                     )
 
     def _slider(self, token: str, visible: bool) -> gr.Slider:
-        low, high = self.studio.strength_range(token)
         even = self.studio.is_calibrated(token)
+        step = 0.05 if even else 0.25
+        # A slider steps from its lowest value, and must come by 0.
+        low, high = (round(math.trunc(end / step * (1 + 1e-9)) * step, 6) for end in self.studio.strength_range(token))
         return gr.Slider(
             low,
             high,
             0,
-            step=0.05 if even else 0.25,
+            step=step,
             label=f"{token} (even)" if even else token,
             visible=visible,
             min_width=150,
@@ -148,8 +165,8 @@ class _Page:
     def _add_outputs(self) -> None:
         with gr.Row():
             looks: dict[str, Any] = {"columns": 2, "object_fit": "contain", "buttons": ["fullscreen"]}
-            self.before = gr.Gallery(label="Before", elem_id="before", interactive=False, **looks)
-            self.after = gr.Gallery(label="After", elem_id="after", interactive=False, **looks)
+            self.before = gr.Gallery(label="Before", elem_id="before", height=_GALLERY, interactive=False, **looks)
+            self.after = gr.Gallery(label="After", elem_id="after", height=_GALLERY, interactive=False, **looks)
         self.status = gr.Markdown("", elem_id="status")
         judge = self.studio.judge
         self.opinion = gr.Dataframe(
@@ -175,7 +192,8 @@ class _Page:
             self.inputs,
             self.outputs,
             trigger_mode="always_last",
-            show_progress="hidden",
+            show_progress="minimal",  # the place in the line, and the seconds
+            show_progress_on=self.status,
             api_name="show",
             **_MODEL,
         )
@@ -330,5 +348,9 @@ def messages() -> Iterator[None]:
     """Show errors that the user can correct as messages on the page."""
     try:
         yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise gr.Error(
+            "there is not enough memory; use a smaller photo, or start the page with --dtype bfloat16"
+        ) from None
     except UserError as error:
         raise gr.Error(escape(str(error), quote=False), print_exception=False) from None
