@@ -216,7 +216,8 @@ def augmented(pixels: NDArray[np.uint8], generator: torch.Generator, flips: bool
         image = _resized(_resized(image, small), (height, width))
     centre = image.mean()
     image = (image - centre) * (0.8 + 0.4 * contrast) + centre + 0.2 * (brightness - 0.5)
-    return image[0].clamp(0, 1)
+    augmented: Tensor = image[0].clamp(0, 1)
+    return augmented
 
 
 def _resized(image: Tensor, size: Sequence[int]) -> Tensor:
@@ -244,7 +245,7 @@ def _make_model(settings: TrainingSettings, num_classes: int, size: int) -> tupl
 
     name = settings.architecture
     config = timm.get_pretrained_cfg(name)
-    arguments = {"img_size": size} if config is not None and config.fixed_input_size else {}
+    arguments: dict[str, Any] = {"img_size": size} if config is not None and config.fixed_input_size else {}
     try:
         model: Any = timm.create_model(name, pretrained=settings.pretrained, num_classes=num_classes, **arguments)
         model.train()(torch.zeros(2, 3, size, size))  # a network may need larger images, or sides of a multiple

@@ -265,7 +265,7 @@ def _with_tokens(
     Raises:
         UserError: if a class has no token.
     """
-    bank, files = load_bank(embeddings, pipeline.backbone.embedding_widths, pipeline.vocabulary_hash)
+    bank, files = load_bank(embeddings, pipeline.backbone.embedding_widths, pipeline.backbone.word_tables)
     by_class = {
         file.metadata["class"]: file.metadata.get("prompt", file.token) for file in files if "class" in file.metadata
     }
