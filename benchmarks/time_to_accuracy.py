@@ -75,6 +75,7 @@ def published() -> dict[str, Any]:
     return {
         "model.init_args.gradient": LastK(1, checkpointing=False),
         "model.init_args.guidance": None,
+        "model.init_args.hard_classes": 0.0,
         "model.init_args.tokens.hold_norms": False,
         "model.init_args.optimizer": lambda params: AdamW(params, lr=1.25e-3, weight_decay=0.01),
         "model.init_args.lr_scheduler": None,
