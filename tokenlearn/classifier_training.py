@@ -220,7 +220,10 @@ def augmented(pixels: NDArray[np.uint8], generator: torch.Generator, flips: bool
 
 
 def _resized(image: Tensor, size: Sequence[int]) -> Tensor:
-    return functional.interpolate(image, size=tuple(size), mode="bicubic", antialias=True, align_corners=False)
+    resized: Tensor = functional.interpolate(
+        image, size=tuple(size), mode="bicubic", antialias=True, align_corners=False
+    )
+    return resized
 
 
 def _sample(arrays: ImageArrays, rows: NDArray[np.int64], settings: TrainingSettings, item: Item) -> LabelledPixels:
@@ -244,7 +247,7 @@ def _make_model(settings: TrainingSettings, num_classes: int, size: int) -> tupl
 
     name = settings.architecture
     config = timm.get_pretrained_cfg(name)
-    arguments = {"img_size": size} if config is not None and config.fixed_input_size else {}
+    arguments: dict[str, Any] = {"img_size": size} if config is not None and config.fixed_input_size else {}
     try:
         model: Any = timm.create_model(name, pretrained=settings.pretrained, num_classes=num_classes, **arguments)
         model.train()(torch.zeros(2, 3, size, size))  # a network may need larger images, or sides of a multiple

@@ -138,7 +138,7 @@ def compare(
         judging.check(list(described))
         if guiding is not None:
             require_judge_differs(judging, guiding)
-        options = {} if dtype is None else {"dtype": dtype}
+        options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         backbone = Pipeline.from_pretrained(pretrained, **options).backbone.to(where)
     pipeline = Pipeline(backbone, sampling=sampling_for(sampling, inverts=False))
     compared = ComparedMethods(
@@ -216,7 +216,9 @@ class _Comparison:
         """The table of all parts, a row per method."""
         records = [record for part in parts for record in self._records(part) or ()]
         diversity = self._diversity(parts)
-        table = comparison_table(records, methods, classes, judge=self.judge.pretrained, diversity=diversity)
+        table = comparison_table(
+            records, methods, classes, judge=self.judge.classifier.pretrained, diversity=diversity
+        )
         if "word" in methods:
             listed = ", ".join(f"{name}: {self.methods.words[name]}" for name in classes)
             table.notes.append(f"words: {listed}")
