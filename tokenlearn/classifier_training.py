@@ -202,9 +202,10 @@ def augmented(pixels: NDArray[np.uint8], generator: torch.Generator, flips: bool
         generator: decides what is changed.
         flips: whether half of the images are mirrored.
     """
-    image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float()[None] / 255
+    image: Tensor = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float()[None] / 255
     height, width = image.shape[-2:]
-    crop, down, right, mirrored, contrast, brightness, blurred, scale = torch.rand(8, generator=generator).tolist()
+    chosen: list[float] = torch.rand(8, generator=generator).tolist()
+    crop, down, right, mirrored, contrast, brightness, blurred, scale = chosen
     share = 1 - (1 - _SMALLEST_CROP) * crop
     crop_height, crop_width = round(share * height), round(share * width)
     top, left = round(down * (height - crop_height)), round(right * (width - crop_width))
@@ -221,7 +222,10 @@ def augmented(pixels: NDArray[np.uint8], generator: torch.Generator, flips: bool
 
 
 def _resized(image: Tensor, size: Sequence[int]) -> Tensor:
-    return functional.interpolate(image, size=tuple(size), mode="bicubic", antialias=True, align_corners=False)
+    resized: Tensor = functional.interpolate(
+        image, size=tuple(size), mode="bicubic", antialias=True, align_corners=False
+    )
+    return resized
 
 
 def _sample(arrays: ImageArrays, rows: NDArray[np.int64], settings: TrainingSettings, item: Item) -> LabelledPixels:

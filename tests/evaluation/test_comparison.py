@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tokenlearn.evaluation.network_cost import NetworkCost
 from tokenlearn.evaluation.records import Record
 from tokenlearn.main import main
 from tokenlearn.pipeline import Pipeline
+from tokenlearn.stopping import Stopped
 from tokenlearn.tokens import save_embedding
 
 STEPS, UPDATES, CANDIDATES, IMAGES = 3, 2, 4, 3
@@ -122,6 +124,23 @@ def test_images_are_those_of_the_pipeline(run, settings, tmp_path):
     (expected,) = pipe("a photo of a <pirate> pirate", seeds=[TEST_SEEDS], steps=STEPS, guidance=5.0, solver="DDIM")
     found = Image.open(tmp_path / "out" / "images" / "token" / f"00-pirate-seed{TEST_SEEDS}.png")
     assert list(found.get_flattened_data()) == list(expected.get_flattened_data())
+
+
+def test_a_stopped_comparison_says_how_far_it_is(settings, tmp_path, monkeypatch, capsys):
+    maker = compared_methods.ComparedMethods.maker
+
+    def stopping(methods, method, name):
+        if method == "described":
+            raise Stopped(signal.SIGINT)
+        return maker(methods, method, name)
+
+    monkeypatch.setattr(compared_methods.ComparedMethods, "maker", stopping)
+    chosen = settings | {"methods": ["plain", "described"], "classes": {"pirate": "man with glasses"}}
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(chosen, sort_keys=False))
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", "--config", str(tmp_path / "compare.yaml")])
+    assert stopped.value.code == 130
+    assert "3 of 6 images are done; the same command makes the others" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
