@@ -49,7 +49,8 @@ def calibrate(
         images: images that are edited: an image, a file, a folder, or several of these.
         classifier: timm name or folder of the frozen classifier.
         strengths: lowest and highest strength to try, with 0 between or at one end.
-        points: strengths of the grid, which is made to hold 0.
+        points: strengths of the grid, which is made to hold 0. Where the range ends before the lowest or highest
+            strength, a second grid of as many points lies within it.
         bound: distance from the unedited image at which the range ends, from 0 to 2.
         compared: strengths at which unevenness is measured, before and after.
         template: prompt with ``{}`` where the token goes.
@@ -69,10 +70,10 @@ def calibrate(
     if not low <= 0 <= high or low == high:
         raise UserError(f"strengths must be a range around 0, such as [-6, 6] or [0, 6], got {list(strengths)}")
     edits = _EditsOfToken(pipeline, token, images, classifier, template, editing, batch_size)
-    grid = sorted({0.0, *np.linspace(low, high, points).round(6).tolist()})
-    of_grid, zero = edits.features(grid), grid.index(0.0)
-    away = _mean([perceptual_distance(item, item[zero, None].expand_as(item)) for item in of_grid])
-    found = calibrate_strengths(grid, _steps(of_grid), away, bound)
+    found = edits.calibration((low, high), points, bound)
+    reached = found.strengths[0], found.strengths[-1]
+    if reached != (low, high):  # the bound is reached before, and few points of the grid are within
+        found = edits.calibration(reached, points, bound)
     return dataclasses.replace(found, unevenness=edits.unevenness(found, compared))
 
 
@@ -152,6 +153,13 @@ class _EditsOfToken:
             parts = [self.classifier.trunk_features(part) for part in torch.split(edited, self.batch_size)]
             found.append(torch.cat(parts))
         return found
+
+    def calibration(self, strengths: tuple[float, float], points: int, bound: float) -> Calibration:
+        """Calibration on a grid between two strengths; the arguments are those of :func:`calibrate`."""
+        grid = sorted({0.0, *np.linspace(*strengths, points).round(6).tolist()})
+        features, zero = self.features(grid), grid.index(0.0)
+        away = _mean([perceptual_distance(item, item[zero, None].expand_as(item)) for item in features])
+        return calibrate_strengths(grid, _steps(features), away, bound)
 
     def unevenness(self, calibration: Calibration, compared: int) -> tuple[float, float]:
         """Unevenness at equal steps of the strength, and of the calibrated strength."""
