@@ -131,7 +131,7 @@ def check_options(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def main(
     fit_config: str = "portraits/class_token",
-    seeds: tuple[int, ...] = (0, 1, 2),
+    seeds: tuple[int, ...] = (1, 2, 3),
     output_dir: str = "outputs/class_token_seeds",
     options: tuple[str, ...] = (),
 ) -> None:
