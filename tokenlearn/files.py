@@ -50,7 +50,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     except (OSError, ValueError) as error:  # ValueError for a name with a zero byte
         reason = getattr(error, "strerror", None) or reason_of(error)
-        if getattr(error, "errno", None) == errno.ENAMETOOLONG and target.parent.is_dir():
+        if getattr(error, "errno", None) == errno.ENAMETOOLONG and os.path.isdir(target.parent):
             raise UserError(f"cannot write {shown(target.name)} ({reason}); give a shorter name") from None
         raise UserError(
             f"cannot write to {shown(target.parent, 200)} ({reason}); choose another output folder"
