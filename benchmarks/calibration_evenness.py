@@ -1,17 +1,20 @@
 """How evenly tokens change images before and after calibration: ``uv run python benchmarks/calibration_evenness.py``.
 
-Each token is calibrated as ``tokenlearn calibrate`` does it, on some of the images, and measured on the others: at
-nine equally spaced strengths of its range, and at nine equal steps of the calibrated strength. Unevenness is the
-coefficient of variation of the perceptual distances between neighbours, 0 for equal steps. The last line is JSON:
-``before`` and ``after``, means over tokens, ``ratio``, after over before, and ``halved``, the share of tokens whose
-unevenness falls to half or less.
+Each token is calibrated as ``tokenlearn calibrate`` does it, on some of the images. It is measured on these in the
+same classifier's features, as the command prints it, and on the other images in a judge's features: at nine equally
+spaced strengths of its range, and at nine equal steps of the calibrated strength. Unevenness is the coefficient of
+variation of the perceptual distances between neighbours, 0 for equal steps. The last line is JSON: ``before`` and
+``after`` on the other images, means over tokens, ``ratio``, after over before, and ``halved``, the share of tokens
+whose unevenness falls to half or less; and the same on the calibration's own images.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from jsonargparse import auto_cli
@@ -62,22 +65,31 @@ def main(
         raise UserError(f"'{min(missing)}' is no token of '{embeddings}'; known are {', '.join(known)}")
     editing = Editing(timestep=801, steps=20, inversion="edit_friendly")
     guiding, judging = TimmClassifier(classifier), TimmClassifier(judge)
-    found = {}
+    own, held_out = {}, {}
     for token in tqdm(tokens or known, desc="Tokens", unit="token"):
         calibration = calibrate(
             pipeline, token, used, classifier=guiding, strengths=strengths, points=points, editing=editing
         )
-        found[token] = measure_unevenness(pipeline, token, calibration, others, classifier=judging, editing=editing)
-    print(f"{'token':<16} {'before':>7} {'after':>7}")
-    for token, (before, after) in found.items():
-        print(f"{token:<16} {before:>7.3f} {after:>7.3f}")
-    before, after = (mean(column) for column in zip(*found.values(), strict=True))
-    halved = mean(float(later <= 0.5 * earlier) for earlier, later in found.values())
-    print(
-        json.dumps(
-            {"before": round(before, 4), "after": round(after, 4), "ratio": round(after / before, 4), "halved": halved}
-        )
-    )
+        assert calibration.unevenness is not None
+        own[token] = calibration.unevenness
+        held_out[token] = measure_unevenness(pipeline, token, calibration, others, classifier=judging, editing=editing)
+    line = "{:<16} {:>7} {:>7} {:>11} {:>7}"
+    print(line.format("token", "before", "after", "own: before", "after"))
+    for token in held_out:
+        print(line.format(token, *(f"{value:.3f}" for value in (*held_out[token], *own[token]))))
+    print(json.dumps(summary(held_out) | {"own": summary(own)}))
+
+
+def summary(of_tokens: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+    """Means over tokens of their unevenness before and after calibration, their ratio, and the share it halves."""
+    before, after = (mean(column) for column in zip(*of_tokens.values(), strict=True))
+    halved = mean(float(later <= 0.5 * earlier) for earlier, later in of_tokens.values())
+    return {
+        "before": round(before, 4),
+        "after": round(after, 4),
+        "ratio": round(after / before, 4),
+        "halved": round(halved, 4),
+    }
 
 
 if __name__ == "__main__":

@@ -7,9 +7,14 @@ import torch
 from PIL import Image
 
 import tokenlearn as tl
-from benchmarks.calibration_evenness import main
+from benchmarks.calibration_evenness import main, summary
 from tests.tiny import tiny_classifier
 from tokenlearn.errors import UserError
+
+
+def test_a_summary():
+    found = summary({"<a>": (1.0, 0.5), "<b>": (0.5, 0.4)})
+    assert found == {"before": 0.75, "after": 0.45, "ratio": 0.6, "halved": 0.5}
 
 
 def test_unevenness_is_measured_on_other_images_in_other_features(tiny_models, tmp_path, capsys):
@@ -32,7 +37,9 @@ def test_unevenness_is_measured_on_other_images_in_other_features(tiny_models, t
     main(**settings, calibrated_on=1, strengths=(0, 40), points=5)
     *_, row, figures = capsys.readouterr().out.strip().splitlines()
     found = json.loads(figures)
-    assert row.split() == ["<glasses>", f"{found['before']:.3f}", f"{found['after']:.3f}"]
+    values = [found["before"], found["after"], found["own"]["before"], found["own"]["after"]]
+    assert row.split() == ["<glasses>", *(f"{value:.3f}" for value in values)]
+    assert values[:2] != values[2:]
     assert found["ratio"] == pytest.approx(found["after"] / found["before"], abs=1e-3)
     with pytest.raises(UserError, match="has 2 images; calibrated_on 2 must leave some"):
         main(**settings, calibrated_on=2)
