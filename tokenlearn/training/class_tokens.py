@@ -241,7 +241,8 @@ class ClassTokens(TokenTraining, ClassConsumer):
         else:
             losses = self.objective(images, self.global_step, targets)
         loss = self.require_finite(losses.mean())
-        self.hard_classes.note(losses.detach(), batch.class_indices)
+        if self.hard_classes.share:
+            self.hard_classes.note(losses.detach(), batch.class_indices)
         size = len(batch.seeds)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size, sync_dist=True)
         if scores is not None:
@@ -252,6 +253,8 @@ class ClassTokens(TokenTraining, ClassConsumer):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Tell :class:`HardClasses` the losses of the step, of all processes."""
         super().on_before_optimizer_step(optimizer)
+        if not self.hard_classes.share:  # nobody asks for them, and telling them stops a GPU at every step
+            return
         of_step = self.hard_classes.take_step().to(self.device, torch.float32)  # not every device has float64
         of_step = self.trainer.strategy.reduce(of_step, reduce_op="sum")
         self.hard_classes.update(*of_step.double().cpu())

@@ -63,7 +63,7 @@ class HardClasses:
         """Add losses (B) to those of the current step of the optimizer."""
         indices = torch.tensor(class_indices)
         one_hot = F.one_hot(indices, len(self.losses)).double()
-        self._of_step += torch.stack([losses.double().cpu() @ one_hot, one_hot.sum(dim=0)])
+        self._of_step += torch.stack([losses.cpu().double() @ one_hot, one_hot.sum(dim=0)])
 
     def take_step(self) -> Tensor:
         """(2, num_classes) sums and numbers of the losses since the last time."""
