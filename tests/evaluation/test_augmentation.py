@@ -95,7 +95,8 @@ def images(tmp_path_factory):
     return str(folder)
 
 
-def test_the_table_of_the_command(images, tiny_models, tmp_path, capsys):
+def test_the_table_of_the_command(images, tiny_models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tokenlearn.progress.INTERVAL", 0.0)  # every step is due
     settings = {
         "backbone": {"class_path": "StableDiffusion", "init_args": {"pretrained": str(tiny_models / "pipeline")}},
         "prompts": {"king": "a king", "wizard": "a wizard"},
@@ -124,7 +125,10 @@ def test_the_table_of_the_command(images, tiny_models, tmp_path, capsys):
     with (tmp_path / "run" / "records.csv").open(newline="") as file:
         found = list(csv.DictReader(file))
     assert len(found) == 2 * 2 * 2 * 6
-    assert "test_resnet from random weights" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "test_resnet from random weights" in printed.out
+    assert "training classifiers: 3 of 8 classifiers" in printed.err
+    assert "1 training step into the next" in printed.err
 
 
 def test_more_real_images_contain_the_fewer_and_never_the_held_out(images, tiny_models):

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import lightning as L
 import torch
@@ -25,6 +26,7 @@ from tokenlearn.guidance import check_tokens
 from tokenlearn.metrics import two_way_bootstrap_interval
 from tokenlearn.models import DiffusionBackbone
 from tokenlearn.pipeline import Sampling
+from tokenlearn.progress import Meter
 from tokenlearn.tokens import Embeddings
 
 REAL, AUGMENTED = "real", "real_and_generated"
@@ -114,8 +116,26 @@ class _RandomBatches:
             yield torch.where(mirrored[:, None, None, None], pixels.flip(2), pixels), self.labels[rows]
 
 
+class _Beat(L.Callback):
+    """Counts training steps as parts of the classifier that is under way."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def on_train_batch_end(self, *args: Any) -> None:  # noqa: ANN401 - no argument is used
+        """See :class:`lightning.Callback`."""
+        self.meter.beat("training step")
+
+
 def train_classifier(
-    pixels: Tensor, labels: Tensor, num_classes: int, training: ClassifierTraining, *, seed: int, device: torch.device
+    pixels: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    training: ClassifierTraining,
+    *,
+    seed: int,
+    device: torch.device,
+    callbacks: Sequence[L.Callback] = (),
 ) -> SmallClassifier:
     """Train a classifier on images; the same seed begins with the same weights.
 
@@ -126,6 +146,7 @@ def train_classifier(
         training: settings.
         seed: of the weights, and of the batches.
         device: where to train.
+        callbacks: of the Trainer, such as a progress.
 
     Returns:
         The classifier, frozen and in eval mode.
@@ -138,6 +159,7 @@ def train_classifier(
             accelerator=device.type,
             devices=1 if device.index is None else [device.index],
             max_epochs=1,
+            callbacks=list(callbacks),
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -260,18 +282,30 @@ class AugmentationEvaluation(Evaluation[Generate]):
         held_out = torch.cat([pixels[-self.held_out :] for pixels in self.real_pixels.values()])
         labels = torch.arange(len(self.class_names)).repeat_interleave(self.held_out)
         names = [f"{name} {place}" for name in self.class_names for place in range(self.held_out)]
-        for run in range(self.runs):
-            for number in self.numbers:
-                chosen, chosen_labels = self._drawn(number, run)
-                for method, pixels, of_pixels in (
-                    (REAL, chosen, chosen_labels),
-                    (AUGMENTED, torch.cat([chosen, generated]), torch.cat([chosen_labels, generated_labels])),
-                ):
-                    classifier = train_classifier(
-                        pixels, of_pixels, len(self.class_names), self.training_settings, seed=run, device=self.device
-                    )
-                    correct = self._predicted(classifier, held_out) == labels
-                    self.records.update("correct", correct, names, method=method, item=str(number), side=f"run {run}")
+        trainings = [
+            (run, number, method)
+            for run in range(self.runs)
+            for number in self.numbers
+            for method in (REAL, AUGMENTED)
+        ]
+        with Meter("training classifiers", len(trainings), unit="classifier") as meter:
+            for run, number, method in trainings:
+                pixels, of_pixels = self._drawn(number, run)
+                if method == AUGMENTED:
+                    pixels = torch.cat([pixels, generated])
+                    of_pixels = torch.cat([of_pixels, generated_labels])
+                classifier = train_classifier(
+                    pixels,
+                    of_pixels,
+                    len(self.class_names),
+                    self.training_settings,
+                    seed=run,
+                    device=self.device,
+                    callbacks=[_Beat(meter)],
+                )
+                correct = self._predicted(classifier, held_out) == labels
+                self.records.update("correct", correct, names, method=method, item=str(number), side=f"run {run}")
+                meter.update(figures=f"{method} {number}: accuracy {correct.float().mean():.3f}")
         super().on_test_epoch_end()
 
     def _drawn(self, number: int, run: int) -> tuple[Tensor, Tensor]:
