@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from benchmarks.memory import peak_bytes
-from tests.diffusion.networks import DDIM, PROCESS, SPREAD, UNGUIDED, constant
+from tests.diffusion.networks import DDIM, EMPTY, PROCESS, SPREAD, UNGUIDED, conditioning, constant, guided
 from tests.tiny import tiny_pipeline
 from tokenlearn.diffusion import (
     EDICT,
@@ -15,6 +15,7 @@ from tokenlearn.diffusion import (
     GridSolver,
     Leapfrog,
     Reversible,
+    SchedulerSolver,
     Stored,
     invert,
     sample,
@@ -481,3 +482,28 @@ def test_levels_without_any_image_are_refused():
 def test_impossible_mixing_is_refused(mixing):
     with pytest.raises(UserError, match=rf"EDICT.*mixing.* {mixing}"):
         EDICT(mixing)
+
+
+def test_in_few_guided_steps_leapfrog_is_worse_than_ddim_and_in_more_better():
+    """As docs/doodl.md says: it does not damp what the first steps overshoot."""
+    modes, spread = torch.tensor([-1.0, 1.0]), 0.05
+
+    def mixture(latents, timestep, conditioning):
+        """The best prediction where images are near one of two modes; a prompt names the second one alone."""
+        alpha, sigma = ALPHAS[timestep].to(latents), SIGMAS[timestep].to(latents)
+        variance = alpha**2 * spread**2 + sigma**2
+        offsets = latents[..., None] - alpha * modes
+        named = conditioning.prompt_embeds.reshape(-1, 1, 1, 1, 1) > 0
+        logits = (-(offsets**2) / (2 * variance)).masked_fill(named & (modes < 0), -torch.inf)
+        return sigma / variance * (offsets * logits.softmax(dim=-1)).sum(dim=-1)
+
+    rule = ClassifierFreeGuidance(7.5)
+    model = guided(mixture, rule.conditionings(EMPTY, conditioning(1.0)), rule)
+    noise = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    exact = sample(model, noise, solver=SchedulerSolver(DDIM, 500))
+
+    def error(solver):
+        return (sample(model, noise, solver=solver) - exact).abs().mean()
+
+    assert error(GridSolver(Leapfrog(), PROCESS, 10)) > 2 * error(SchedulerSolver(DDIM, 10))
+    assert error(GridSolver(Leapfrog(), PROCESS, 20)) < error(SchedulerSolver(DDIM, 20)) / 2

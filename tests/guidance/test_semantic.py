@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -25,6 +26,15 @@ from tokenlearn.guidance import (
 from tokenlearn.models import StableDiffusion
 
 STEPS, BATCH, SHAPE = 7, 3, (4, 4, 5)
+EQUATIONS = {
+    semantically_guided: 3,
+    semantic_direction: 5,
+    tail_mask: 6,
+    with_momentum: 8,
+    update_momentum: 9,
+    total_guidance: 10,
+}
+"""Function to its equation in arXiv:2301.12247; equation 7 there is the sum that no momentum changes."""
 PLAIN = ConceptSettings(3.0, None, 0, momentum_scale=0.0)  # nothing but a scaled direction
 
 
@@ -58,6 +68,13 @@ def conditionings(backbone):
 
 
 class TestEquations:
+    @pytest.mark.parametrize(
+        ("function", "number"), EQUATIONS.items(), ids=lambda value: getattr(value, "__name__", "")
+    )
+    def test_each_says_which_it_is(self, function, number):
+        first_line = function.__doc__.splitlines()[0]
+        assert re.findall(r"equations? (\d+)", first_line) == [str(number)]
+
     def test_direction_is_the_signed_sum_of_differences(self):
         empty, king, male, female = random(4, BATCH, *SHAPE)
         assert torch.equal(semantic_direction(empty, [king], [1]), king - empty)
