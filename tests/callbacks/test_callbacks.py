@@ -260,6 +260,32 @@ def test_previews_are_of_the_exported_tokens(tmp_path, rows, monkeypatch, capsys
     assert "wizard-tl.preview.png' is no preview of <wizard> by tokenlearn, and was left" in capsys.readouterr().err
 
 
+def test_a_fit_that_continues_in_a_new_folder_brings_its_previews(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        NamedTask,
+        "validation_step",
+        lambda self, batch: {"images": torch.full((1, 3, 8, 8), self.global_step / 10), "rows": ["wizard"]},
+    )
+    for hook in ("on_save_checkpoint", "on_load_checkpoint"):  # of the task, which has no model here
+        monkeypatch.setattr(NamedTask, hook, lambda self, checkpoint: None)
+    first, second = tmp_path / "first", tmp_path / "second"
+    run = trainer(first, EmbeddingExport(), epochs=2)
+    run.fit(NamedTask([0.1, 0.7]), range(1), range(1))
+    run.save_checkpoint(first / "checkpoints" / "last.ckpt")
+    (first / "embeddings" / "mine.preview.png").write_bytes(b"an image of the user's")
+    continued = trainer(second, EmbeddingExport(), epochs=3)
+    task = NamedTask([0.1, 0.7, 0.3])
+    continued.fit(task, range(1), range(1), ckpt_path=str(first / "checkpoints" / "last.ckpt"))
+    continued.test(task, range(1), verbose=False)
+    assert sorted(path.name for path in (second / "embeddings").iterdir()) == [
+        "wizard-tl.json",
+        "wizard-tl.preview.png",
+        "wizard-tl.safetensors",
+    ]
+    with Image.open(second / "embeddings" / "wizard-tl.preview.png") as image:
+        assert image.getpixel((0, 0)) == (51, 51, 51)  # of step 2, the best one
+
+
 @pytest.mark.parametrize("settings", [{"previews": False}, {"format": "diffusers"}])
 def test_no_preview_where_none_is_shown_or_wanted(tmp_path, settings):
     trainer(tmp_path, EmbeddingExport(**settings)).fit(NamedTask([0.9]), range(1), range(1))

@@ -12,12 +12,13 @@ from PIL import Image
 
 import tokenlearn as tl
 from tests.tiny import tiny_classifier
+from tests.tiny_xl import WIDTHS, tiny_xl_pipeline
 from tokenlearn.errors import UserError
 from tokenlearn.main import main
 from tokenlearn.models import TimmClassifier
 from tokenlearn.page.request import MOST_PIXELS, PageRequest, parse_seeds
 from tokenlearn.page.studio import Studio
-from tokenlearn.tokens import load_embedding
+from tokenlearn.tokens import load_embedding, save_embedding
 
 
 @pytest.fixture
@@ -260,3 +261,25 @@ def test_photos_that_cannot_be_used(studio, photo, tmp_path):
 def test_the_noise_level_is_one_of_the_steps(studio, photo, change):
     frame = last(studio.edit(asked(photo=photo, tokens={"<hat>": 3.0}, concepts={"glasses": 2.0}, change=change)))
     assert frame.after[0].size == frame.before[0].size
+
+
+@pytest.fixture
+def xl_studio(tmp_path):
+    folder = tiny_xl_pipeline(tmp_path / "xl")
+    generator = torch.Generator().manual_seed(0)
+    vectors = [torch.randn(1, width, generator=generator) for width in WIDTHS]
+    save_embedding(tmp_path / "hat-tl.safetensors", "<hat>", vectors, {})
+    pipeline = tl.Pipeline.from_pretrained(str(folder))
+    return Studio(pipeline, embeddings=str(tmp_path / "hat-tl.safetensors"), preview_interval=0)
+
+
+def test_a_model_with_two_text_encoders(xl_studio, photo):
+    """Tokens of both, concepts, photos and previews, as of the model with one."""
+    request = asked(tokens={"<hat>": 2.0}, concepts={"glasses": 8.0})
+    frames = list(xl_studio.show(request))
+    assert len(frames) > 2, "previews while the images form"
+    assert not np.array_equal(pixels(frames[-1].after[0]), pixels(frames[-1].before[0]))
+    frame = last(xl_studio.show(asked(photo=photo, tokens={"<hat>": 2.0})))
+    assert not np.array_equal(pixels(frame.after[0]), pixels(frame.before[0]))
+    config = yaml.safe_load(xl_studio.yaml_of(request))
+    assert config["model"]["init_args"]["backbone"]["class_path"].endswith("StableDiffusionXL")

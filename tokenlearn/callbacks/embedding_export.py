@@ -16,9 +16,11 @@ from tokenlearn.data.interfaces import TaskWrapper
 from tokenlearn.errors import UserError
 from tokenlearn.token_task import DEFAULT_MONITOR, TokenTask
 from tokenlearn.tokens import EmbeddingFormat, LearnedTokens, load_embedding
-from tokenlearn.tokens.files.previews import write_preview
+from tokenlearn.tokens.files.previews import copy_previews, write_preview
 from tokenlearn.tokens.files.programs import how_to_use
 
+EMBEDDINGS = "embeddings"
+"""Folder of the files, below the run folder."""
 _SHOW_PREVIEWS = ("a1111", "comfyui")
 """Formats of programs that show an image beside an embedding file."""
 
@@ -104,7 +106,7 @@ class EmbeddingExport(L.Callback):
         """Write the files of all tokens of the task's bank."""
         assert task.bank is not None
         about = {token: entries | metadata for token, entries in task.token_metadata().items()}
-        self.paths = LearnedTokens(task.bank, about).save(Path(trainer.default_root_dir) / "embeddings", self.format)
+        self.paths = LearnedTokens(task.bank, about).save(Path(trainer.default_root_dir) / EMBEDDINGS, self.format)
         for path, token in zip(self.paths, task.bank.placeholders, strict=True):
             image = self._images.get(token, self._images.get(about[token].get("class", "")))
             if image is not None and self.format in _SHOW_PREVIEWS:
@@ -120,6 +122,12 @@ class EmbeddingExport(L.Callback):
         task = pl_module.wrapped_task() if isinstance(pl_module, TaskWrapper) else pl_module
         if self._fitted and isinstance(task, TokenTask):
             self.export(trainer, task, {})
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Bring previews of the best tokens so far into this run's folder: only a better validation makes others."""
+        if trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero and self.previews:
+            resumed_run = Path(str(trainer.ckpt_path)).parent.parent
+            copy_previews(resumed_run / EMBEDDINGS, Path(trainer.default_root_dir) / EMBEDDINGS)
 
     def state_dict(self) -> dict[str, Any]:
         """The best value, so that a resumed run does not export worse tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +12,14 @@ from tokenlearn.notices import notice
 if TYPE_CHECKING:
     from PIL import Image
 
+_SUFFIX = ".preview.png"
 _KEY = "tokenlearn token"
 """Text entry of a preview that names its token."""
 
 
 def preview_path(embedding: Path) -> Path:
     """The preview of an embedding file: ``pirate-tl.preview.png`` beside ``pirate-tl.safetensors``."""
-    return embedding.with_name(f"{embedding.stem}.preview.png")
+    return embedding.with_name(f"{embedding.stem}{_SUFFIX}")
 
 
 def write_preview(embedding: Path, token: str, image: Image.Image) -> Path | None:
@@ -47,6 +49,20 @@ def write_preview(embedding: Path, token: str, image: Image.Image) -> Path | Non
     with atomic_write(target) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
     return target
+
+
+def copy_previews(source: Path, target: Path) -> None:
+    """Copy the previews of one folder that another lacks.
+
+    Args:
+        source: folder of embedding files; nothing happens if it is missing.
+        target: the other folder.
+    """
+    for path in sorted(source.glob(f"*{_SUFFIX}")):
+        copied = target / path.name
+        if not copied.exists() and _token_of(path) is not None:
+            with atomic_write(copied) as temporary:
+                shutil.copyfile(path, temporary)
 
 
 def _token_of(path: Path) -> str | None:
