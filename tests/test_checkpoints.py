@@ -96,3 +96,4 @@ def test_tokens_are_those_of_the_pipeline(folder):
     for file in files:
         assert file.metadata["vocabulary_hash"] == vocabulary_hash(backbone.text_encoders[0])
         assert file.metadata["prompt"].startswith(file.token)
+        assert file.path.stem == f"{file.token.strip('<>')}-tl"  # the word of five programs, and no other word
