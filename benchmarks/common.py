@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
@@ -28,6 +27,7 @@ import tokenlearn.training  # noqa: F401
 from tokenlearn.errors import UserError
 from tokenlearn.metrics import timed
 from tokenlearn.models import DiffusionBackbone, StableDiffusion, TimmClassifier
+from tokenlearn.paths import resolve_config
 from tokenlearn.token_task import TokenTask
 from tokenlearn.training import TokenTraining
 
@@ -148,9 +148,10 @@ def parse_config(path: str) -> Namespace:
     """Settings of a config for ``tokenlearn fit``, in sections ``model``, ``data`` and ``trainer``, with all defaults.
 
     Args:
-        path: config file. Its other sections, such as callbacks, are left out; ``data`` may be missing.
+        path: config file, or the name of a bundled one. Its other sections, such as callbacks, are left out; ``data``
+            may be missing.
     """
-    sections = yaml.safe_load(Path(path).read_text())
+    sections = yaml.safe_load(resolve_config(path).read_text())
     settings = _parser().parse_object({name: sections[name] for name in _SECTIONS if name in sections})
     assert isinstance(settings, Namespace)
     return settings

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from tests.training.caso_tasks import ATTRIBUTES, Faces, image_batch, labelled_batches
+from tokenlearn.errors import UserError
 from tokenlearn.models.attributes import resolve_attributes
 from tokenlearn.models.classifier import TimmClassifier
 from tokenlearn.tokens.settings import TokenSettings
@@ -119,3 +120,14 @@ def test_initial_words(attributes):
     assert words["<no-smile>"] == "a no smile"
     assert words["<red>"] == "a red"
     assert set(initial_words(TokenSettings(), Initialisation("ridge"), attributes).values()) == {"a"}
+    names = [name for attribute in attributes for name in attribute.class_names]
+    of_each = {name: f"word{index}" for index, name in enumerate(names)}
+    found = initial_words(TokenSettings(initial_words=of_each), Initialisation(), attributes)
+    assert list(found.values()) == list(of_each.values())
+    with pytest.raises(UserError, match=r"differs between classes, but initialisation\.kind ridge"):
+        initial_words(TokenSettings(initial_words=of_each), Initialisation("ridge"), attributes)
+    for wrong in ({names[0]: "a"}, of_each | {"another": "a"}):
+        with pytest.raises(UserError, match=f"has words for {names[0]}.*, but the classes are {names[0]}"):
+            initial_words(TokenSettings(initial_words=wrong), Initialisation(), attributes)
+    with pytest.raises(UserError, match="initial_words is empty"):
+        TokenSettings(initial_words={"smile": " "})

@@ -111,16 +111,17 @@ def initial_words(tokens: TokenSettings, settings: Initialisation, attributes: S
     Raises:
         UserError: if there are no words, or a word for each class where the kind of start needs one word.
     """
-    words = tokens.initial_words
-    if words is None:
+    if tokens.initial_words is None:
         raise UserError("tokens.initial_words is null; name a word, and set initialisation.kind to vocabulary")
-    if "{}" in words and settings.kind not in ("words", "direction"):
+    differ = isinstance(tokens.initial_words, dict) or "{}" in tokens.initial_words
+    if differ and settings.kind not in ("words", "direction"):
         raise UserError(
-            f"tokens.initial_words '{words}' differs between classes, but initialisation.kind {settings.kind} starts "
-            "from one word; name one, or set initialisation.kind to words"
+            f"tokens.initial_words '{tokens.initial_words}' differs between classes, but initialisation.kind "
+            f"{settings.kind} starts from one word; name one, or set initialisation.kind to words"
         )
+    words = tokens.words_of([name for attribute in attributes for name in attribute.class_names])
     return {
-        token: words.format(name)
+        token: words[name]
         for attribute in attributes
         for token, name in zip(attribute.placeholders, attribute.class_names, strict=True)
     }

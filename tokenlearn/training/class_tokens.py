@@ -121,7 +121,7 @@ class ClassTokens(TokenTraining, ClassConsumer):
         check_gradient(gradient, solver or sampling.solver, training.rule)
         backbone.make_solver(solver or sampling.solver, sampling.steps)
 
-        self.started_from = {name: (tokens.initial_words or "a").format(name) for name in self.class_names}
+        self.started_from = tokens.words_of(self.class_names)
         bank = self.make_bank({token: self.started_from[name] for name, token in self.placeholders.items()})
         check_tokens([*sampling.rule.concept_prompts, *training.rule.concept_prompts], bank.placeholders)
         self.hard_classes = HardClasses(len(self.class_names), hard_classes)

@@ -107,8 +107,9 @@ class TextualInversion(TokenTraining):
         check_at_least("model", 0, seed=seed)
         self.attributes = labelled_attributes(attributes, tokens.placeholder)
         self.templates, self.weighting, self.seed = templates, weighting, seed
+        words = tokens.words_of([name for attribute in self.attributes for name in attribute.class_names])
         starts = {
-            token: tokens.initial_words.format(name)
+            token: words[name]
             for attribute in self.attributes
             for name, token in zip(attribute.class_names, attribute.placeholders, strict=True)
         }
