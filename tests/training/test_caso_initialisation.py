@@ -122,12 +122,15 @@ def test_initial_words(attributes):
     assert set(initial_words(TokenSettings(), Initialisation("ridge"), attributes).values()) == {"a"}
     names = [name for attribute in attributes for name in attribute.class_names]
     of_each = {name: f"word{index}" for index, name in enumerate(names)}
-    found = initial_words(TokenSettings(initial_words=of_each), Initialisation(), attributes)
+    found = initial_words(TokenSettings(class_words=of_each), Initialisation(), attributes)
     assert list(found.values()) == list(of_each.values())
-    with pytest.raises(UserError, match=r"differs between classes, but initialisation\.kind ridge"):
-        initial_words(TokenSettings(initial_words=of_each), Initialisation("ridge"), attributes)
-    for wrong in ({names[0]: "a"}, of_each | {"another": "a"}):
-        with pytest.raises(UserError, match=f"has words for {names[0]}.*, but the classes are {names[0]}"):
-            initial_words(TokenSettings(initial_words=wrong), Initialisation(), attributes)
-    with pytest.raises(UserError, match="initial_words is empty"):
-        TokenSettings(initial_words={"smile": " "})
+    found = initial_words(TokenSettings(class_words={names[1]: "king"}), Initialisation(), attributes)
+    assert list(found.values())[:3] == ["a", "king", "a"]
+    with pytest.raises(UserError, match=r"class_words differs between classes, but initialisation\.kind ridge"):
+        initial_words(TokenSettings(class_words=of_each), Initialisation("ridge"), attributes)
+    with pytest.raises(UserError, match=f"has words for 'another', but the classes are {names[0]}"):
+        initial_words(TokenSettings(class_words={"another": "a"}), Initialisation(), attributes)
+    with pytest.raises(UserError, match="class_words of 'smile' is empty"):
+        TokenSettings(class_words={"smile": " "})
+    with pytest.raises(UserError, match=r"initial_words is null.* words for smile; set one"):
+        TokenSettings(initial_words=None, class_words={"smile": "a"})

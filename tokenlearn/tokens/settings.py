@@ -18,8 +18,9 @@ class TokenSettings:
     Attributes:
         placeholder: name of a class's token; ``{}`` is the class in lower case, with dashes for spaces.
         num_vectors: vectors per token.
-        initial_words: word or words from whose embedding tokens start; ``{}`` is the class's name. A mapping has
-            words for each class. Null searches for a word per class, where the method can.
+        initial_words: word or words from whose embedding tokens start; ``{}`` is the class's name. Null searches for a
+            word per class, where the method can.
+        class_words: class to words in place of ``initial_words``, for classes that start from others.
         initial_embeddings: embedding files to start from instead, for the tokens in them.
         hold_norms: after each step, scale token vectors into the range of norms in the vocabulary.
         space: where the vectors live: ``input``, in place of the placeholder's embedding, so that other programs can
@@ -33,7 +34,8 @@ class TokenSettings:
 
     placeholder: str = "<{}>"
     num_vectors: int = 1
-    initial_words: str | dict[str, str] | None = "a"
+    initial_words: str | None = "a"
+    class_words: dict[str, str] = field(default_factory=dict)
     initial_embeddings: Embeddings = field(default_factory=list)
     hold_norms: bool = False
     space: Space = "input"
@@ -42,12 +44,18 @@ class TokenSettings:
         check_at_least("tokens", 1, num_vectors=self.num_vectors)
         if self.num_vectors > MOST_VECTORS:
             raise UserError(f"tokens.num_vectors must be at most {MOST_VECTORS}, got {self.num_vectors}")
-        for words in self._all_words():
-            if not words.strip():
-                raise UserError(
-                    "tokens.initial_words is empty; name a word, such as a, or set it to null to search for one"
-                )
-            check_braces(words, "tokens.initial_words", "class")
+        if self.initial_words is not None and not self.initial_words.strip():
+            raise UserError(
+                "tokens.initial_words is empty; name a word, such as a, or set it to null to search for one"
+            )
+        check_braces(self.initial_words or "", "tokens.initial_words", "class")
+        if empty := [name for name, words in self.class_words.items() if not words.strip()]:
+            raise UserError(f"tokens.class_words of '{empty[0]}' is empty; name a word, such as a")
+        if self.class_words and self.initial_words is None:
+            raise UserError(
+                "tokens.initial_words is null, which searches for the word of every class, but tokens.class_words has "
+                f"words for {', '.join(self.class_words)}; set one of them"
+            )
         check_braces(self.placeholder, "tokens.placeholder", "class")
         if self.space != "input" and (self.hold_norms or self.num_vectors != 1):
             name, value = ("hold_norms", "false") if self.hold_norms else ("num_vectors", "1")
@@ -64,21 +72,15 @@ class TokenSettings:
             class_names: all classes.
 
         Raises:
-            UserError: if a mapping has no words for a class, or words for something else.
+            UserError: if there are words for something else than a class.
         """
-        words = self.initial_words
-        if not isinstance(words, dict):
-            return {name: (words or "a").format(name) for name in class_names}
-        if set(words) != set(class_names):
+        if unknown := [name for name in self.class_words if name not in class_names]:
             raise UserError(
-                f"tokens.initial_words has words for {', '.join(words) or 'no class'}, but the classes are "
-                f"{', '.join(class_names)}; give words for each of them"
+                f"tokens.class_words has words for '{unknown[0]}', but the classes are {', '.join(class_names)}; name "
+                "one of them"
             )
-        return {name: words[name].format(name) for name in class_names}
-
-    def _all_words(self) -> list[str]:
-        words = self.initial_words
-        return list(words.values()) if isinstance(words, dict) else [] if words is None else [words]
+        words = (self.initial_words or "a").format
+        return {name: self.class_words.get(name, words(name)) for name in class_names}
 
 
 def token_name(placeholder: str, class_name: str) -> str:

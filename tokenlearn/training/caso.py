@@ -271,13 +271,13 @@ class Caso(TokenTraining):
             "preservation_weight": objective.preservation_weight,
             "preservation_every": objective.preservation_every,
             "guidance": type(guidance).__name__ if isinstance(guidance, GuidanceRule) else guidance,
-            "initial_words": self.token_settings.initial_words,
             "initialisation": self.initialisation.kind,
             "space": self.token_settings.space,
             "negative_prompt": self.sampling.negative_prompt,
         }
         if self.edit.gradient is not None:
             settings["gradient"] = str(self.edit.gradient)
+        words = initial_words(self.token_settings, self.initialisation, self.attributes)
         for attribute in self.attributes:
             for name, token in zip(attribute.class_names, attribute.placeholders, strict=True):
                 metadata[token] |= {
@@ -286,7 +286,7 @@ class Caso(TokenTraining):
                     "class": name,
                     "classifier": self.classifier.pretrained,
                     "prompt": self.prompt(token),
-                    "config": json.dumps(settings),
+                    "config": json.dumps(settings | {"initial_words": words[token]}),
                 }
         return metadata
 

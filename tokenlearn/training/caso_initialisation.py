@@ -113,11 +113,11 @@ def initial_words(tokens: TokenSettings, settings: Initialisation, attributes: S
     """
     if tokens.initial_words is None:
         raise UserError("tokens.initial_words is null; name a word, and set initialisation.kind to vocabulary")
-    differ = isinstance(tokens.initial_words, dict) or "{}" in tokens.initial_words
-    if differ and settings.kind not in ("words", "direction"):
+    if settings.kind not in ("words", "direction") and (tokens.class_words or "{}" in tokens.initial_words):
+        name = "class_words" if tokens.class_words else f"initial_words '{tokens.initial_words}'"
         raise UserError(
-            f"tokens.initial_words '{tokens.initial_words}' differs between classes, but initialisation.kind "
-            f"{settings.kind} starts from one word; name one, or set initialisation.kind to words"
+            f"tokens.{name} differs between classes, but initialisation.kind {settings.kind} starts from one word; "
+            "name one in tokens.initial_words, or set initialisation.kind to words"
         )
     words = tokens.words_of([name for attribute in attributes for name in attribute.class_names])
     return {

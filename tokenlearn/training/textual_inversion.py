@@ -107,7 +107,7 @@ class TextualInversion(TokenTraining):
         check_at_least("model", 0, seed=seed)
         self.attributes = labelled_attributes(attributes, tokens.placeholder)
         self.templates, self.weighting, self.seed = templates, weighting, seed
-        words = tokens.words_of([name for attribute in self.attributes for name in attribute.class_names])
+        words = self._initial_words()
         starts = {
             token: words[name]
             for attribute in self.attributes
@@ -210,16 +210,20 @@ class TextualInversion(TokenTraining):
         self.validation_error.reset()
         self.validation_images.reset()
 
+    def _initial_words(self) -> dict[str, str]:
+        """Class to the words that its token starts from."""
+        return self.token_settings.words_of([name for item in self.attributes for name in item.class_names])
+
     def token_metadata(self) -> dict[str, dict[str, str]]:
         """Method, attribute, class and settings of each token."""
         metadata = super().token_metadata()
         settings: dict[str, Any] = {
             "templates": self.templates,
-            "initial_words": self.token_settings.initial_words,
             "negative_prompt": self.sampling.negative_prompt,
         }
         if self.weighting is not None:
             settings["weighting"] = str(self.weighting)
+        words = self._initial_words()
         for attribute in self.attributes:
             for name, token in zip(attribute.class_names, attribute.placeholders, strict=True):
                 metadata[token] |= {
@@ -227,7 +231,7 @@ class TextualInversion(TokenTraining):
                     "attribute": attribute.name,
                     "class": name,
                     "prompt": self.templates[0].format(token),
-                    "config": json.dumps(settings),
+                    "config": json.dumps(settings | {"initial_words": words[name]}),
                 }
         return metadata
 
