@@ -47,8 +47,8 @@ def images_by_way(
     """
     scale = pipeline.sampling.guidance
     assert isinstance(scale, int | float)
-    prompt = pipeline.encode([recorded_for] * len(seeds))
-    model = pipeline.guided_model(prompt, SEGA([edit], scale, record=True))
+    source = pipeline.encode([recorded_for] * len(seeds))
+    model = pipeline.guided_model(source, SEGA([edit], scale, record=True))
     pipeline.sample_latents(seeds, model)
     assert isinstance(model.rule, SEGA)
     vectors = model.rule.recorded
