@@ -11,6 +11,7 @@ from tokenlearn.errors import UserError
 from tokenlearn.evaluation.augmentation import (
     AUGMENTED,
     REAL,
+    RIVAL,
     AugmentationEvaluation,
     ClassifierTraining,
     augmentation_table,
@@ -50,6 +51,33 @@ def test_the_difference_is_of_the_same_runs_and_images():
         "real_and_generated_5": 0.625,
         "difference_5": 0.25,
     }
+
+
+def test_a_rival_has_differences_of_its_own():
+    measured = records(REAL, 5, [[0, 0, 1, 0]]) + records(AUGMENTED, 5, [[1, 1, 1, 0]])
+    table = augmentation_table(measured + records(RIVAL, 5, [[1, 1, 1, 1]]), [5])
+    assert {name: figure.value for name, figure in table.summary.items()} == {
+        "real_5": 0.25,
+        "real_and_generated_5": 0.75,
+        "real_and_rival_5": 1.0,
+        "difference_5": 0.5,
+        "rival_difference_5": 0.75,
+        "over_rival_5": -0.25,
+    }
+
+
+def test_rival_prompts_are_of_the_same_classes(images, tiny_models):
+    with pytest.raises(UserError, match="same classes, and 'wizard' is in one alone"):
+        make(images, tiny_models, rival_prompts={"king": "a man with a crown"})
+
+
+def test_a_rival_is_generated_by_its_own_prompts(images, tiny_models):
+    evaluation = make(images, tiny_models, rival_prompts={"king": "a man", "wizard": "a person"}, generated=2)
+    batches = [kind for batch in evaluation.test_dataloader() for kind in batch]
+    assert [kind[:2] for kind in batches[::2]] == [
+        (method, name) for method in (AUGMENTED, RIVAL) for name in ("king", "wizard")
+    ]
+    assert [seed for *_, seed in batches] == 4 * [1000, 1001]
 
 
 def test_a_classifier_learns_what_it_is_given():

@@ -29,7 +29,7 @@ from tokenlearn.pipeline import Sampling
 from tokenlearn.progress import Meter
 from tokenlearn.tokens import Embeddings
 
-REAL, AUGMENTED = "real", "real_and_generated"
+REAL, AUGMENTED, RIVAL = "real", "real_and_generated", "real_and_rival"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,8 +174,9 @@ class AugmentationEvaluation(Evaluation[Generate]):
 
     The experiment of table 2 of class tokens (Schwartz et al., 2023, https://arxiv.org/abs/2303.17155) in small. For
     each number of real images and each run, two classifiers are trained from the same weights for the same steps: on
-    that number of real images of each class, and on these and the generated images. Both are tested on held-out real
-    images. Run it by ``tokenlearn test``, on one device; a config has no data section.
+    that number of real images of each class, and on these and the generated images; and a third one with the images
+    of ``rival_prompts`` in place of the tokens', where there are such. All are tested on held-out real images. Run it
+    by ``tokenlearn test``, on one device; a config has no data section.
 
     Args:
         backbone: frozen diffusion model.
@@ -186,13 +187,14 @@ class AugmentationEvaluation(Evaluation[Generate]):
         held_out: real images of each class to test on.
         runs: repetitions with other real images and other first weights.
         first_seed: seed of the first generated image of each class.
+        rival_prompts: class to a prompt without its token, such as a description; none for no such columns.
         training: training of the classifiers.
         embeddings: embedding files of the tokens; those of a checkpoint (``--ckpt_path``) replace them.
         sampling: settings of the sampler.
         batch_size: generated images at once.
 
     Raises:
-        UserError: if there are fewer than two classes, or a number is out of range.
+        UserError: if there are fewer than two classes, rival prompts are of other ones, or a number is out of range.
     """
 
     task_class = Generate
@@ -208,6 +210,7 @@ class AugmentationEvaluation(Evaluation[Generate]):
         held_out: int = 50,
         runs: int = 5,
         first_seed: int = 1000,
+        rival_prompts: dict[str, str] = {},  # noqa: B006 - read only
         training: ClassifierTraining = ClassifierTraining(),
         embeddings: Embeddings = [],  # noqa: B006 - read only
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
@@ -216,6 +219,10 @@ class AugmentationEvaluation(Evaluation[Generate]):
         super().__init__()
         if len(prompts) < 2:
             raise UserError(f"model.prompts has {len(prompts)} classes and a classifier needs 2; add a class")
+        if rival_prompts and (other := set(prompts) ^ set(rival_prompts)):
+            raise UserError(
+                f"model.prompts and model.rival_prompts must have the same classes, and '{min(other)}' is in one alone"
+            )
         check_at_least("model", 1, generated=generated, held_out=held_out, runs=runs, batch_size=batch_size)
         if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 1:
             raise UserError(f"model.numbers must be different numbers of at least 1, got {numbers}")
@@ -225,12 +232,12 @@ class AugmentationEvaluation(Evaluation[Generate]):
                 f"train on; set it to {held_out + max(numbers)} or more"
             )
         self.of(Generate(backbone, embeddings=embeddings, sampling=sampling))
-        self.prompts, self.real, self.numbers = prompts, real, numbers
+        self.real, self.numbers = real, numbers
+        self.prompts_of = {AUGMENTED: prompts} | ({RIVAL: rival_prompts} if rival_prompts else {})
         self.class_names = list(prompts)
         self.generated, self.held_out, self.runs = generated, held_out, runs
         self.first_seed, self.training_settings, self.batch_size = first_seed, training, batch_size
-        self.generated_pixels: list[Tensor] = []
-        self.generated_labels: list[int] = []
+        self.generated_pixels: dict[str, dict[str, list[Tensor]]] = {}
         self.real_pixels: dict[str, Tensor] = {}
 
     def on_test_start(self) -> None:
@@ -244,8 +251,11 @@ class AugmentationEvaluation(Evaluation[Generate]):
             raise UserError(
                 f"classifiers are trained on one device, and trainer.devices is {self.trainer.world_size}; set it to 1"
             )
-        check_tokens(list(self.prompts.values()), self.task.learned_placeholders)
-        self.generated_pixels, self.generated_labels = [], []
+        check_tokens(
+            [prompt for prompts in self.prompts_of.values() for prompt in prompts.values()],
+            self.task.learned_placeholders,
+        )
+        self.generated_pixels = {method: {name: [] for name in self.class_names} for method in self.prompts_of}
         self.real_pixels = self.real.of_classes(self.class_names, self.task.image_size)
         for name, pixels in self.real_pixels.items():
             if len(pixels) < self.held_out + max(self.numbers):
@@ -254,31 +264,35 @@ class AugmentationEvaluation(Evaluation[Generate]):
                     "give a larger model.real.source, or lower model.held_out"
                 )
 
-    def test_dataloader(self) -> EvaluationBatches[tuple[int, int], list[tuple[int, int]]]:
-        """All classes, by index, with all seeds."""
-        number = len(self.class_names) * self.generated
+    def test_dataloader(self) -> EvaluationBatches[tuple[str, str, int], list[tuple[str, str, int]]]:
+        """All classes of all methods that generate, with all seeds."""
+        kinds = [(method, name) for method in self.prompts_of for name in self.class_names]
+        number = len(kinds) * self.generated
 
-        def load(item: Item) -> tuple[int, int]:
-            class_index, image = divmod(item.index, self.generated)
-            return class_index, self.first_seed + image
+        def load(item: Item) -> tuple[str, str, int]:
+            kind, image = divmod(item.index, self.generated)
+            return *kinds[kind], self.first_seed + image
 
         return EvaluationBatches(
             partial(items_below, number), number, load, list, batch_size=self.batch_size, rank=0, world_size=1
         )
 
     @torch.no_grad()
-    def test_step(self, batch: list[tuple[int, int]]) -> None:
+    def test_step(self, batch: list[tuple[str, str, int]]) -> None:
         """Generate the images of a batch."""
-        prompts = [self.prompts[self.class_names[index]] for index, _ in batch]
-        images = self.task.pipeline.generate(prompts, [seed for _, seed in batch]).clamp(0, 1)
-        self.generated_pixels.append((255 * images).round().byte().movedim(1, -1).cpu())
-        self.generated_labels += [index for index, _ in batch]
-        for row, (index, _) in enumerate(batch):
-            self.image_rows.add(self.class_names[index], images[row, None])
+        prompts = [self.prompts_of[method][name] for method, name, _ in batch]
+        images = self.task.pipeline.generate(prompts, [seed for *_, seed in batch]).clamp(0, 1)
+        for image, (method, name, _) in zip(images, batch, strict=True):
+            self.generated_pixels[method][name].append((255 * image).round().byte().movedim(0, -1).cpu())
+            self.image_rows.add(name if method == AUGMENTED else f"{name}, rival", image[None])
 
     def on_test_epoch_end(self) -> None:
         """Train and test the classifiers, and make the table."""
-        generated, generated_labels = torch.cat(self.generated_pixels), torch.tensor(self.generated_labels)
+        generated = {
+            method: torch.stack([image for images in of_classes.values() for image in images])
+            for method, of_classes in self.generated_pixels.items()
+        }
+        generated_labels = torch.arange(len(self.class_names)).repeat_interleave(self.generated)
         held_out = torch.cat([pixels[-self.held_out :] for pixels in self.real_pixels.values()])
         labels = torch.arange(len(self.class_names)).repeat_interleave(self.held_out)
         names = [f"{name} {place}" for name in self.class_names for place in range(self.held_out)]
@@ -286,13 +300,13 @@ class AugmentationEvaluation(Evaluation[Generate]):
             (run, number, method)
             for run in range(self.runs)
             for number in self.numbers
-            for method in (REAL, AUGMENTED)
+            for method in (REAL, *generated)
         ]
         with Meter("training classifiers", len(trainings), unit="classifier") as meter:
             for run, number, method in trainings:
                 pixels, of_pixels = self._drawn(number, run)
-                if method == AUGMENTED:
-                    pixels = torch.cat([pixels, generated])
+                if method in generated:
+                    pixels = torch.cat([pixels, generated[method]])
                     of_pixels = torch.cat([of_pixels, generated_labels])
                 classifier = train_classifier(
                     pixels,
@@ -342,23 +356,27 @@ def augmentation_table(records: Sequence[Record], numbers: Sequence[int]) -> Tab
         records: of the measure ``correct``, with the run as their side.
         numbers: numbers of real images, the rows.
     """
+    methods = [method for method in (REAL, AUGMENTED, RIVAL) if any(record.method == method for record in records)]
+    differences = {"difference": (AUGMENTED, REAL)}
+    if RIVAL in methods:
+        differences |= {"rival_difference": (RIVAL, REAL), "over_rival": (AUGMENTED, RIVAL)}
     columns = [
         Column(name=method, kind="share", measure="correct", method=method, interval=True, bar=True)
-        for method in (REAL, AUGMENTED)
+        for method in methods
     ]
-    columns.append(Column(name="difference", kind="difference", measure="correct", interval=True))
+    columns += [Column(name=name, kind="difference", measure="correct", interval=True) for name in differences]
     rows: list[Row] = []
     summary: dict[str, Figure] = {}
     for number in numbers:
-        real, augmented = (_by_run(records, str(number), method) for method in (REAL, AUGMENTED))
-        tables = {REAL: real, AUGMENTED: augmented, "difference": augmented - real}
+        tables = {method: _by_run(records, str(number), method) for method in methods}
+        tables |= {name: tables[one] - tables[other] for name, (one, other) in differences.items()}
         cells = {
             name: Cell(float(table.mean()), *two_way_bootstrap_interval(table), table.numel())
             for name, table in tables.items()
         }
         rows.append(Row(f"{number} real images a class", cells))
         for name, cell in cells.items():
-            summary[f"{name}_{number}"] = Figure(cell.value or 0.0, "difference" if name == "difference" else "share")
+            summary[f"{name}_{number}"] = Figure(cell.value or 0.0, "difference" if name in differences else "share")
     return Table(
         title="accuracy of classifiers on held-out real images",
         heading="trained on",
