@@ -1,7 +1,7 @@
 """How evenly tokens change images before and after calibration: ``uv run python benchmarks/calibration_evenness.py``.
 
 Each token is calibrated as ``tokenlearn calibrate`` does it, on some of the images. It is measured on these in the
-same classifier's features, as the command prints it, and on the other images in a judge's features: at nine equally
+same classifier's features, as the command prints it, and on other images in a judge's features: at nine equally
 spaced strengths of its range, and at nine equal steps of the calibrated strength. Unevenness is the coefficient of
 variation of the perceptual distances between neighbours, 0 for equal steps. The last line is JSON: ``before`` and
 ``after`` on the other images, means over tokens, ``ratio``, after over before, and ``halved``, the share of tokens
@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from jsonargparse import auto_cli
+from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from tokenlearn.calibration import calibrate, measure_unevenness
+from tokenlearn.data.portraits import STYLES, portraits_dataset
 from tokenlearn.editing import Editing
-from tokenlearn.errors import UserError
+from tokenlearn.errors import UserError, check_at_least
 from tokenlearn.models import TimmClassifier
 from tokenlearn.pipeline import Pipeline
 
@@ -30,8 +33,9 @@ from tokenlearn.pipeline import Pipeline
 def main(
     embeddings: str = "checkpoints/attribute_tokens",
     pretrained: str = "checkpoints/portraits",
-    images: str = "configs/portraits/images/photographs",
-    calibrated_on: int = 4,
+    images: str | None = None,
+    calibrated_on: int = 12,
+    measured_on: int = 12,
     classifier: str = "checkpoints/attribute_guide",
     judge: str = "checkpoints/attribute_judge",
     strengths: tuple[float, float] = (0.0, 6.0),
@@ -43,8 +47,9 @@ def main(
     Args:
         embeddings: folder of embedding files, or one file.
         pretrained: model of the tokens.
-        images: folder of images to edit.
-        calibrated_on: number of images, the first by name, that calibrations use; the others measure.
+        images: folder of images to edit; None for drawn photos of ordinary people, which no model was trained on.
+        calibrated_on: number of images, the first by name, that calibrations use.
+        measured_on: number of images after these that measure.
         classifier: frozen classifier in whose features calibrations compare images.
         judge: another one, in whose features the result is measured.
         strengths: lowest and highest strength of the calibration.
@@ -52,12 +57,16 @@ def main(
         tokens: tokens to look at; none for all of the folder.
 
     Raises:
-        UserError: if there are no images to measure with, or a token is not in the folder.
+        UserError: if there are too few images, or a token is not in the folder.
     """
-    files = sorted(path for path in Path(images).iterdir() if path.suffix == ".png")
-    used, others = files[:calibrated_on], files[calibrated_on:]
-    if not used or not others:
-        raise UserError(f"'{images}' has {len(files)} images; calibrated_on {calibrated_on} must leave some of them")
+    check_at_least("calibration_evenness", 1, calibrated_on=calibrated_on, measured_on=measured_on)
+    number = calibrated_on + measured_on
+    found = drawn_photos(number) if images is None else sorted(Path(images).glob("*.png"))[:number]
+    used, others = found[:calibrated_on], found[calibrated_on:]
+    if len(found) < number:
+        raise UserError(
+            f"'{images}' has {len(found)} images and {number} are needed; lower calibrated_on or measured_on"
+        )
     pipeline = Pipeline.from_pretrained(pretrained, tokens=embeddings)
     assert pipeline.tokens is not None
     known = pipeline.tokens.placeholders
@@ -78,6 +87,13 @@ def main(
     for token in held_out:
         print(line.format(token, *(f"{value:.3f}" for value in (*held_out[token], *own[token]))))
     print(json.dumps(summary(held_out) | {"own": summary(own)}))
+
+
+def drawn_photos(number: int) -> list[Image.Image]:
+    """Photos of ordinary people, of a stream that no model was trained on."""
+    rows = portraits_dataset(100 * number, seed=11, streaming=True)
+    photos = (row["image"] for row in rows if row["style"] == STYLES.index("photo") and row["parts"] == 0)
+    return list(islice(photos, number))
 
 
 def summary(of_tokens: Mapping[str, tuple[float, float]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import tokenlearn as tl
-from benchmarks.calibration_evenness import main, summary
+from benchmarks.calibration_evenness import drawn_photos, main, summary
 from tests.tiny import tiny_classifier
 from tokenlearn.errors import UserError
 
@@ -34,14 +34,20 @@ def test_unevenness_is_measured_on_other_images_in_other_features(tiny_models, t
         "classifier": classifiers["guide"],
         "judge": classifiers["judge"],
     }
-    main(**settings, calibrated_on=1, strengths=(0, 40), points=5)
+    main(**settings, calibrated_on=1, measured_on=1, strengths=(0, 40), points=5)
     *_, row, figures = capsys.readouterr().out.strip().splitlines()
     found = json.loads(figures)
     values = [found["before"], found["after"], found["own"]["before"], found["own"]["after"]]
     assert row.split() == ["<glasses>", *(f"{value:.3f}" for value in values)]
     assert values[:2] != values[2:]
     assert found["ratio"] == pytest.approx(found["after"] / found["before"], abs=1e-3)
-    with pytest.raises(UserError, match="has 2 images; calibrated_on 2 must leave some"):
-        main(**settings, calibrated_on=2)
+    with pytest.raises(UserError, match="has 2 images and 3 are needed"):
+        main(**settings, calibrated_on=2, measured_on=1)
     with pytest.raises(UserError, match=r"'<hat>' is no token .* known are <glasses>"):
-        main(**settings, calibrated_on=1, tokens=("<hat>",))
+        main(**settings, calibrated_on=1, measured_on=1, tokens=("<hat>",))
+
+
+def test_drawn_photos_differ_and_more_contain_fewer():
+    more, fewer = ([photo.tobytes() for photo in drawn_photos(number)] for number in (6, 3))
+    assert len(set(more)) == 6
+    assert more[:3] == fewer
