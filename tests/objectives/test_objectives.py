@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from tests.tiny import tiny_classifier
 from tests.tiny_clip import tiny_aesthetic_head, tiny_clip
 from tokenlearn.errors import UserError
 from tokenlearn.losses.objective import Crops
@@ -34,6 +35,7 @@ def objectives(folder, tiny_models):
     clip = str(folder / "clip")
     return {
         "class": ClassifierLoss(str(tiny_models / "guide"), "pirate"),
+        "class mean": ClassifierLoss(str(tiny_models / "guide"), "pirate", form="class_mean"),
         "text": CLIPTextLoss(clip, "a king"),
         "images": CLIPImageLoss(clip, [str(folder / "red.png"), str(folder / "grey.png")]),
         "aesthetic": AestheticLoss(str(folder / "head")),
@@ -88,6 +90,31 @@ def test_loss_and_score_are_those_of_forward_and_score(folder, tiny_models, imag
         assert torch.equal(scores, objective.score(images)), name
         assert losses.requires_grad
         assert not scores.requires_grad
+
+
+def test_class_mean_is_the_cosine_from_the_centred_row_of_the_head(tiny_models, images):
+    objective = ClassifierLoss(str(tiny_models / "guide"), form="class_mean")
+    classifier, names = objective.classifier, ["wizard", "ordinary person", "pirate"]
+    features, rows = classifier.features(images), classifier.head_weight
+    for number, name in enumerate(names):
+        direction = rows[classifier.label_index(name)] - sum(rows) / len(rows)
+        cosine = features[number] @ direction / (features[number].norm() * direction.norm())
+        torch.testing.assert_close(objective(images, targets=names)[number], 1 - cosine)
+    each = torch.stack([objective.loss(images, [name] * 3) for name in names], dim=1)
+    torch.testing.assert_close(objective.losses(images, names), each)
+    assert torch.equal(objective.score(images, names), ClassifierLoss(classifier).score(images, names))
+
+
+def test_class_mean_of_independent_labels_does_not_depend_on_the_other_labels(tmp_path, images):
+    several = str(tiny_classifier(tmp_path / "several", ["hat", "smile", "glasses"], multi_label=True))
+    objective = ClassifierLoss(several, ["smile", "glasses"], form="class_mean")
+    classifier = objective.classifier
+    features = classifier.features(images)
+    expected = sum(
+        1 - functional.cosine_similarity(features, classifier.head_weight[classifier.label_index(name)][None])
+        for name in ("smile", "glasses")
+    )
+    torch.testing.assert_close(objective(images), expected)
 
 
 def test_loss_and_score_evaluate_the_classifier_once(tiny_models, images):

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tokenlearn.errors import UserError
+from tokenlearn.losses.caso import class_mean_cosine
 from tokenlearn.losses.class_cross_entropy import class_cross_entropy
 from tokenlearn.losses.classified_as import is_classified_as
 from tokenlearn.losses.objective import Crops, Objective
 from tokenlearn.models.classifier import TimmClassifier
 from tokenlearn.models.frozen import Precision
 
+ClassLoss = Literal["cross_entropy", "class_mean"]
+"""Forms of the loss towards a class."""
+
 
 class ClassifierLoss(Objective):
-    """Cross-entropy of a classifier; the score is its accuracy.
+    """Loss of a classifier towards a class; the score is its accuracy.
 
-    Class tokens (https://arxiv.org/abs/2303.17155) and DOODL (https://arxiv.org/abs/2303.13703) minimise it.
+    Class tokens (https://arxiv.org/abs/2303.17155) and DOODL (https://arxiv.org/abs/2303.13703) minimise its
+    cross-entropy. The form ``class_mean`` is the cosine distance of the penultimate features from the class's row of
+    the head, which in a collapsed classifier points along the centred class mean (theorem 1 of CASO,
+    https://arxiv.org/abs/2505.14254). It does not vanish where the classifier is certain.
 
     Args:
         classifier: timm name or folder, or a :class:`TimmClassifier` with its settings, such as that of a file of
@@ -26,6 +34,7 @@ class ClassifierLoss(Objective):
         labels: class that images should show, by name or index, or several labels of a multi-label classifier, which
             images should show together; null for the targets, one class name per image. With labels, targets are
             ignored.
+        form: ``cross_entropy`` or ``class_mean``, of several labels the sum.
         weight: factor of the loss.
         crops: random crops to average the loss over; null for the whole image.
         dtype: precision of the classifier, if it is given by name; the backbone's saves memory.
@@ -33,6 +42,7 @@ class ClassifierLoss(Objective):
     Attributes:
         classifier: the classifier.
         labels: as given, a tuple; None for the targets.
+        form: as given.
 
     Raises:
         UserError: if the classifier cannot be loaded or lacks a label, the list of labels is empty, or it names
@@ -47,6 +57,7 @@ class ClassifierLoss(Objective):
         classifier: str | TimmClassifier,
         labels: str | int | list[str | int] | None = None,
         *,
+        form: ClassLoss = "cross_entropy",
         weight: float = 1.0,
         crops: Crops | None = None,
         dtype: Precision = "float32",
@@ -55,7 +66,7 @@ class ClassifierLoss(Objective):
         self.classifier = TimmClassifier(classifier, dtype) if isinstance(classifier, str) else classifier
         self.pretrained = self.classifier.pretrained
         self.labels = None if labels is None else (labels,) if isinstance(labels, str | int) else tuple(labels)
-        self.uses_targets = self.labels is None
+        self.uses_targets, self.form = self.labels is None, form
         if self.labels is None:
             return
         if not self.labels:
@@ -68,8 +79,8 @@ class ClassifierLoss(Objective):
             )
 
     def loss(self, images: Tensor, targets: Sequence[str] | None = None) -> Tensor:
-        """Negative log-probability (B,) of the class, or of all labels together."""
-        return self._loss(self.classifier(images), targets)
+        """Loss (B,) towards the class: its negative log-probability, or one minus a cosine; of labels the sum."""
+        return self._losses_and_logits(images, targets)[0]
 
     def score(self, images: Tensor, targets: Sequence[str] | None = None) -> Tensor:
         """1 where the classifier sees the class, or all labels; else 0. (B,) float32."""
@@ -88,18 +99,17 @@ class ClassifierLoss(Objective):
         """Loss and score (B,) from one evaluation of the classifier, unless the loss is over crops."""
         if self.crops is not None:
             return super().loss_and_score(images, targets, step)
-        logits: Tensor = self.classifier(images)
-        return self.weight * self._loss(logits, targets), self._score(logits.detach(), targets)
+        losses, logits = self._losses_and_logits(images, targets)
+        return self.weight * losses, self._score(logits.detach(), targets)
 
     def losses(self, images: Tensor, names: Sequence[str]) -> Tensor:
         """Losses (B, K) towards each of K classes, from one evaluation of the classifier."""
         if not self.uses_targets:
             return super().losses(images, names)
-        logits: Tensor = self.classifier(images)
-        indices = torch.tensor([self.classifier.label_index(name) for name in names], device=logits.device)
-        rows = logits.repeat_interleave(len(indices), dim=0)
-        losses = class_cross_entropy(rows, indices.repeat(len(logits)), self.classifier.multi_label)
-        return losses.reshape(len(logits), -1)
+        seen, _ = self._seen(images)
+        indices = torch.tensor([self.classifier.label_index(name) for name in names], device=seen.device)
+        losses = self._towards(seen.repeat_interleave(len(indices), dim=0), indices.repeat(len(seen)))
+        return losses.reshape(len(seen), -1)
 
     def check(self, targets: Sequence[str] | None = None) -> None:
         """Refuse unknown class names.
@@ -116,12 +126,27 @@ class ClassifierLoss(Objective):
         for name in targets:
             self.classifier.label_index(name)
 
-    def _loss(self, logits: Tensor, targets: Sequence[str] | None) -> Tensor:
-        first, *others = (
-            class_cross_entropy(logits, indices, self.classifier.multi_label)
-            for indices in self._target_indices(logits, targets)
-        )
-        return sum(others, first)
+    def _losses_and_logits(self, images: Tensor, targets: Sequence[str] | None) -> tuple[Tensor, Tensor]:
+        seen, logits = self._seen(images)
+        first, *others = (self._towards(seen, indices) for indices in self._target_indices(logits, targets))
+        return sum(others, first), logits
+
+    def _seen(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the loss is of, logits or features, and the logits."""
+        if self.form == "class_mean":
+            features = self.classifier.features(images)
+            return features, self.classifier.classify(features)
+        logits: Tensor = self.classifier(images)
+        return logits, logits
+
+    def _towards(self, seen: Tensor, indices: Tensor) -> Tensor:
+        """Losses (B,) of logits or features towards outputs of the classifier."""
+        if self.form == "cross_entropy":
+            return class_cross_entropy(seen, indices, self.classifier.multi_label)
+        rows = self.classifier.head_weight
+        # A softmax does not change by what is added to every row; a sigmoid does.
+        directions = rows if self.classifier.multi_label else rows - rows.mean(dim=0)
+        return class_mean_cosine(seen, indices, directions, seen.new_zeros(seen.shape[1]))
 
     def _score(self, logits: Tensor, targets: Sequence[str] | None) -> Tensor:
         seen = [
