@@ -117,10 +117,24 @@ def test_class_mean_of_independent_labels_does_not_depend_on_the_other_labels(tm
     torch.testing.assert_close(objective(images), expected)
 
 
-def test_loss_and_score_evaluate_the_classifier_once(tiny_models, images):
-    objective = ClassifierLoss(str(tiny_models / "guide"))
+def test_class_mean_has_a_gradient_where_the_classifier_is_certain(tiny_models, images):
+    classifier = TimmClassifier(str(tiny_models / "guide"))
+    classifier.model.get_classifier().weight.data *= 1e6
+    names = [classifier.label_names[index] for index in classifier(images).argmax(dim=1)]
+    gradients = {}
+    for form in ("cross_entropy", "class_mean"):
+        leaf = images.clone().requires_grad_()
+        ClassifierLoss(classifier, form=form)(leaf, targets=names).sum().backward()
+        gradients[form] = leaf.grad.abs().max()
+    assert gradients["cross_entropy"] == 0
+    assert gradients["class_mean"] > 0
+
+
+@pytest.mark.parametrize("form", ["cross_entropy", "class_mean"])
+def test_loss_and_score_evaluate_the_classifier_once(tiny_models, images, form):
+    objective = ClassifierLoss(str(tiny_models / "guide"), form=form)
     calls = []
-    objective.classifier.register_forward_hook(lambda *_: calls.append(1))
+    objective.classifier.model.conv1.register_forward_hook(lambda *_: calls.append(1))
     objective.loss_and_score(images, ["pirate", "wizard", "pirate"])
     objective.losses(images, ["pirate", "wizard"])
     assert len(calls) == 2
@@ -142,6 +156,7 @@ def test_bad_settings(folder, tiny_models, tmp_path):
     for make, words in (
         (lambda: ClassifierLoss(guide, "pirat"), "'pirat'.*'pirate'"),
         (lambda: ClassifierLoss(str(tmp_path / "no" / "such"), "pirate"), "no/such"),
+        (lambda: ClassifierLoss(guide, form="class_means"), "form of ClassifierLoss.*class_mean, got 'class_means'"),
         (lambda: CLIPTextLoss(clip, " "), "text of CLIPTextLoss"),
         (lambda: CLIPImageLoss(clip, []), "images of CLIPImageLoss"),
         (lambda: CLIPImageLoss(clip, [str(tmp_path / "broken.png")]), "broken.png' of CLIPImageLoss"),

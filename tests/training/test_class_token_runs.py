@@ -10,6 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import tokenlearn as tl
 from tests.tiny_clip import tiny_clip
 from tests.training.runs import fit
 from tokenlearn.data import PromptDataModule
@@ -112,6 +113,16 @@ def test_the_command_line_keeps_the_last_good_files(tiny_config, tmp_path, monke
     assert "not finite at step 2" in capsys.readouterr().err.strip().splitlines()[-1]
     (vectors,) = load_file(tmp_path / "run" / "embeddings" / "wizard-tl.safetensors").values()
     assert vectors.isfinite().all()
+
+
+def test_fit_by_class_means_from_the_word_that_they_choose(tiny_config, tmp_path, capsys):
+    objective = "model.init_args.objective.init_args.form"
+    main(["fit", "--config", tiny_config({objective: "class_mean", "model.init_args.tokens.initial_words": None})])
+    capsys.readouterr()
+    tokens = tl.load_tokens(str(tmp_path / "run" / "embeddings" / "wizard-tl.safetensors"))
+    metadata = tokens.metadata["<wizard>"]
+    assert (metadata["objective"], metadata["form"]) == ("ClassifierLoss", "class_mean")
+    assert json.loads(metadata["config"])["initial_words"]
 
 
 def test_fit_leaves_everything_that_it_names(tiny_config, tmp_path, capsys):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,9 +24,10 @@ class ClassifierLoss(Objective):
     """Loss of a classifier towards a class; the score is its accuracy.
 
     Class tokens (https://arxiv.org/abs/2303.17155) and DOODL (https://arxiv.org/abs/2303.13703) minimise its
-    cross-entropy. The form ``class_mean`` is the cosine distance of the penultimate features from the class's row of
-    the head, which in a collapsed classifier points along the centred class mean (theorem 1 of CASO,
-    https://arxiv.org/abs/2505.14254). It does not vanish where the classifier is certain.
+    cross-entropy. The form ``class_mean`` is the cosine distance of the penultimate features, which are not centred,
+    from the class's row of the head: of a softmax, the row minus the mean row. In a collapsed classifier it points
+    along the centred class mean (theorem 1 of CASO, https://arxiv.org/abs/2505.14254). This loss is in [0, 2], and its
+    gradient does not vanish where the classifier is certain.
 
     Args:
         classifier: timm name or folder, or a :class:`TimmClassifier` with its settings, such as that of a file of
@@ -46,7 +47,8 @@ class ClassifierLoss(Objective):
 
     Raises:
         UserError: if the classifier cannot be loaded or lacks a label, the list of labels is empty, or it names
-            several labels of a classifier that assigns one class.
+            several labels of a classifier that assigns one class; for ``class_mean``, if its head is not linear; if
+            there is no such form.
     """
 
     score_kind = "share"
@@ -67,6 +69,10 @@ class ClassifierLoss(Objective):
         self.pretrained = self.classifier.pretrained
         self.labels = None if labels is None else (labels,) if isinstance(labels, str | int) else tuple(labels)
         self.uses_targets, self.form = self.labels is None, form
+        if form not in get_args(ClassLoss):
+            raise UserError(f"form of ClassifierLoss must be one of {', '.join(get_args(ClassLoss))}, got '{form}'")
+        if form == "class_mean":
+            _ = self.classifier.head_weight  # refuses a head without rows before any image is made
         if self.labels is None:
             return
         if not self.labels:

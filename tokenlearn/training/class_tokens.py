@@ -289,6 +289,8 @@ class ClassTokens(TokenTraining, ClassConsumer):
         classifiers = [term.classifier.pretrained for term in terms if isinstance(term, ClassifierLoss)]
         about = {"method": "class_tokens", "objective": " + ".join(type(term).__name__ for term in terms)}
         about |= {"classifier": ", ".join(classifiers)} if classifiers else {}
+        forms = {term.form for term in terms if isinstance(term, ClassifierLoss)} - {"cross_entropy"}
+        about |= {"form": ", ".join(sorted(forms))} if forms else {}
         for name, token in self.placeholders.items():
             settings = self._sampling_settings() | {"initial_words": self.started_from[name]}
             metadata[token] |= about | {
