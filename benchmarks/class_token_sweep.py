@@ -39,7 +39,6 @@ _MOST_STEPS = 1_000_000  # the time ends a training before
 
 _MODEL, _DATA = "model.init_args.", "data.init_args."
 _RATE = f"{_MODEL}optimizer.init_args.lr"
-_FORM = f"{_MODEL}objective.init_args.form"
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "config": {},
@@ -52,7 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"guidance {scale:g}": {f"{_MODEL}guidance": scale} for scale in (1.0, 3.0, 7.5)},
     **{f"learning rate {rate:g}": {_RATE: rate} for rate in (0.005, 0.01, 0.02, 0.04, 0.08)},
     **{f"batch {size}": {f"{_DATA}batch_size": size} for size in (3, 6, 12, 24)},
-    "class mean": {_FORM: "class_mean"},
+    "class mean": {f"{_MODEL}objective.init_args.form": "class_mean"},
 }
 """Name to the settings that differ from the config."""
 

@@ -53,6 +53,7 @@ class ClassifierLoss(Objective):
 
     score_kind = "share"
     score_name = "accuracy"
+    _directions: Tensor
 
     def __init__(
         self,
@@ -65,14 +66,18 @@ class ClassifierLoss(Objective):
         dtype: Precision = "float32",
     ) -> None:
         super().__init__(weight, crops)
+        if form not in get_args(ClassLoss):
+            raise UserError(f"form of ClassifierLoss must be one of {', '.join(get_args(ClassLoss))}, got '{form}'")
+        self.form = form
         self.classifier = TimmClassifier(classifier, dtype) if isinstance(classifier, str) else classifier
         self.pretrained = self.classifier.pretrained
         self.labels = None if labels is None else (labels,) if isinstance(labels, str | int) else tuple(labels)
-        self.uses_targets, self.form = self.labels is None, form
-        if form not in get_args(ClassLoss):
-            raise UserError(f"form of ClassifierLoss must be one of {', '.join(get_args(ClassLoss))}, got '{form}'")
+        self.uses_targets = self.labels is None
         if form == "class_mean":
-            _ = self.classifier.head_weight  # refuses a head without rows before any image is made
+            rows = self.classifier.head_weight
+            # A softmax does not change by what is added to every row; a sigmoid does.
+            directions = rows if self.classifier.multi_label else rows - rows.mean(dim=0)
+            self.register_buffer("_directions", directions, persistent=False)
         if self.labels is None:
             return
         if not self.labels:
@@ -149,10 +154,7 @@ class ClassifierLoss(Objective):
         """Losses (B,) of logits or features towards outputs of the classifier."""
         if self.form == "cross_entropy":
             return class_cross_entropy(seen, indices, self.classifier.multi_label)
-        rows = self.classifier.head_weight
-        # A softmax does not change by what is added to every row; a sigmoid does.
-        directions = rows if self.classifier.multi_label else rows - rows.mean(dim=0)
-        return class_mean_cosine(seen, indices, directions, seen.new_zeros(seen.shape[1]))
+        return class_mean_cosine(seen, indices, self._directions, seen.new_zeros(seen.shape[1]))
 
     def _score(self, logits: Tensor, targets: Sequence[str] | None) -> Tensor:
         seen = [

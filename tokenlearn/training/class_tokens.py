@@ -286,10 +286,10 @@ class ClassTokens(TokenTraining, ClassConsumer):
         """Method, class, objective, settings and, once evaluated, judged score of each token."""
         metadata = super().token_metadata()
         terms = list(self.objective) if isinstance(self.objective, ObjectiveSum) else [self.objective]
-        classifiers = [term.classifier.pretrained for term in terms if isinstance(term, ClassifierLoss)]
+        guides = [term for term in terms if isinstance(term, ClassifierLoss)]
         about = {"method": "class_tokens", "objective": " + ".join(type(term).__name__ for term in terms)}
-        about |= {"classifier": ", ".join(classifiers)} if classifiers else {}
-        forms = {term.form for term in terms if isinstance(term, ClassifierLoss)} - {"cross_entropy"}
+        about |= {"classifier": ", ".join(guide.classifier.pretrained for guide in guides)} if guides else {}
+        forms = {guide.form for guide in guides} - {"cross_entropy"}
         about |= {"form": ", ".join(sorted(forms))} if forms else {}
         for name, token in self.placeholders.items():
             settings = self._sampling_settings() | {"initial_words": self.started_from[name]}
