@@ -220,8 +220,12 @@ def test_a_token_learns_from_a_clip(make, clip):
         images = task.pipeline.generate(PROMPTS, BATCH.seeds).clamp(0, 1)
         texts = clip.text_features(["a wizard", "a pirate"])
         cosine = (clip.image_features(images) * texts).sum(dim=1).mean()
-    assert logged == {"val/guided_clip_similarity": pytest.approx(cosine.item(), abs=1e-5)}
-    assert task.monitor == ("val/guided_clip_similarity", "max")
+        loss = task.objective(images, targets=["wizard", "pirate"]).mean()
+    assert logged == {
+        "val/guided_clip_similarity": pytest.approx(cosine.item(), abs=1e-5),
+        "val/loss": pytest.approx(loss.item(), abs=1e-5),
+    }
+    assert task.monitor == ("val/loss", "min")
 
 
 def test_a_token_learns_from_a_sum(make, guide, clip, tiny_models):
@@ -248,13 +252,19 @@ def test_validation_counts_classes_apart(make, tiny_models):
     logged = validate(task, [BATCH, more])
     with torch.no_grad():
         images = [task.pipeline.generate(task.prompts(batch), batch.seeds).clamp(0, 1) for batch in (BATCH, more)]
-        wizard, pirate = (
-            torch.cat([task.objective.classifier(part).argmax(dim=1) == index for part in images]).float()
-            for index in (1, 2)
-        )
-    expected = (wizard[[0, 2, 3, 4]].mean() + pirate[1]) / 2
-    assert logged == {"val/guided_accuracy": float(expected), "val/judged_accuracy": float(expected)}  # twins here
-    assert task.monitor == ("val/guided_accuracy", "max")
+        logits = torch.cat([task.objective.classifier(part) for part in images])
+
+    def mean_over_classes(of_wizard, of_pirate):
+        return float((of_wizard[[0, 2, 3, 4]].mean() + of_pirate[1]) / 2)
+
+    accuracy = mean_over_classes(*((logits.argmax(dim=1) == index).float() for index in (1, 2)))
+    loss = mean_over_classes(*(-logits.log_softmax(dim=1)[:, index] for index in (1, 2)))
+    assert logged == {
+        "val/guided_accuracy": accuracy,
+        "val/judged_accuracy": accuracy,  # twins here
+        "val/loss": pytest.approx(loss, rel=1e-5),
+    }
+    assert task.monitor == ("val/loss", "min")
 
 
 def test_nothing_else_can_learn(make):

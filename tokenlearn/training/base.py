@@ -342,7 +342,7 @@ class TokenTraining(TokenTask):
             return self.encode_images(batch.images)
         return self.generate_latents(batch.prompts, batch.seeds)
 
-    def log_accuracy(self, name: str, metric: GroupMetric) -> None:
+    def log_group_mean(self, name: str, metric: GroupMetric) -> None:
         """Log the mean over groups of a metric's means, leaving out empty groups, and reset the metric."""
         sums, counts = metric.compute().unbind(dim=1)
         counted = counts > 0

@@ -244,9 +244,9 @@ class Caso(TokenTraining):
 
     def on_validation_epoch_end(self) -> None:
         """Log the accuracies of edits: the guide's chooses the best tokens, the judge's only reports."""
-        self.log_accuracy("val/guided_accuracy", self.guided_accuracy)
+        self.log_group_mean("val/guided_accuracy", self.guided_accuracy)
         if self.judge is not None:
-            self.log_accuracy("val/judged_accuracy", self.judged_accuracy)
+            self.log_group_mean("val/judged_accuracy", self.judged_accuracy)
 
     def prompt(self, token: str) -> str:
         """Prompt with a token."""

@@ -125,6 +125,7 @@ class ClassTokens(TokenTraining, ClassConsumer):
         bank = self.make_bank({token: self.started_from[name] for name, token in self.placeholders.items()})
         check_tokens([*sampling.rule.concept_prompts, *training.rule.concept_prompts], bank.placeholders)
         self.hard_classes = HardClasses(len(self.class_names), hard_classes)
+        self.guided_losses = GroupScores(len(self.class_names))
         self.guided_scores = GroupScores(len(self.class_names))
         self.judged_scores = GroupScores(len(self.class_names))
         self.judged_accuracies: dict[str, float] = {}
@@ -139,9 +140,10 @@ class ClassTokens(TokenTraining, ClassConsumer):
 
     @property
     def monitor(self) -> tuple[str, Literal["max", "min"]]:
-        """See :class:`tokenlearn.token_task.TokenTask`: the objective's score, or the loss where it has none."""
-        if self.objective.has_score:
-            return f"val/guided_{self.objective.score_name}", "max"
+        """See :class:`tokenlearn.token_task.TokenTask`: the objective's loss.
+
+        Accuracies of the few images of a validation are often equal, and the first of equal ones would be kept.
+        """
         return "val/loss", "min"
 
     def subject(self, name: str, kind: PromptKind, words: Mapping[str, str] = MappingProxyType({})) -> str:
@@ -268,19 +270,23 @@ class ClassTokens(TokenTraining, ClassConsumer):
         """
         images = self.pipeline.generate(self.prompts(batch), batch.seeds).clamp(0, 1)
         targets, groups = self.targets(batch), torch.tensor(batch.class_indices, device=self.device)
-        guiding = self.objective
-        self.guided_scores.update(
-            guiding.score(images, targets) if guiding.has_score else guiding(images, targets=targets), groups
-        )
+        if self.objective.has_score:
+            losses, scores = self.objective.loss_and_score(images, targets)
+            self.guided_scores.update(scores, groups)
+        else:
+            losses = self.objective(images, targets=targets)
+        self.guided_losses.update(losses, groups)
         if self.judge is not None:
             self.judged_scores.update(self.judge.score(images, targets), groups)
         return {"images": images, "rows": targets}
 
     def on_validation_epoch_end(self) -> None:
-        """Log the means over classes: the guiding objective's chooses the best tokens, the judge's only reports."""
-        self.log_accuracy(self.monitor[0], self.guided_scores)
+        """Log the means over classes: the objective's loss chooses the best tokens, all else only reports."""
+        self.log_group_mean("val/loss", self.guided_losses)
+        if self.objective.has_score:
+            self.log_group_mean(f"val/guided_{self.objective.score_name}", self.guided_scores)
         if self.judge is not None:
-            self.log_accuracy(f"val/judged_{self.judge.score_name}", self.judged_scores)
+            self.log_group_mean(f"val/judged_{self.judge.score_name}", self.judged_scores)
 
     def token_metadata(self) -> dict[str, dict[str, str]]:
         """Method, class, objective, settings and, once evaluated, judged score of each token."""
