@@ -56,7 +56,7 @@ from tokenlearn.run_checks import check_command
 from tokenlearn.setting_checks import Section, check_settings, parser_line
 from tokenlearn.setting_types import show
 from tokenlearn.stopping import Stopped, StopSignals
-from tokenlearn.token_task import DEFAULT_MONITOR, TokenTask
+from tokenlearn.token_task import OF_TASK, TokenTask
 from tokenlearn.training.base import TokenTraining
 
 SECTIONS = {
@@ -135,7 +135,7 @@ class TokenlearnCLI(LightningCLI):
         parser.set_defaults(
             {
                 "trainer.enable_model_summary": False,  # of frozen models, with 0 FLOPs
-                "checkpoint.monitor": DEFAULT_MONITOR,
+                "checkpoint.monitor": OF_TASK,
                 "checkpoint.mode": "max",
                 "checkpoint.save_last": False,  # it would be the last best; LastCheckpoint writes the last
                 "checkpoint.enable_version_counter": False,  # a resumed run finds the best files that it repeats
@@ -226,7 +226,9 @@ class TokenlearnCLI(LightningCLI):
             callback.save_last = False  # configs from before LastCheckpoint have true
             if not callback.dirpath:
                 callback.dirpath = f"{folder}/checkpoints"
-        self._follow_monitor(trainer)
+            if callback.monitor == OF_TASK and isinstance(self.model, TokenTask):
+                callback.monitor, callback.mode = self.model.monitor
+                callback.kth_value = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
         return trainer
 
     def _refuse_other_fit(self) -> None:
@@ -245,22 +247,6 @@ class TokenlearnCLI(LightningCLI):
                 f"output_dir '{self.run_folder}' has the checkpoints of a fit with other settings; give another "
                 f"folder, or continue that fit with --ckpt_path {folder / LAST}"
             )
-
-    def _follow_monitor(self, trainer: L.Trainer) -> None:
-        """Choose the best tokens by the task's own figure where the settings name the default one.
-
-        A task whose objective has a loss alone logs no accuracy, so the default would end the fit.
-        """
-        if not isinstance(self.model, TokenTask):
-            return
-        monitor, mode = self.model.monitor
-        for callback in trainer.callbacks:  # type: ignore[attr-defined] # set by the trainer's connector
-            if getattr(callback, "monitor", None) != DEFAULT_MONITOR or monitor == DEFAULT_MONITOR:
-                continue
-            if isinstance(callback, ModelCheckpoint):
-                callback.kth_value = torch.tensor(math.inf if mode == "min" else -math.inf)
-            if isinstance(callback, ModelCheckpoint | EmbeddingExport):
-                callback.monitor, callback.mode = monitor, mode
 
     def after_instantiate_classes(self) -> None:
         """Hand the hash of the settings to the tables."""

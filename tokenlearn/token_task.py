@@ -22,8 +22,8 @@ from tokenlearn.tokens.compatibility import VOCABULARY, check_vocabularies, fing
 from tokenlearn.tokens.embeddings import tokens_by_setting
 from tokenlearn.tokens.files.base import ENCODERS_ENTRY
 
-DEFAULT_MONITOR = "val/guided_accuracy"
-"""Logged figure by which the best tokens are chosen where the task names no other."""
+OF_TASK = "task"
+"""Setting of a monitor that stands for the task's own, see :attr:`TokenTask.monitor`."""
 
 
 class TokenTask(L.LightningModule, ImageConsumer):
@@ -66,7 +66,7 @@ class TokenTask(L.LightningModule, ImageConsumer):
     @property
     def monitor(self) -> tuple[str, Literal["max", "min"]]:
         """Name of the logged figure by which the best tokens are chosen, and whether it should grow or shrink."""
-        return DEFAULT_MONITOR, "max"
+        return "val/guided_accuracy", "max"
 
     def configure_callbacks(self) -> list[L.Callback]:
         """The callback that warns once of skipped images, with any trainer."""

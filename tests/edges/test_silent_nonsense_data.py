@@ -122,10 +122,7 @@ def test_a_token_that_no_image_was_for_is_named(tiny_models, tmp_path, faces):
             "sampling": {"steps": 2},
         },
     }
-    monitor = {"monitor": "val/loss", "mode": "min"}
-    config = write_image_config(
-        tmp_path, "run", model, trainer={"max_steps": 2}, checkpoint=monitor, embedding_export=monitor
-    )
+    config = write_image_config(tmp_path, "run", model, trainer={"max_steps": 2})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         main(["fit", "--config", config])

@@ -163,3 +163,14 @@ def test_the_best_tokens_are_chosen_by_the_loss_of_whatever_objective(tiny_confi
     assert list(chosen) == ["val/loss"]
     exported = next(state["best"] for name, state in saved.items() if name.startswith("EmbeddingExport"))
     assert exported == pytest.approx(float(chosen["val/loss"]["best_model_score"]))
+
+
+def test_another_figure_can_choose_the_best_tokens(tiny_config, tmp_path):
+    other = [f"--{section}.monitor=val/guided_accuracy" for section in ("checkpoint", "embedding_export")]
+    main(["fit", "--config", tiny_config({}), "--trainer.max_steps", "2", *other])
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+    chosen = next(state for name, state in saved.items() if name.startswith("ModelCheckpoint"))
+    exported = next(state["best"] for name, state in saved.items() if name.startswith("EmbeddingExport"))
+    assert chosen["monitor"] == "val/guided_accuracy"
+    assert exported == pytest.approx(float(chosen["best_model_score"]))
+    assert 0 <= exported <= 1  # a share, not a loss

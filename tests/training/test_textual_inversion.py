@@ -329,9 +329,7 @@ def config(tiny_models, tmp_path, monkeypatch):
             "sampling": {"steps": 2},
         }
         model = {"class_path": "TextualInversion", "init_args": options}
-        best = {"monitor": "val/loss", "mode": "min"}
-        monitors = {"checkpoint": best, "embedding_export": dict(best)}
-        return write_image_config(tmp_path, name, model, data, trainer, **(monitors | sections))
+        return write_image_config(tmp_path, name, model, data, trainer, **sections)
 
     return write
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenlearn.callbacks.images import to_image
 from tokenlearn.data.interfaces import TaskWrapper
 from tokenlearn.errors import UserError
-from tokenlearn.token_task import DEFAULT_MONITOR, TokenTask
+from tokenlearn.token_task import OF_TASK, TokenTask
 from tokenlearn.tokens import EmbeddingFormat, LearnedTokens, load_embedding
 from tokenlearn.tokens.files.previews import copy_previews, write_preview
 from tokenlearn.tokens.files.programs import how_to_use
@@ -29,8 +29,8 @@ class EmbeddingExport(L.Callback):
     """Write every token's embedding file to ``embeddings/`` of the run folder whenever a metric improves.
 
     Args:
-        monitor: logged metric that decides.
-        mode: whether it should grow or shrink.
+        monitor: logged metric that decides; ``task`` for the one by which the task chooses its best tokens.
+        mode: whether it should grow or shrink; with ``task``, as the task says.
         format: form of the files, see :func:`tokenlearn.tokens.save_embedding`.
         previews: whether a token's first validation image is written beside its file, as ``NAME.preview.png``, where
             the programs that the format is for show it.
@@ -46,7 +46,7 @@ class EmbeddingExport(L.Callback):
 
     def __init__(
         self,
-        monitor: str = DEFAULT_MONITOR,
+        monitor: str = OF_TASK,
         mode: Literal["max", "min"] = "max",
         format: EmbeddingFormat = "a1111",
         previews: bool = True,
@@ -89,13 +89,14 @@ class EmbeddingExport(L.Callback):
             return
         if trainer.sanity_checking or not isinstance(pl_module, TokenTask):
             return
-        if self.monitor not in trainer.callback_metrics:
+        monitor, mode = pl_module.monitor if self.monitor == OF_TASK else (self.monitor, self.mode)
+        if monitor not in trainer.callback_metrics:
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             raise UserError(
-                f"embedding_export.monitor '{self.monitor}' is not logged; set it to a figure that is: {logged}"
+                f"embedding_export.monitor '{monitor}' is not logged; set it to a figure that is: {logged}"
             )
-        value = float(trainer.callback_metrics[self.monitor])
-        better = self.best is None or (value > self.best if self.mode == "max" else value < self.best)
+        value = float(trainer.callback_metrics[monitor])
+        better = self.best is None or (value > self.best if mode == "max" else value < self.best)
         if better and not math.isnan(value):  # no later value would compare as better than NaN
             self.best = value
             self.export(trainer, pl_module, {"step": str(trainer.global_step)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -119,6 +119,11 @@ class TextualInversion(TokenTraining):
         # A value that is not finite must stay in the sum: the tokens are then no improvement.
         self.validation_error = SumMetric(nan_strategy="disable")
         self.validation_images = SumMetric()
+
+    @property
+    def monitor(self) -> tuple[str, Literal["max", "min"]]:
+        """See :class:`tokenlearn.token_task.TokenTask`: the loss of held-out images."""
+        return "val/loss", "min"
 
     def setup(self, stage: str) -> None:
         """Refuse data that are known to lack an attribute, or whose class indices are known to differ in meaning.
