@@ -91,7 +91,7 @@ def exported(folder):
     ],
 )
 def test_embedding_export_keeps_the_best(tmp_path, mode, values, best_step):
-    export = EmbeddingExport(mode=mode)
+    export = EmbeddingExport(monitor="val/guided_accuracy", mode=mode)
     fit(tmp_path, values, export)
     number, metadata = exported(tmp_path)
     assert number == best_step
