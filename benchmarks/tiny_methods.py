@@ -219,9 +219,7 @@ def _textual_inversion(folder: Path) -> Settings:
         **_LEARNING,
     }
     cache = {"folder": str(folder / CACHE), "shard_size": 4}
-    config = _fit("TextualInversion", options, "ImageDataModule", _faces(folder, cache=cache))
-    best = {"monitor": "val/loss", "mode": "min"}
-    return config | {"checkpoint": best, "embedding_export": dict(best)}
+    return _fit("TextualInversion", options, "ImageDataModule", _faces(folder, cache=cache))
 
 
 def _predict(folder: Path, model: str, **settings: object) -> Settings:

@@ -226,9 +226,8 @@ class TokenlearnCLI(LightningCLI):
             callback.save_last = False  # configs from before LastCheckpoint have true
             if not callback.dirpath:
                 callback.dirpath = f"{folder}/checkpoints"
-            if callback.monitor == OF_TASK and isinstance(self.model, TokenTask):
-                callback.monitor, callback.mode = self.model.monitor
-                callback.kth_value = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
+            if isinstance(self.model, TokenTask):
+                _follow_task(callback, self.model)
         return trainer
 
     def _refuse_other_fit(self) -> None:
@@ -357,6 +356,23 @@ def _as_list(value: Any) -> list[Any]:  # noqa: ANN401 - any setting
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
+
+
+def _follow_task(checkpoint: ModelCheckpoint, task: TokenTask) -> None:
+    """Watch the task's own figure where the settings leave it to the task.
+
+    Raises:
+        UserError: if the settings name the task's figure, but would keep the worst tokens by it.
+    """
+    figure, mode = task.monitor
+    if checkpoint.monitor == OF_TASK:
+        checkpoint.monitor, checkpoint.mode = figure, mode
+        checkpoint.kth_value = torch.tensor(math.inf if mode == "min" else -math.inf)
+    elif checkpoint.monitor == figure and checkpoint.mode != mode:
+        raise UserError(
+            f"checkpoint.monitor '{figure}' with checkpoint.mode {checkpoint.mode} would keep the worst tokens; set "
+            f"checkpoint.mode to {mode}, or leave both out"
+        )
 
 
 def _check_filename(callback: ModelCheckpoint) -> None:

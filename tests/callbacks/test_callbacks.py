@@ -116,6 +116,22 @@ def test_embedding_export_ignores_sanity_checks_and_other_runs(tmp_path):
     assert not (tmp_path / "other" / "embeddings").exists()
 
 
+@pytest.mark.parametrize(
+    ("state", "exports"),
+    [
+        ({"best": 0.7, "monitor": "val/guided_accuracy"}, False),
+        ({"best": 0.7}, False),  # of a checkpoint before figures were named, all of which were accuracies
+        ({"best": 0.7, "monitor": "val/loss"}, True),
+    ],
+)
+def test_a_best_value_of_another_figure_is_forgotten(tmp_path, state, exports):
+    resumed = EmbeddingExport()
+    resumed.load_state_dict(state)
+    fit(tmp_path, [0.6], resumed)
+    assert (tmp_path / "embeddings").exists() is exports
+    assert resumed.best == pytest.approx(0.6 if exports else 0.7)
+
+
 def test_embedding_export_resumes_with_its_best_and_still_leaves_files(tmp_path):
     first = EmbeddingExport()
     fit(tmp_path / "first", [0.7], first)

@@ -165,6 +165,12 @@ def test_the_best_tokens_are_chosen_by_the_loss_of_whatever_objective(tiny_confi
     assert exported == pytest.approx(float(chosen["val/loss"]["best_model_score"]))
 
 
+def test_the_worst_tokens_are_not_kept_by_mistake(tiny_config, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", tiny_config({}), "--checkpoint.monitor=val/loss"])
+    assert "checkpoint.monitor 'val/loss' with checkpoint.mode max would keep the worst" in capsys.readouterr().err
+
+
 def test_another_figure_can_choose_the_best_tokens(tiny_config, tmp_path):
     other = [f"--{section}.monitor=val/guided_accuracy" for section in ("checkpoint", "embedding_export")]
     main(["fit", "--config", tiny_config({}), "--trainer.max_steps", "2", *other])

@@ -233,7 +233,7 @@ def test_a_token_learns_from_a_sum(make, guide, clip, tiny_models):
     task = make([guide, 8 * CLIPTextLoss(clip, "a {}")], judge=judge, optimizer=adam)
     before, after = learned(task)
     assert after < 0.997 * before  # the images of a random model hardly change
-    # The terms have no common score, so the loss chooses the best tokens.
+    # The terms have no common score, so the loss alone is logged.
     logged = validate(task, [BATCH])
     with torch.no_grad():
         images = task.pipeline.generate(PROMPTS, BATCH.seeds).clamp(0, 1)

@@ -23,6 +23,8 @@ EMBEDDINGS = "embeddings"
 """Folder of the files, below the run folder."""
 _SHOW_PREVIEWS = ("a1111", "comfyui")
 """Formats of programs that show an image beside an embedding file."""
+_FIGURE_OF_OLD_CHECKPOINTS = "val/guided_accuracy"
+"""Figure of the best value in checkpoints that do not name it."""
 
 
 class EmbeddingExport(L.Callback):
@@ -53,6 +55,7 @@ class EmbeddingExport(L.Callback):
     ) -> None:
         self.monitor, self.mode, self.format, self.previews = monitor, mode, format, previews
         self.best: float | None = None
+        self._best_of: str | None = None
         self.paths: list[Path] = []
         self.usage: list[str] = []
         self._fitted = False
@@ -95,6 +98,9 @@ class EmbeddingExport(L.Callback):
             raise UserError(
                 f"embedding_export.monitor '{monitor}' is not logged; set it to a figure that is: {logged}"
             )
+        if self._best_of not in (None, monitor):  # resumed, and values of two figures do not compare
+            self.best = None
+        self._best_of = monitor
         value = float(trainer.callback_metrics[monitor])
         better = self.best is None or (value > self.best if mode == "max" else value < self.best)
         if better and not math.isnan(value):  # no later value would compare as better than NaN
@@ -131,9 +137,10 @@ class EmbeddingExport(L.Callback):
             copy_previews(resumed_run / EMBEDDINGS, Path(trainer.default_root_dir) / EMBEDDINGS)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value, so that a resumed run does not export worse tokens."""
-        return {"best": self.best}
+        """The best value and its figure, so that a resumed run does not export worse tokens."""
+        return {"best": self.best, "monitor": self._best_of}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best value."""
+        """Restore the best value and its figure."""
         self.best = state_dict["best"]
+        self._best_of = state_dict.get("monitor", _FIGURE_OF_OLD_CHECKPOINTS)
