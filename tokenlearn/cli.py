@@ -227,7 +227,8 @@ class TokenlearnCLI(LightningCLI):
             if not callback.dirpath:
                 callback.dirpath = f"{folder}/checkpoints"
             if isinstance(self.model, TokenTask):
-                _follow_task(callback, self.model)
+                callback.monitor, callback.mode = self.model.watched(callback.monitor, callback.mode, "checkpoint")
+                callback.kth_value = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
         return trainer
 
     def _refuse_other_fit(self) -> None:
@@ -356,23 +357,6 @@ def _as_list(value: Any) -> list[Any]:  # noqa: ANN401 - any setting
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
-
-
-def _follow_task(checkpoint: ModelCheckpoint, task: TokenTask) -> None:
-    """Watch the task's own figure where the settings leave it to the task.
-
-    Raises:
-        UserError: if the settings name the task's figure, but would keep the worst tokens by it.
-    """
-    figure, mode = task.monitor
-    if checkpoint.monitor == OF_TASK:
-        checkpoint.monitor, checkpoint.mode = figure, mode
-        checkpoint.kth_value = torch.tensor(math.inf if mode == "min" else -math.inf)
-    elif checkpoint.monitor == figure and checkpoint.mode != mode:
-        raise UserError(
-            f"checkpoint.monitor '{figure}' with checkpoint.mode {checkpoint.mode} would keep the worst tokens; set "
-            f"checkpoint.mode to {mode}, or leave both out"
-        )
 
 
 def _check_filename(callback: ModelCheckpoint) -> None:

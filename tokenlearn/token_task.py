@@ -68,6 +68,27 @@ class TokenTask(L.LightningModule, ImageConsumer):
         """Name of the logged figure by which the best tokens are chosen, and whether it should grow or shrink."""
         return "val/guided_accuracy", "max"
 
+    def watched(self, monitor: str | None, mode: str, section: str) -> tuple[str | None, str]:
+        """Figure that settings choose the best tokens by, and whether it should grow or shrink.
+
+        Args:
+            monitor: name of a logged figure, :data:`OF_TASK` for :attr:`monitor`, or None for none.
+            mode: whether it should grow or shrink, unless the figure is left to the task.
+            section: section of the settings, for messages.
+
+        Raises:
+            UserError: if the settings name the task's figure, but would keep the worst tokens by it.
+        """
+        figure, best = self.monitor
+        if monitor == OF_TASK:
+            return figure, best
+        if monitor == figure and mode != best:
+            raise UserError(
+                f"{section}.monitor '{figure}' with {section}.mode {mode} would keep the worst tokens; set "
+                f"{section}.mode to {best}, or leave both out"
+            )
+        return monitor, mode
+
     def configure_callbacks(self) -> list[L.Callback]:
         """The callback that warns once of skipped images, with any trainer."""
         return SkippedImages.for_run(self._trainer)

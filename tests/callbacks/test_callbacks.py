@@ -90,8 +90,9 @@ def exported(folder):
         ("max", [math.nan, 0.3, math.nan, 0.1], 2),
     ],
 )
-def test_embedding_export_keeps_the_best(tmp_path, mode, values, best_step):
-    export = EmbeddingExport(monitor="val/guided_accuracy", mode=mode)
+def test_embedding_export_keeps_the_best(tmp_path, monkeypatch, mode, values, best_step):
+    monkeypatch.setattr(CountingTask, "monitor", ("val/guided_accuracy", mode))
+    export = EmbeddingExport()
     fit(tmp_path, values, export)
     number, metadata = exported(tmp_path)
     assert number == best_step

@@ -165,10 +165,11 @@ def test_the_best_tokens_are_chosen_by_the_loss_of_whatever_objective(tiny_confi
     assert exported == pytest.approx(float(chosen["val/loss"]["best_model_score"]))
 
 
-def test_the_worst_tokens_are_not_kept_by_mistake(tiny_config, capsys):
+@pytest.mark.parametrize("section", ["checkpoint", "embedding_export"])
+def test_the_worst_tokens_are_not_kept_by_mistake(tiny_config, capsys, section):
     with pytest.raises(SystemExit):
-        main(["fit", "--config", tiny_config({}), "--checkpoint.monitor=val/loss"])
-    assert "checkpoint.monitor 'val/loss' with checkpoint.mode max would keep the worst" in capsys.readouterr().err
+        main(["fit", "--config", tiny_config({}), f"--{section}.monitor=val/loss"])
+    assert f"{section}.monitor 'val/loss' with {section}.mode max would keep the worst" in capsys.readouterr().err
 
 
 def test_another_figure_can_choose_the_best_tokens(tiny_config, tmp_path):

@@ -21,6 +21,8 @@ from tokenlearn.tokens.files.programs import how_to_use
 
 EMBEDDINGS = "embeddings"
 """Folder of the files, below the run folder."""
+_SECTION = "embedding_export"
+"""Section of the settings."""
 _SHOW_PREVIEWS = ("a1111", "comfyui")
 """Formats of programs that show an image beside an embedding file."""
 _FIGURE_OF_OLD_CHECKPOINTS = "val/guided_accuracy"
@@ -43,7 +45,8 @@ class EmbeddingExport(L.Callback):
         usage: lines on what to type in each program, for the first of them.
 
     Raises:
-        UserError: at the first validation of a fit, if the metric is not logged.
+        UserError: if the mode would export the worst tokens; at the first validation of a fit, if the metric is not
+            logged.
     """
 
     def __init__(
@@ -60,6 +63,11 @@ class EmbeddingExport(L.Callback):
         self.usage: list[str] = []
         self._fitted = False
         self._images: dict[str, Tensor] = {}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse a mode that would export the worst tokens, before they are trained."""
+        if isinstance(pl_module, TokenTask):
+            pl_module.watched(self.monitor, self.mode, _SECTION)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget earlier images."""
@@ -92,12 +100,10 @@ class EmbeddingExport(L.Callback):
             return
         if trainer.sanity_checking or not isinstance(pl_module, TokenTask):
             return
-        monitor, mode = pl_module.monitor if self.monitor == OF_TASK else (self.monitor, self.mode)
+        monitor, mode = pl_module.watched(self.monitor, self.mode, _SECTION)
         if monitor not in trainer.callback_metrics:
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
-            raise UserError(
-                f"embedding_export.monitor '{monitor}' is not logged; set it to a figure that is: {logged}"
-            )
+            raise UserError(f"{_SECTION}.monitor '{monitor}' is not logged; set it to a figure that is: {logged}")
         if self._best_of not in (None, monitor):  # resumed, and values of two figures do not compare
             self.best = None
         self._best_of = monitor

@@ -108,17 +108,16 @@ class LastCheckpoint(Checkpoint):
         for callback in trainer.checkpoint_callbacks:
             if not isinstance(callback, ModelCheckpoint) or callback.dirpath is None:
                 continue
-            state = checkpoint["callbacks"].get(callback.state_key)
-            known = state is not None  # not where another figure chose the best tokens
             local = "://" not in str(callback.dirpath)
-            if trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero and local:
-                resumed_from, folder = Path(str(trainer.ckpt_path)), Path(callback.dirpath)
-                if resumed_from.is_file() and not (folder / LAST).is_file():  # a fit without steps left writes none
-                    _copy(resumed_from, folder / LAST)
-                if known:
-                    state = _moved(state, folder, resumed_from.parent)
-            if not known:
+            copies = trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero and local
+            resumed_from, folder = Path(str(trainer.ckpt_path)), Path(callback.dirpath)
+            if copies and resumed_from.is_file() and not (folder / LAST).is_file():
+                _copy(resumed_from, folder / LAST)  # a fit without steps left writes none
+            state = checkpoint["callbacks"].get(callback.state_key)
+            if state is None:  # another figure chose the best tokens
                 continue
+            if copies:
+                state = _moved(state, folder, resumed_from.parent)
             checkpoint["callbacks"][callback.state_key] = trainer.strategy.broadcast(state) | {
                 "dirpath": callback.dirpath
             }

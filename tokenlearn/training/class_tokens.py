@@ -235,13 +235,8 @@ class ClassTokens(TokenTraining, ClassConsumer):
         Raises:
             UserError: if the loss is not finite on any device.
         """
-        scores = None
         images, batch = self.training_images(batch)
-        targets = self.targets(batch)
-        if self.objective.has_score:
-            losses, scores = self.objective.loss_and_score(images, targets, self.global_step)
-        else:
-            losses = self.objective(images, self.global_step, targets)
+        losses, scores = self._rate(images, self.targets(batch), self.global_step)
         loss = self.require_finite(losses.mean())
         if self.hard_classes.share:
             self.hard_classes.note(losses.detach(), batch.class_indices)
@@ -251,6 +246,12 @@ class ClassTokens(TokenTraining, ClassConsumer):
             name = f"train/guided_{self.objective.score_name}"
             self.log(name, scores.mean(), prog_bar=True, batch_size=size, sync_dist=True)
         return loss
+
+    def _rate(self, images: Tensor, targets: list[str], step: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Losses (B) of images by the objective, and its scores (B) if it has any."""
+        if self.objective.has_score:
+            return self.objective.loss_and_score(images, targets, step)
+        return self.objective(images, step, targets), None
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Tell :class:`HardClasses` the losses of the step, of all processes."""
@@ -270,12 +271,10 @@ class ClassTokens(TokenTraining, ClassConsumer):
         """
         images = self.pipeline.generate(self.prompts(batch), batch.seeds).clamp(0, 1)
         targets, groups = self.targets(batch), torch.tensor(batch.class_indices, device=self.device)
-        if self.objective.has_score:
-            losses, scores = self.objective.loss_and_score(images, targets)
-            self.guided_scores.update(scores, groups)
-        else:
-            losses = self.objective(images, targets=targets)
+        losses, scores = self._rate(images, targets)
         self.guided_losses.update(losses, groups)
+        if scores is not None:
+            self.guided_scores.update(scores, groups)
         if self.judge is not None:
             self.judged_scores.update(self.judge.score(images, targets), groups)
         return {"images": images, "rows": targets}
