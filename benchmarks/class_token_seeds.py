@@ -5,8 +5,8 @@ names the noise of the training images, which no two seeds share. The same test 
 command continues where it was stopped, and trains no seed twice.
 
 The table has a row per class: the mean judged accuracy of its tokens, the lowest, the 95 % Wilson interval of all
-images together, and each seed. Below are the mean over classes with Student's 95 % interval over seeds, and the
-minutes of each fit, with validation and test. The last line is the same as JSON.
+images together, and each seed. Below are the mean over classes with Student's 95 % interval over seeds, cut off at 0
+and 100 %, and the minutes of each fit, with validation and test. The last line is the same as JSON.
 """
 
 from __future__ import annotations
@@ -99,17 +99,19 @@ def figures(tables: Mapping[int, Mapping[str, Judged]]) -> dict[str, Any]:
     for name in next(iter(tables.values())):
         counts = [table[name] for table in tables.values()]
         shares = [count.share for count in counts]
-        interval = wilson_interval(sum(count.correct for count in counts), sum(count.images for count in counts))
+        correct, images = sum(count.correct for count in counts), sum(count.images for count in counts)
         classes[name] = {
             "mean": sum(shares) / len(shares),
             "lowest": min(shares),
-            "interval": list(interval),
+            "interval": list(wilson_interval(correct, images)),
             "seeds": shares,
         }
     means = [sum(count.share for count in table.values()) / len(table) for table in tables.values()]
+    # Student's ends leave [0, 1], shares do not.
+    interval = [min(max(end, 0.0), 1.0) for end in student_interval(means)] if len(means) > 1 else None
     return {
         "mean": sum(means) / len(means),
-        "interval": list(student_interval(means)) if len(means) > 1 else None,
+        "interval": interval,
         "seeds": dict(zip(tables, means, strict=True)),
         "classes": classes,
     }
