@@ -99,19 +99,18 @@ def figures(tables: Mapping[int, Mapping[str, Judged]]) -> dict[str, Any]:
     for name in next(iter(tables.values())):
         counts = [table[name] for table in tables.values()]
         shares = [count.share for count in counts]
-        correct, images = sum(count.correct for count in counts), sum(count.images for count in counts)
+        interval = wilson_interval(sum(count.correct for count in counts), sum(count.images for count in counts))
         classes[name] = {
             "mean": sum(shares) / len(shares),
             "lowest": min(shares),
-            "interval": list(wilson_interval(correct, images)),
+            "interval": list(interval),
             "seeds": shares,
         }
     means = [sum(count.share for count in table.values()) / len(table) for table in tables.values()]
-    # Student's ends leave [0, 1], shares do not.
-    interval = [min(max(end, 0.0), 1.0) for end in student_interval(means)] if len(means) > 1 else None
     return {
         "mean": sum(means) / len(means),
-        "interval": interval,
+        # Student's ends may leave [0, 1], shares may not.
+        "interval": [min(max(end, 0.0), 1.0) for end in student_interval(means)] if len(means) > 1 else None,
         "seeds": dict(zip(tables, means, strict=True)),
         "classes": classes,
     }
